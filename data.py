@@ -1,0 +1,701 @@
+"""
+The toy world: procedural objects seen as photos (the real domain) and as flat renders (the synthetic domain), Sec. 5.
+
+    python data.py                                  # a contact sheet in assets/world.png, and views/s
+    python data.py --size 64 --out sheet.png
+
+An object is a category with random proportions, a colour, a material and a light; twenty signed distance functions of
+a few primitives say where its surface is, and orthographic rays are sphere-traced. A photo shows the material, the
+light, the shadow, the grain; a render shows the plain colour and nothing else. Control maps are normals and positions.
+
+Frame of the object (and of the world): x to its left as it looks at us, y up, z to the front; the camera of azimuth 0
+sees the front, with x to the right of the image; the camera of azimuth 90 sits at +x and sees the right side.
+Everything lies in the cube [-0.5, 0.5]^3; an image spans [-EXTENT, EXTENT]; pixel (row i, column j) is centred at
+(j + 0.5, i + 0.5). Images are (B, V, C, H, W).
+"""
+import argparse
+import difflib
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+WORLD_VERSION = 1                       # raise it when pixels or captions change: cached sets are then made again
+VIEWS = ("front", "right", "back", "left")
+AZIMUTHS = (0, 90, 180, 270)            # degrees, one per word in VIEWS
+ELEVATION = 20                          # degrees
+EXTENT = 0.55                           # half the width of the image in the object's units
+SEEDS = dict(base=1, synthetic=2, evaluation=3, validation=4, photos=5)     # held-out objects are never trained on
+
+STYLES = ("photo", "render", "cartoon", "sketch", "watercolor")
+MATERIALS = ("wooden", "marble", "brick", "spotted", "striped", "metal")
+PALETTE = {"red": (.80, .13, .12), "yellow": (.90, .72, .10), "green": (.15, .58, .20), "blue": (.15, .32, .80),
+           "purple": (.48, .18, .62), "pink": (.90, .45, .62), "brown": (.45, .27, .13), "gray": (.50, .50, .52)}
+COLORS = tuple(PALETTE)
+BACKDROPS = {"white": ((1., 1., 1.),) * 2, "gray": ((.72, .72, .72),) * 2, "black": ((.06, .06, .06),) * 2,
+             "blue": ((.62, .74, .92),) * 2, "green": ((.66, .86, .66),) * 2, "beige": ((.93, .86, .72),) * 2,
+             "sky": ((.35, .60, .92), (.88, .94, .98)), "sunset": ((.35, .25, .50), (.98, .65, .35))}   # top, bottom
+BACKGROUNDS = tuple(BACKDROPS)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signed distances. A point p is a tuple (x, y, z) of tensors (M,). Flat-sided shapes are a maximum over their sides,
+# which never exceeds the true distance, so marching is safe, and it is the cheapest form.
+
+def length(*xs):
+    return sum(x * x for x in xs).sqrt()
+
+
+def at(p, x=0., y=0., z=0.):
+    return p[0] - x, p[1] - y, p[2] - z
+
+
+def maximum(first, *rest):
+    for other in rest:
+        first = torch.maximum(first, other)
+    return first
+
+
+def minimum(first, *rest):
+    for other in rest:
+        first = torch.minimum(first, other)
+    return first
+
+
+def sphere(p, r):
+    return length(*p) - r
+
+
+def box(p, x, y, z):
+    """Half sizes x, y, z."""
+    return maximum(p[0].abs() - x, p[1].abs() - y, p[2].abs() - z)
+
+
+def ellipsoid(p, x, y, z):
+    """Half axes x, y, z; first order near the surface."""
+    a, b = length(p[0] / x, p[1] / y, p[2] / z), length(p[0] / x**2, p[1] / y**2, p[2] / z**2)
+    return a * (a - 1) / b.clamp(min=1e-6)
+
+
+def cone(p, y0, y1, r0, r1):
+    """Upright, from radius r0 at height y0 to radius r1 at height y1; r0 = r1 is a cylinder."""
+    slope = (r0 - r1) / (y1 - y0)
+    side = (length(p[0], p[2]) - r0 + (p[1] - y0) * slope) / math.sqrt(1 + slope**2) if isinstance(slope, float) else \
+        (length(p[0], p[2]) - r0 + (p[1] - y0) * slope) / (1 + slope**2).sqrt()
+    return maximum(side, p[1] - y1, y0 - p[1])
+
+
+def torus(p, radius, r):
+    """Around the y axis; turn(p) puts another axis there."""
+    return length(length(p[0], p[2]) - radius, p[1]) - r
+
+
+def along_x(p):
+    return p[1], p[0], p[2]
+
+
+def along_z(p):
+    return p[0], p[2], p[1]
+
+
+# One short function per category: points and proportions a, b, c in [0, 1] -> distance to the body and to the accented
+# parts (a darker or lighter tone of the colour, so that a flat render still shows them), None if there are none.
+# Nothing is thinner than two pixels of a 32-pixel view (0.08).
+
+def ball(p, a, b, c):
+    return sphere(p, .34 + .1 * a), None
+
+
+def cube(p, a, b, c):
+    return box(p, .27 + .08 * a, .27 + .08 * b, .27 + .08 * c), None
+
+
+def cylinder(p, a, b, c):
+    r, h = .2 + .14 * a, .28 + .14 * b
+    return cone(p, -h, h, r, r), None
+
+
+def cone_(p, a, b, c):
+    h = .34 + .1 * b
+    return cone(p, -h, h, .28 + .12 * a, .02 + .05 * c), None
+
+
+def donut(p, a, b, c):
+    q, thick = along_z(p), .11 + .05 * a
+    ring = length(length(q[0], q[2]) - .28, q[1])
+    return ring - thick, maximum(ring - thick - .015, .02 - p[2])                   # icing on the front
+
+
+def snowman(p, a, b, c):
+    low, top = .2 + .05 * a, .13 + .03 * b
+    body = minimum(sphere(at(p, y=-.25), low), sphere(at(p, y=.1), top + .01))
+    hat = minimum(cone(p, .3, .47, .11, .11), cone(p, .27, .32, .18, .18))
+    return minimum(body, sphere(at(p, y=.1), top + .03)), minimum(hat, sphere(at(p, y=.1, z=top + .05), .055))
+
+
+def mushroom(p, a, b, c):
+    cap = maximum(ellipsoid(at(p, y=.02), .34 + .1 * a, .3 + .1 * b, .34 + .1 * a), .02 - p[1])
+    return cap, cone(p, -.42, .05, .13 + .06 * c, .1 + .05 * c)
+
+
+def legs(p, x, z, y0, y1, half=.05):
+    return box((p[0].abs() - x, p[1] - (y0 + y1) / 2, p[2].abs() - z), half, (y1 - y0) / 2, half)
+
+
+def table(p, a, b, c):
+    x, z, top = .34 + .1 * a, .24 + .1 * b, .12 + .1 * c
+    return box(at(p, y=top), x, .055, z), legs(p, x - .06, z - .06, -.38, top)
+
+
+def lamp(p, a, b, c):
+    foot = minimum(cone(p, -.45, -.35, .18 + .06 * b, .16), cone(p, -.4, .2, .05, .05))
+    return cone(p, 0., .42, .24 + .1 * a, .12 + .06 * c), foot
+
+
+def rocket(p, a, b, c):
+    r, top = .13 + .04 * a, .12 + .08 * b
+    fins = box(at((p[0].abs(), p[1], p[2]), x=r + .05, y=-.3), .08 + .03 * c, .13, .045)
+    window = sphere(at(p, y=top - .12, z=r), .075)
+    return minimum(cone(p, -.4, top, r, r), fins), minimum(cone(p, top, .48, r, .02), window)
+
+
+def tree(p, a, b, c):
+    r = .28 + .1 * a
+    leaves = minimum(cone(p, -.25, .2, r, .08), cone(p, .02 + .06 * b, .47, r * .78, .02))
+    return leaves, cone(p, -.45, -.2, .08 + .04 * c, .08 + .04 * c)
+
+
+def house(p, a, b, c):
+    x, z, eave = .26 + .07 * a, .26 + .07 * b, .0
+    roof = maximum((p[0].abs() - x - .06 + p[1] - eave) * .7071, p[2].abs() - z - .04, eave - p[1])
+    chimney = box(at(p, x=x * .62, y=.22, z=-z * .4), .06, .16, .06)
+    door = box(at(p, x=-.08 + .16 * c, y=-.28, z=z), .07, .12, .02)
+    return minimum(box(at(p, y=(eave - .4) / 2), x, .2, z), chimney), minimum(roof, door)
+
+
+def mug(p, a, b, c):
+    r, h = .22 + .06 * a, .27 + .08 * b
+    q = at(p, x=-.06)
+    cup = maximum(cone(q, -h, h, r, r), -cone(q, -h + .08, h + .1, r - .07, r - .07))
+    handle = torus(along_z(at(p, x=r - .04)), .14 + .02 * c, .045)
+    return cup, maximum(handle, r - .02 - q[0])
+
+
+def dumbbell(p, a, b, c):
+    q, r = along_x(p), .17 + .06 * a
+    ends = cone((q[0], q[1].abs(), q[2]), .22, .42, r, r - .06 * b)
+    return ends, cone(q, -.3, .3, .065 + .02 * c, .065 + .02 * c)
+
+
+def stool(p, a, b, c):
+    r, top = .2 + .07 * a, .18 + .1 * b
+    return cone(p, top, top + .12, r, r), legs(p, r * .62, r * .62, -.42, top + .02)
+
+
+def tower(p, a, b, c):
+    r, top = .15 + .05 * a, .14 + .08 * b
+    crown = maximum(cone(p, top, top + .16, r + .07, r + .07), -box(at(p, y=top + .17), .06, .09, .6))
+    door = cone(along_z(at(p, y=-.33)), 0., r + .09, .08, .08)
+    flag = box(at(p, x=.3, y=.0), .12, .07, .045)
+    return minimum(cone(p, -.46, top, r + .07, r), maximum(crown, -box(at(p, y=top + .17), .6, .09, .06))), \
+        minimum(maximum(door, -.46 - p[1]), flag)
+
+
+def chair(p, a, b, c):
+    x, seat = .2 + .07 * a, -.1 + .1 * b
+    back = box(at(p, y=(seat + .42) / 2, z=-x + .05), x, (.42 - seat) / 2, .05)
+    return minimum(box(at(p, y=seat), x, .055, x), back), legs(p, x - .05, x - .05, -.44, seat)
+
+
+def car(p, a, b, c):
+    z = .38 + .07 * a
+    cabin = box(at(p, y=.08, z=-.08 - .05 * c), .17, .12 + .04 * b, .2)
+    wheels = cone(along_x(at((p[0].abs(), p[1], p[2].abs()), x=.2, y=-.2, z=.25)), -.06, .06, .1, .1)
+    return minimum(box(at(p, y=-.1), .22, .1, z), cabin), wheels
+
+
+def duck(p, a, b, c):
+    body = ellipsoid(at(p, y=-.16, z=-.06), .23 + .05 * a, .2 + .04 * b, .34 + .03 * c)
+    beak = ellipsoid(at(p, y=.17, z=.36), .09, .05, .11)
+    wings = ellipsoid(at((p[0].abs(), p[1], p[2]), x=.23 + .05 * a, y=-.12, z=-.1), .05, .09, .16)
+    return minimum(body, sphere(at(p, y=.2, z=.18), .16 + .02 * a)), minimum(beak, wings)
+
+
+def teapot(p, a, b, c):
+    r = .24 + .04 * a
+    spout = cone((p[0] - .22 - .25 * (p[1] + .1), p[1], p[2]), -.16, .2, .09, .055) * .9
+    handle = maximum(torus(along_z(at(p, x=-r, y=.02)), .13 + .02 * b, .045), p[0] + r - .06)
+    lid = minimum(cone(p, r * .62, r * .62 + .07, .17, .13), sphere(at(p, y=r * .62 + .12), .07))
+    return minimum(ellipsoid(at(p, y=-.05), r, r * (.85 + .1 * c), r), spout), minimum(handle, lid)
+
+
+SHAPES = dict(ball=ball, cube=cube, cylinder=cylinder, cone=cone_, donut=donut, snowman=snowman, mushroom=mushroom,
+              table=table, lamp=lamp, rocket=rocket, tree=tree, house=house, mug=mug, dumbbell=dumbbell, stool=stool,
+              tower=tower, chair=chair, car=car, duck=duck, teapot=teapot)
+CATEGORIES = tuple(SHAPES)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions: "photo of a red wooden mug, front view, white background".
+
+TEXT_LENGTH = 14
+VOCAB = tuple(dict.fromkeys(("<pad>", "<end>", "a", "of", "view", "background",
+                             *STYLES, *COLORS, *MATERIALS, *CATEGORIES, *VIEWS, *BACKGROUNDS)))
+WORDS = {word: i for i, word in enumerate(VOCAB)}
+
+
+def caption(style, color, material, category, view=None, background=None):
+    """The words of one image; style, view and background are left out where None: "a red wooden mug"."""
+    text = f"{style} of " if style else ""
+    text += f"a {color} {material} {category}"
+    text += f", {view} view" if view else ""
+    return text + (f", {background} background" if background else "")
+
+
+def tokenize(captions):
+    """list of N captions -> (N, TEXT_LENGTH) int64, ended by <end> and padded with 0. "" is the null caption.
+
+    Raises ValueError for an unknown word (with the nearest known ones) and for a caption that is too long.
+    """
+    tokens = torch.zeros(len(captions), TEXT_LENGTH, dtype=torch.int64)
+    for row, text in zip(tokens, captions):
+        words = text.lower().replace(",", " ").split()
+        for word in words:
+            if word not in WORDS:
+                near = difflib.get_close_matches(word, VOCAB[2:], n=3, cutoff=0.5)
+                near = f"; did you mean {' or '.join(near)}?" if near else f"; known words: {' '.join(VOCAB[2:])}"
+                raise ValueError(f"unknown word '{word}' in caption '{text}'{near}")
+        if len(words) >= TEXT_LENGTH:
+            raise ValueError(f"caption '{text}' has {len(words)} words, the toy world reads at most {TEXT_LENGTH - 1}")
+        ids = [WORDS[word] for word in words] + [WORDS["<end>"]]
+        row[:len(ids)] = torch.tensor(ids)
+    return tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objects.
+
+class Assets(NamedTuple):
+    category: torch.Tensor              # (N,)   index into CATEGORIES
+    color: torch.Tensor                 # (N,)   index into COLORS
+    material: torch.Tensor              # (N,)   index into MATERIALS
+    shape: torch.Tensor                 # (N, 3) proportions in [0, 1]
+    light: torch.Tensor                 # (N, 3) unit vector towards the light, in the object's frame
+
+
+def uniforms(num, seed, width, first=0):
+    """(num, width) float64 in [0, 1), rows first to first + num; row k depends on (seed, k) alone."""
+    rows = [np.random.default_rng([seed, k]).random(width) for k in range(first, first + num)]
+    return torch.from_numpy(np.stack(rows))
+
+
+def sample_assets(num, seed):
+    """num random objects; object k depends on (seed, k) alone, not on num."""
+    if num < 1:
+        raise ValueError(f"num={num}: ask for at least one object")
+    u = uniforms(num, seed, 8)
+    pick = lambda column, choices: (u[:, column] * len(choices)).long()
+    azimuth, elevation = 2 * math.pi * u[:, 6], torch.deg2rad(35 + 40 * u[:, 7])
+    light = [elevation.cos() * azimuth.sin(), elevation.sin(), elevation.cos() * azimuth.cos()]
+    return Assets(pick(0, CATEGORIES), pick(1, COLORS), pick(2, MATERIALS), u[:, 3:6].float(),
+                  torch.stack(light, dim=1).float())
+
+
+def take(assets, index):
+    """The objects at index (slice or tensor)."""
+    return Assets(*(field[index] for field in assets))
+
+
+def asset_captions(assets, style=None, view=None, background=None):
+    """One caption per object; style, view and background are None, one word for all, or a list of N."""
+    n = len(assets.category)
+    style, view, background = ([x] * n if x is None or isinstance(x, str) else x for x in (style, view, background))
+    return [caption(style[k], COLORS[assets.color[k]], MATERIALS[assets.material[k]], CATEGORIES[assets.category[k]],
+                    view[k], background[k]) for k in range(n)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The camera and the tracer.
+
+def camera(azimuth, elevation=ELEVATION):
+    """Degrees, numbers or tensors (...,) -> right, up, forward: three unit axes (..., 3) in the object's frame."""
+    a, e = torch.deg2rad(torch.as_tensor(azimuth, dtype=torch.float32)), math.radians(elevation)
+    sin, cos, se, ce = a.sin(), a.cos(), math.sin(e), math.cos(e)
+    right = torch.stack([cos, 0 * a, -sin], dim=-1)
+    up = torch.stack([-se * sin, ce + 0 * a, -se * cos], dim=-1)
+    return right, up, torch.stack([-ce * sin, -se + 0 * a, -ce * cos], dim=-1)
+
+
+def project(position, azimuth, elevation=ELEVATION):
+    """Positions (..., 3, H, W) seen from azimuth (...,) -> column, row in pixels of an H x W image, and depth; (..., H, W)."""
+    right, up, forward = (axis.to(position)[..., None, None] for axis in camera(azimuth, elevation))
+    size = position.shape[-1]
+    x, y, depth = ((axis * position).sum(dim=-3) for axis in (right, up, forward))
+    return (x / EXTENT + 1) * size / 2, (1 - y / EXTENT) * size / 2, depth
+
+
+def trace(distance, shape, azimuth, size, elevation=ELEVATION, steps=64, tolerance=3e-4):
+    """Sphere-trace size x size orthographic rays, one per pixel centre, for each of B views.
+
+    distance(p, a, b, c) -> (body, accent or None); shape (B, 3); azimuth (B,). Returns the rays that hit: their place
+    in the flattened (B, size, size) grid (M,), points (3, M), unit normals (3, M), and whether they hit an accent (M,).
+    """
+    device, views = shape.device, len(shape)
+    right, up, forward = (axis.to(device) for axis in camera(azimuth, elevation))                   # (B, 3)
+    s = ((torch.arange(size, device=device) + 0.5) / size * 2 - 1) * EXTENT
+    origin = right[:, :, None, None] * s - up[:, :, None, None] * s[:, None]                         # (B, 3, S, S)
+    way = forward.where(forward.abs() > 1e-6, torch.tensor(1e-6, device=device))[:, :, None, None]
+    near = ((-0.5 * way.sign() - origin) / way).amax(dim=1).flatten()       # where a ray enters and leaves the cube
+    far = ((0.5 * way.sign() - origin) / way).amin(dim=1).flatten()
+    ray = (near < far).nonzero()[:, 0]
+    view = ray // size**2
+    origin = origin.movedim(1, 0).reshape(3, -1)[:, ray]
+    state = torch.cat([origin + forward.T[:, view] * near[ray], forward.T[:, view], shape.T[:, view],
+                       near[None, ray], far[None, ray]])                                             # (11, M)
+    found, found_ray = [], []
+    for _ in range(steps):
+        p, d, abc, t, end = state[:3], state[3:6], state[6:9], state[9], state[10]
+        step = nearest(distance(p.unbind(), *abc.unbind()))
+        hit = step < tolerance
+        p.addcmul_(d, step)
+        t.add_(step)
+        gone = hit | (t > end)
+        if gone.sum() > 0.2 * len(gone):                            # go on with the rays that can still hit, alone
+            found.append(state[:9, hit])
+            found_ray.append(ray[hit])
+            state, ray = state[:, ~gone], ray[~gone]
+        if len(ray) == 0:
+            break
+    else:
+        hit = nearest(distance(state[:3].unbind(), *state[6:9].unbind())) < 5 * tolerance
+        found.append(state[:9, hit & (state[9] <= state[10])])
+        found_ray.append(ray[hit & (state[9] <= state[10])])
+    ray, order = torch.cat(found_ray).sort()
+    state = torch.cat(found, dim=1)[:, order]
+    p, forward, abc = state[:3], state[3:6], state[6:9]
+    normal = gradient(distance, p, abc)
+    normal = normal - forward * (normal * forward).sum(dim=0).clamp(min=0)  # at an edge the difference may look away
+    body, accent = distance(p.unbind(), *abc.unbind())
+    return ray, p, F.normalize(normal, dim=0), torch.zeros_like(body, dtype=torch.bool) if accent is None else accent < body
+
+
+def nearest(parts):
+    return parts[0] if parts[1] is None else torch.minimum(*parts)
+
+
+def gradient(distance, p, abc, h=1e-3):
+    """Unit gradient (3, M) by four differences at the corners of a tetrahedron."""
+    corners = torch.tensor([[1., -1, -1, 1], [-1, -1, 1, 1], [-1, 1, -1, 1]], device=p.device)      # (3, 4)
+    points = (p[:, None] + h * corners[:, :, None]).flatten(1)                                       # (3, 4 M)
+    d = nearest(distance(points.unbind(), *abc.repeat(1, 4).unbind())).view(4, -1)
+    return F.normalize(corners @ d, dim=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shading.
+
+def texture(p, normal, color, material):
+    """Solid textures: points, normals, colours (3, M) and material (M,) -> colours (3, M).
+
+    Periods are at least five pixels of a 32-pixel view, so that one view predicts another (the 30 dB of the oracle).
+    """
+    x, y, z = p
+    wave = lambda value, period: 0.5 + 0.5 * torch.sin(2 * math.pi / period * value)
+    soft = lambda value, sharp: torch.sigmoid(sharp * value)
+    rings = wave(length(x + .12, z - .16) + .25 * y, .22)
+    veins = wave(x + .6 * y - .5 * z + .08 * torch.sin(8 * y + 5 * z), .46)**2
+    row = torch.floor(y / .22)
+    joint = lambda u: torch.exp(-((u - u.floor() - .5) / .16)**2)
+    mortar = maximum(joint(y / .22 + .5), joint((x + z) / .4 + .5 * row) * .8)
+    spots = soft(wave(x + .3 * y, .3) + wave(y - .3 * z, .3) + wave(z + .3 * x, .3) - 1.9, 7)
+    stripes = soft(wave(y + .45 * x - .2 * z, .26) - .5, 6)
+    sheen = (.5 + .5 * normal[1])**2
+    white, dark = torch.ones_like(color), color * .42
+    mix = lambda a, b, w: a + (b - a) * w
+    choices = [mix(color, color * .5 + .03, rings),                            # in the order of MATERIALS
+               mix(mix(color, white * .72, .4), dark, veins),
+               mix(color, white * .68, mortar * .8),
+               mix(color, dark, spots),
+               mix(color, white * .7, stripes * .8),
+               mix(mix(color, white * .5, .35) * .55, mix(color, white * .72, .45), sheen)]
+    return torch.stack(choices).gather(0, material.expand(1, 3, -1))[0]
+
+
+def light_up(distance, p, normal, abc, light, forward):
+    """Ambient occlusion, light that arrives (with the shadow the object casts on itself), highlight; each (M,)."""
+    occlusion = 0
+    for h in (.06, .14, .24):
+        d = nearest(distance((p + h * normal).unbind(), *abc.unbind()))
+        occlusion = occlusion + (h - d).clamp(min=0) / h / 3
+    facing = (normal * light).sum(dim=0)
+    lit = (facing > 0).nonzero()[:, 0]
+    start, toward, q = (p + .015 * normal)[:, lit], light[:, lit], abc[:, lit]
+    t, free = torch.full_like(facing[lit], .02), torch.ones_like(facing[lit])
+    for _ in range(9):                                                  # soft shadow: how near does the ray pass by?
+        d = nearest(distance((start + toward * t).unbind(), *q.unbind()))
+        free = torch.minimum(free, 5 * (d + .005) / t)
+        t = t + d.clamp(.04, .2)
+    arrives = torch.zeros_like(facing).index_copy(0, lit, free.clamp(0, 1) * facing[lit])
+    half = F.normalize(light - forward, dim=0)
+    return 1 - .75 * occlusion, arrives, (normal * half).sum(dim=0).clamp(min=0)**12 * (arrives > 0) * arrives
+
+
+class Views(NamedTuple):
+    rgb: torch.Tensor                   # (N, V, 3, H, W) in [0, 1]
+    mask: torch.Tensor                  # (N, V, 1, H, W) share of the pixel's supersamples that hit, in [0, 1]
+    normal: torch.Tensor                # (N, V, 3, H, W) unit, object's frame, 0 off the object, at the pixel centre
+    position: torch.Tensor              # (N, V, 3, H, W) in [-0.5, 0.5], likewise; both None with geometry=False
+
+
+def words(value, n, known, what):
+    """One word or a list of n -> list of n known words."""
+    value = [value] * n if isinstance(value, str) else list(value)
+    for word in value:
+        if word not in known:
+            raise ValueError(f"unknown {what} '{word}', choose from: {', '.join(known)}")
+    if len(value) != n:
+        raise ValueError(f"{len(value)} {what}s for {n} objects, give one or one each")
+    return value
+
+
+@torch.no_grad()
+def render(assets, azimuth=AZIMUTHS, style="photo", background="white", size=32, supersample=2, geometry=True, seed=0,
+           elevation=ELEVATION, device="cpu"):
+    """Draw N objects in V views -> Views on the CPU.
+
+    azimuth: V degrees for all or a tensor (N, V); style, background: one word or a list of N. The grain of object n is
+    a function of seed + n alone.
+    """
+    n = len(assets.category)
+    azimuth = torch.as_tensor(azimuth, dtype=torch.float32)
+    azimuth = azimuth.expand(n, -1) if azimuth.ndim == 1 else azimuth
+    if azimuth.ndim != 2 or len(azimuth) != n:
+        raise ValueError(f"azimuth has shape {tuple(azimuth.shape)}, give V numbers or a tensor ({n}, V)")
+    style, background = words(style, n, STYLES, "style"), words(background, n, BACKGROUNDS, "background")
+    views = azimuth.shape[1]
+    rgb, mask = torch.empty(n, views, 3, size, size), torch.empty(n, views, 1, size, size)
+    normal, position = (torch.zeros(n, views, 3, size, size) if geometry else None for _ in range(2))
+    groups = {}
+    for k in range(n):
+        groups.setdefault((int(assets.category[k]), style[k]), []).append(k)
+    rays = 1 << (17 if torch.device(device).type == "cpu" else 23)          # a chunk's tensors stay in the CPU's cache
+    chunk = max(1, rays // (views * (size * supersample)**2))
+    for (category, look), members in groups.items():
+        distance = SHAPES[CATEGORIES[category]]
+        for part in torch.tensor(members).split(chunk):
+            few = Assets(*(field[part].repeat_interleave(views, dim=0).to(device) for field in assets))     # (B, ...)
+            turn = azimuth[part].flatten().to(device)
+            backdrops = [background[k] for k in part for _ in range(views)]
+            color, cover = paint(distance, few, turn, look, backdrops, size, supersample, elevation)
+            rgb[part], mask[part] = color.cpu().view(-1, views, 3, size, size), cover.cpu().view(-1, views, 1, size, size)
+            if geometry:
+                ray, p, nrm, _ = trace(distance, few.shape, turn, size, elevation)
+                for out, values in ((normal, nrm), (position, p)):
+                    grid = torch.zeros(3, len(turn) * size**2, device=device).index_copy(1, ray, values)
+                    out[part] = grid.view(3, -1, views, size, size).permute(1, 2, 0, 3, 4).cpu()
+    for k in (k for k in range(n) if style[k] == "photo"):                  # film grain on what the object covers
+        grain = torch.randn(views, 1, size, size, generator=torch.Generator().manual_seed(seed + k))
+        rgb[k] += 0.010 * mask[k] * grain
+    return Views(rgb.clamp_(0, 1), mask, normal, position)
+
+
+def paint(distance, assets, azimuth, style, backgrounds, size, supersample, elevation):
+    """Colours (B, 3, H, W) and coverage (B, 1, H, W) of B objects of one category, in one view and one style each."""
+    device, views, fine = azimuth.device, len(azimuth), size * supersample
+    ray, p, normal, accent = trace(distance, assets.shape, azimuth, fine, elevation)
+    owner = ray // fine**2
+    palette = torch.tensor(list(PALETTE.values()), device=device)[assets.color].T                    # (3, B)
+    tone = torch.where(palette.mean(dim=0) > .42, palette * .5, palette * .55 + .3)       # of accents: darker or lighter
+    color = torch.where(accent, tone[:, owner], palette[:, owner])                                   # (3, M)
+    light, forward = assets.light.T[:, owner], camera(azimuth, elevation)[2].to(device).T[:, owner]
+    lambert = (normal * light).sum(dim=0).clamp(min=0)
+    if style == "photo":
+        abc, material = assets.shape.T[:, owner], assets.material[owner]
+        ambient, arrives, shine = light_up(distance, p, normal, abc, light, forward)
+        color = texture(p, normal, color, material)
+        color = color * (.66 * ambient * (.9 + .1 * normal[1]) + .58 * arrives) + shine * torch.where(material == 5, .08, .05)
+        color = color.clamp(max=.9)
+    elif style == "cartoon":
+        color = (color * 1.15 + .03).clamp(max=.95) * (.62 + .2 * (lambert > .25) + .18 * (lambert > .65))
+    elif style == "sketch":
+        column, line = ray % fine, ray // fine % fine
+        hatch = ((column + line) // supersample % 4 < 2) & (lambert < .55)
+        color = (.88 - .3 * hatch - .15 * accent).expand(3, -1)
+    elif style == "watercolor":
+        x, y, z = p
+        wash = .12 * torch.sin(7 * x + 5 * y + 3) * torch.sin(6 * y - 7 * z + 1)
+        color = .42 + .52 * color + wash - .12 * (1 - lambert)
+    flat = torch.cat([color, torch.ones_like(color[:1]), normal, accent[None].float()])
+    grid = torch.zeros(8, views * fine**2, device=device).index_copy(1, ray, flat)
+    grid = grid.view(8, views, fine, fine).movedim(1, 0)
+    image, cover = grid[:, :3], grid[:, 3:4]
+    if style in ("cartoon", "sketch"):                                      # lines where the surface breaks off or bends
+        pool = lambda z: F.max_pool2d(z, 2 * (supersample // 2) + 1, stride=1, padding=supersample // 2)
+        line = ((pool(grid[:, 3:]) + pool(-grid[:, 3:])).amax(dim=1, keepdim=True) > .7) * cover
+        image = image * (1 - line) + line * (.1 if style == "cartoon" else .3)
+    top, bottom = torch.tensor([BACKDROPS[word] for word in backgrounds], device=device).movedim(1, 0)[..., None, None]
+    down = torch.linspace(0, 1, fine, device=device)[:, None]
+    image = image * cover + (top + (bottom - top) * down) * (1 - cover)
+    if style == "watercolor":                                               # colours run
+        image = F.avg_pool2d(F.pad(image, (supersample,) * 4, mode="replicate"), 2 * supersample + 1, stride=1)
+    return F.avg_pool2d(image, supersample), F.avg_pool2d(cover, supersample)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets, kept as safetensors.
+
+def to_uint8(images):
+    """[-1, 1] -> uint8."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pixels(images):
+    """uint8 -> float in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def cached(path, key, build):
+    """The dict of tensors in the file at path if it was made from key; else build() it and keep it there."""
+    path, key = Path(path), json.dumps(dict(key, version=WORLD_VERSION), sort_keys=True)
+    if path.exists():
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("key") == key:
+                    return {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError:
+            print(f"{path} is damaged, making it again")
+    tensors = build()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"key": key})
+        os.replace(partial, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path} ({error.strerror}), choose another folder") from None
+    return tensors
+
+
+def in_chunks(num, name, draw, chunk=256):
+    """draw(first, last) -> dict of tensors, over 0..num, joined, with a progress bar."""
+    from tqdm import tqdm
+    bar, parts = tqdm(total=num, desc=name, unit="obj", leave=False), []
+    for first in range(0, num, chunk):
+        parts.append(draw(first, min(first + chunk, num)))
+        bar.update(min(first + chunk, num) - first)
+    bar.close()
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def build_set(kind, num, seed, size, folder, device, draw):
+    """draw(assets, first) -> dict of tensors, cached in folder under a name that tells kind, num, seed and size."""
+    key = dict(kind=kind, num=num, seed=seed, size=size)
+
+    def build():
+        assets = sample_assets(num, seed)
+        return in_chunks(num, kind, lambda first, last: draw(take(assets, slice(first, last)), first))
+    return cached(Path(folder) / f"{kind}_{num}_{size}_{seed}.safetensors", key, build)
+
+
+def base_set(num, seed=SEEDS["base"], size=32, folder="runs/data", device="cpu"):
+    """The base model's wide world -> image uint8 (N, 1, 3, H, W), text int64 (N, L).
+
+    About 65 % photos, 15 % renders, 20 % other styles; three quarters before white; half with a view phrase (and then
+    within 8 degrees of that view). A photo goes without its style phrase one time in five: "a red wooden mug" is a photo.
+    """
+    def draw(assets, first):
+        u = uniforms(len(assets.category), seed + 1000, 8, first)
+        style = [STYLES[int(k)] for k in torch.bucketize(u[:, 0], torch.tensor([.65, .80, .87, .93]))]
+        background = ["white" if a < .75 else BACKGROUNDS[1 + int(b * (len(BACKGROUNDS) - 1))] for a, b in u[:, 1:3]]
+        view = (u[:, 3] * 4).long()
+        named = u[:, 4] < .5
+        azimuth = torch.where(named, 90 * view + 16 * (u[:, 5] - .5), 360 * u[:, 5])
+        image = render(assets, azimuth[:, None], style, background, size, geometry=False, seed=seed * 10**6 + first,
+                       device=device).rgb
+        say_style = [None if s == "photo" and a < .2 else s for s, a in zip(style, u[:, 6])]
+        say_background = [None if b == "white" and a < .2 else b for b, a in zip(background, u[:, 7])]
+        say_view = [VIEWS[v] if say else None for v, say in zip(view, named)]
+        text = tokenize(asset_captions(assets, say_style, say_view, say_background))
+        return dict(image=to_uint8(2 * image - 1), text=text)
+    return build_set("base", num, seed, size, folder, device, draw)
+
+
+def control_maps(views):
+    """Views -> (N, V, 6, H, W) in [-1, 1]: normals, then twice the positions; 0 off the object."""
+    return torch.cat([views.normal, 2 * views.position], dim=2)
+
+
+def synthetic_set(num, seed=SEEDS["synthetic"], size=32, folder="runs/data", device="cpu"):
+    """Renders -> image uint8 (N, 4, 3, H, W), control float16 (N, 4, 6, H, W), text int64 (N, L): "a red wooden mug"."""
+    def draw(assets, first):
+        views = render(assets, style="render", size=size, device=device)
+        return dict(image=to_uint8(2 * views.rgb - 1), control=control_maps(views).half(),
+                    text=tokenize(asset_captions(assets)))
+    return build_set("synthetic", num, seed, size, folder, device, draw)
+
+
+def evaluation_set(num, seed=SEEDS["evaluation"], size=32, folder="runs/data", device="cpu"):
+    """synthetic_set of held-out objects, with what no paper has: the same views as photos under the object's one light.
+
+    Adds photo uint8 (N, 4, 3, H, W), mask uint8 (N, 4, 1, H, W) = 255 x coverage, position and normal float32
+    (N, 4, 3, H, W), labels int64 (N, 3) = category, color, material.
+    """
+    def draw(assets, first):
+        views = render(assets, style="render", size=size, device=device)
+        photo = render(assets, size=size, geometry=False, seed=seed * 10**6 + first, device=device).rgb
+        return dict(image=to_uint8(2 * views.rgb - 1), control=control_maps(views).half(),
+                    text=tokenize(asset_captions(assets)), photo=to_uint8(2 * photo - 1),
+                    mask=to_uint8(2 * views.mask - 1), position=views.position, normal=views.normal,
+                    labels=torch.stack(assets[:3], dim=1))
+    return build_set("evaluation", num, seed, size, folder, device, draw)
+
+
+def photo_set(num, seed=SEEDS["photos"], size=32, folder="runs/data", device="cpu"):
+    """Held-out photos before white, one view each -> image uint8 (N, 1, 3, H, W), text (N, L), labels int64 (N, 3)."""
+    def draw(assets, first):
+        view = (uniforms(len(assets.category), seed + 1000, 1, first)[:, 0] * 4).long()
+        photo = render(assets, 90. * view[:, None], size=size, geometry=False, seed=seed * 10**6 + first,
+                       device=device).rgb
+        text = tokenize(asset_captions(assets, "photo", [VIEWS[v] for v in view], "white"))
+        return dict(image=to_uint8(2 * photo - 1), text=text, labels=torch.stack(assets[:3], dim=1))
+    return build_set("photos", num, seed, size, folder, device, draw)
+
+
+def real_captions(assets):
+    """What the base model is asked to draw for the real set (C.1), and what is trained on: lists of 4 N captions,
+    object by object, view by view; the second without the view phrase."""
+    four = Assets(*(field.repeat_interleave(4, dim=0) for field in assets))
+    views = list(VIEWS) * len(assets.category)
+    return asset_captions(four, "photo", views, "white"), asset_captions(four, "photo", None, "white")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="draw a contact sheet of the toy world")
+    parser.add_argument("--out", default="assets/world.png", help="where to write it")
+    parser.add_argument("--size", type=int, default=32, help="pixels of a view")
+    parser.add_argument("--seed", type=int, default=0, help="which objects")
+    args = parser.parse_args()
+    from PIL import Image
+    assets = sample_assets(400, args.seed)
+    first = [int((assets.category == k).nonzero()[0]) for k in range(len(CATEGORIES))]       # one of each category
+    assets = take(assets, torch.tensor(first))
+    start = time.time()
+    photo = render(assets, size=args.size)
+    print(f"{len(first) * 4 / (time.time() - start):.0f} photo views/s with maps, {torch.get_num_threads()} thread(s)")
+    others = [render(assets, (30,), style, back, args.size, geometry=False).rgb
+              for style, back in (("cartoon", "white"), ("sketch", "white"), ("watercolor", "white"), ("photo", "sunset"))]
+    columns = [render(assets, style="render", size=args.size, geometry=False).rgb, photo.rgb, photo.normal / 2 + .5,
+               photo.position + .5, *others]
+    sheet = torch.cat([c.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1) for c in columns], dim=1)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((sheet * 255).round().byte().numpy()).save(args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

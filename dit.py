@@ -1,0 +1,469 @@
+"""The diffusion transformer, its noise process and its checkpoints.
+
+The network is PixArt-alpha's (Chen et al. 2023), the public text-to-image DiT (Peebles & Xie 2023) with the paper's
+epsilon objective, so that its weights can be loaded. Realiz3D adds three inputs to it (Sec. 4, B.2), each of which
+leaves the base model exactly as it was until it is trained:
+
+    control  extra input channels of the patch embedder, their weights start at zero    (texturing: normals, positions)
+    view     a learned encoding of the view's index, starts at zero
+    shift    a vector per block and sample, added to every token before the block       (domain_shifter.py, Sec. 4.1)
+
+Symbols: B batch, V views (1 = single-image mode, 4 = attention over all views), N tokens a view, L text tokens,
+d width, N_B depth, T = 1000 diffusion steps, alpha_bar_t = alphas_cumprod[t].
+
+    model = DiT(PRESETS["toy"])                          # or load_model("weights/toy_base.safetensors")
+    eps = model(x, t, text)                              # x (B, V, C, H, W), t (B,), text (B, L) -> eps like x
+"""
+import json
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the shape of the network; stored in every checkpoint."""
+    image_size: int         # height and width of one view, in pixels (toy, small) or VAE latents (full)
+    patch_size: int         # side of a patch: (image_size / patch_size)^2 tokens a view
+    channels: int           # channels of the image: 3 RGB, or 4 latent
+    out_channels: int       # channels of the output; the first `channels` are epsilon (PixArt also learned a variance)
+    control_channels: int   # normal and position map, concatenated along channels
+    num_views: int          # V, how many view encodings there are
+    depth: int              # N_B
+    width: int              # d
+    heads: int
+    text_dim: int           # width of a text token as it comes in
+    text_length: int        # most text tokens, L
+    vocab_size: int         # 0: text comes as vectors (L, text_dim); else as ids, embedded here, id 0 = padding
+    output_skip: bool       # eps = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) F(x_t) in place of eps = F(x_t)
+    qk_norm: bool           # RMS-normalise queries and keys: keeps attention logits bounded in long fine-tuning
+    pos_scale: float = 1.0  # positions are divided by this (PixArt at 1024 px: 2)
+
+
+PRESETS = {
+    #                image patch  ch  out ctrl views depth width heads text_dim  L  vocab   skip  qk_norm
+    "toy":    Config(   32,    4,  3,   3,   6,    4,   10,  192,    6,    192,  16,   64,  True,  True),
+    "small":  Config(   64,    4,  3,   3,   6,    4,   12,  384,    6,    384,  16,   64,  True,  True),
+    "full":   Config(   64,    2,  4,   8,   8,    4,   28, 1152,   16,   4096, 120,    0, False, False),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise process (paper: T = 1000, epsilon prediction; betas as in PixArt-alpha and DDPM, Ho et al. 2020)
+
+T = 1000
+alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), dim=0)       # (T,)
+LOSS_BINS = 4               # the loss is also reported for t in [0, 250), [250, 500), [500, 750), [750, 1000)
+
+
+@cache
+def _signal_and_noise(device):
+    """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) in fp32 on `device`: (T,) each."""
+    return alphas_cumprod.sqrt().float().to(device), (1 - alphas_cumprod).sqrt().float().to(device)
+
+
+def seeded_generator(*key, device="cpu"):
+    """A torch.Generator that is a pure function of some whole numbers, such as (seed, step, sample)."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def add_noise(x0, noise, t):
+    """Forward process, DDPM eq. 4: x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise.
+
+    x0, noise: (B, ...); t: (B,) integers in [0, T). Returns x_t like x0.
+    """
+    signal, sigma = (table[t].view(-1, *[1] * (x0.dim() - 1)) for table in _signal_and_noise(x0.device))
+    return signal * x0 + sigma * noise
+
+
+def epsilon_loss(prediction, noise, t):
+    """Plain epsilon loss (Sec. 4), in fp32, and what it is made of.
+
+    prediction, noise: (B, ...); t: (B,). Returns the mean squared error (a scalar), and a detached (2, LOSS_BINS) of
+    its sums and counts by timestep bin, each over samples.
+    """
+    per_sample = (prediction.float() - noise.float()).square().flatten(1).mean(1)                   # (B,)
+    bins = F.one_hot(t * LOSS_BINS // T, LOSS_BINS).float()                                         # (B, LOSS_BINS)
+    return per_sample.mean(), torch.stack([per_sample.detach() @ bins, bins.sum(0)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Network
+
+
+def timestep_embedding(t, dim=256, max_period=10000):
+    """Sinusoidal embedding of t (B,) -> (B, dim) in fp32, cosines first."""
+    freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32) / (dim // 2))
+    angles = t.float()[:, None] * freqs.to(t.device)                                                # (B, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def position_embedding(width, size, scale=1.0):
+    """Fixed 2D sin-cos positions of a size x size grid of tokens, rows first -> (size^2, width).
+
+    The first half of the channels encodes the column, the second the row (as PixArt's table does).
+    """
+    position = torch.arange(size, dtype=torch.float64) / scale
+    omega = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = position[:, None] * omega                                                              # (size, width / 4)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)                                           # (size, width / 2)
+    return torch.cat([axis.repeat(size, 1), axis.repeat_interleave(size, 0)], dim=1)
+
+
+def modulate(x, shift, scale):
+    """adaLN: x (B, N, d) times 1 + scale (B, 1, d), plus shift (B, 1, d)."""
+    return x * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x to itself, or to `context` where one is given (text; mask: True = attend)."""
+
+    def __init__(self, width, heads, qk_norm, cross=False):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width) if cross else None
+        self.kv = nn.Linear(width, 2 * width) if cross else None
+        self.qkv = None if cross else nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.q_norm, self.k_norm = (nn.RMSNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2))
+
+    def forward(self, x, context=None, mask=None):
+        q, k, v = self.qkv(x).chunk(3, -1) if context is None else (self.q(x), *self.kv(context).chunk(2, -1))
+        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))            # (B, heads, N, d/h)
+        x = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=mask)
+        return self.proj(x.transpose(1, 2).flatten(2))                                              # (B, N, d)
+
+
+class Block(nn.Module):
+    """A DiT block as in PixArt-alpha, with the Domain Shifter's vector added in front (Sec. 4.1, Fig. 2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.width
+        self.norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(d, config.heads, config.qk_norm)
+        self.cross_attn = Attention(d, config.heads, config.qk_norm, cross=True)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
+        self.scale_shift_table = nn.Parameter(torch.randn(6, d) / d ** 0.5)
+
+    def forward(self, x, mod, text, text_mask, shift):
+        if shift is not None:
+            x = x + shift[:, None]                                                                  # Sec. 4.1
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + mod).unsqueeze(2).unbind(1)
+        x = x + gate1 * self.attn(modulate(self.norm(x), shift1, scale1))                           # all V views jointly
+        x = x + self.cross_attn(x, text, text_mask)
+        return x + gate2 * self.mlp(modulate(self.norm(x), shift2, scale2))                         # (B, V N, d)
+
+
+class DiT(nn.Module):
+    """Diffusion transformer: (x_t, t, text, control, view, domain shift) -> epsilon."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, d = config, config.width
+        if c.image_size % c.patch_size or d % c.heads or d % 4:
+            raise ValueError(f"patch {c.patch_size} must divide image {c.image_size}; heads {c.heads} and 4 width {d}")
+        self.config = config
+        self.grad_checkpointing = False         # recompute each block in the backward pass: less memory, a third slower
+        self.x_embedder = nn.Conv2d(c.channels, d, c.patch_size, c.patch_size)
+        # A convolution over [x, control] is the sum of one over each; kept apart, x's weights stay the base model's.
+        self.control_embedder = nn.Conv2d(c.control_channels, d, c.patch_size, c.patch_size, bias=False) \
+            if c.control_channels else None
+        self.view_encoding = nn.Parameter(torch.zeros(c.num_views, d)) if c.num_views else None
+        self.t_embedder = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+        self.token_embedding = nn.Embedding(c.vocab_size, c.text_dim) if c.vocab_size else None
+        self.token_position = nn.Parameter(torch.zeros(c.text_length, c.text_dim)) if c.vocab_size else None
+        self.text_embedder = nn.Sequential(nn.Linear(c.text_dim, d), nn.GELU(approximate="tanh"), nn.Linear(d, d))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
+        self.final_norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
+        self.final_table = nn.Parameter(torch.randn(2, d) / d ** 0.5)
+        self.final_linear = nn.Linear(d, c.patch_size ** 2 * c.out_channels)
+        table = position_embedding(d, c.image_size // c.patch_size, c.pos_scale).to(self.x_embedder.weight.dtype)
+        self.register_buffer("positions", table, persistent=False)                                  # (N, d)
+        self.init_weights()
+
+    def init_weights(self):
+        """PixArt-alpha's initialisation; the zeros come last, each with its reason."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.weight.flatten(1))
+        for module in (self.t_embedder[0], self.t_embedder[2], self.t_block[1], self.text_embedder[0],
+                       self.text_embedder[2]):
+            nn.init.normal_(module.weight, std=0.02)
+        if self.token_embedding is not None:
+            nn.init.normal_(self.token_position, std=0.5)   # word order must be readable beside the N(0, 1) words
+        for block in self.blocks:
+            nn.init.zeros_(block.cross_attn.proj.weight)    # text enters gently
+        nn.init.zeros_(self.final_linear.weight)            # the first prediction is zero, not noise
+        if self.control_embedder is not None:
+            nn.init.zeros_(self.control_embedder.weight)    # the base model stays as it is until control is trained
+
+    def check_inputs(self, x, text, control, view, shift, frozen_blocks):
+        """Raises ValueError, naming the first input whose shape does not fit."""
+        c, (B, V) = self.config, x.shape[:2]
+        image = (c.image_size, c.image_size)
+
+        def check(name, tensor, *shapes):
+            if tensor is not None and tuple(tensor.shape) not in shapes:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {' or '.join(map(str, shapes))}")
+        check("x", x, (B, V, c.channels, *image))
+        check("control", control, (B, V, c.control_channels, *image))
+        check("view", view, (B, V))
+        check("shift", shift, (c.depth, B, c.width))
+        check("text", text, *[(B, n) if c.vocab_size else (B, n, c.text_dim) for n in (text.shape[1], c.text_length)])
+        if text.shape[1] > c.text_length:
+            raise ValueError(f"text has {text.shape[1]} tokens, the model takes {c.text_length}")
+        if view is not None and self.view_encoding is None or not 0 <= frozen_blocks <= c.depth:
+            raise ValueError(f"num_views {c.num_views} takes no view index, or frozen_blocks {frozen_blocks} is not in "
+                             f"0..{c.depth}")
+
+    def embed_tokens(self, x, control, view):
+        """Patches of all views in a row, each with its in-view position (and view): (B, V, C, H, W) -> (B, V N, d)."""
+        B, V = x.shape[:2]
+        h = self.x_embedder(x.flatten(0, 1))                                                        # (B V, d, n, n)
+        if control is not None:
+            h = h + self.control_embedder(control.flatten(0, 1))
+        h = h.flatten(2).transpose(1, 2) + self.positions                                           # (B V, N, d)
+        h = h.view(B, V, *h.shape[1:])
+        if view is not None:
+            h = h + self.view_encoding[view][:, :, None]
+        return h.flatten(1, 2)
+
+    def embed_text(self, text, text_mask):
+        """Ids (B, L) or vectors (B, L, text_dim) -> keys for cross-attention (B, L, d) and a mask, True = attend."""
+        if self.config.vocab_size:
+            text_mask = text != 0 if text_mask is None else text_mask
+            text = self.token_embedding(text) + self.token_position[:text.shape[1]]
+        if text_mask is not None:
+            text_mask = text_mask.bool()[:, None, None]                                             # (B, 1, 1, L)
+        return self.text_embedder(text.to(self.final_table.dtype)), text_mask
+
+    def unpatchify(self, tokens, V):
+        """(B, V N, p p out_channels) -> (B, V, out_channels, H, W)."""
+        p, n = self.config.patch_size, self.config.image_size // self.config.patch_size
+        x = tokens.view(len(tokens), V, n, n, p, p, -1)                                             # PixArt's order (p, q, c)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def forward(self, x, t, text, text_mask=None, control=None, view=None, shift=None, frozen_blocks=0):
+        """Predicts the noise in x.
+
+        x: (B, V, C, H, W) noisy views, V = 1 is single-image mode, else attention runs over all V views.
+        t: (B,) timesteps in [0, T). text: (B, L) ids or (B, L, text_dim) vectors; text_mask: (B, L), nonzero = a real
+        token (None: ids other than 0, or every vector). control: (B, V, C_c, H, W), None = the empty control, zeros.
+        view: (B, V) view indices or None. shift: (N_B, B, d) from DomainShifters, or None.
+        frozen_blocks: i of layer-aware training (Sec. 4.2); for i > 0 the patch embedder and the first i blocks run
+        without a graph, so they get no gradient and the backward pass ends at block i.
+        Returns epsilon (B, V, C, H, W). Raises ValueError naming an input of the wrong shape.
+        """
+        self.check_inputs(x, text, control, view, shift, frozen_blocks)
+        B, V = x.shape[:2]
+        dtype = self.final_table.dtype
+        t = t.expand(B)
+        t_emb = self.t_embedder(timestep_embedding(t).to(dtype))                                    # (B, d)
+        mod = self.t_block(t_emb).view(B, 6, -1)                                                    # adaLN-single
+        text, text_mask = self.embed_text(text, text_mask)
+        grad = torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad and frozen_blocks == 0):
+            h = self.embed_tokens(x, control, view)                                                 # (B, V N, d)
+        for k, block in enumerate(self.blocks):
+            with torch.set_grad_enabled(grad and k >= frozen_blocks):
+                inputs = h, mod, text, text_mask, None if shift is None else shift[k]
+                recompute = self.grad_checkpointing and torch.is_grad_enabled()
+                h = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+        shift_out, scale_out = (self.final_table + t_emb[:, None]).unsqueeze(2).unbind(1)
+        out = self.unpatchify(self.final_linear(modulate(self.final_norm(h), shift_out, scale_out)), V)
+        out = out[:, :, :self.config.channels]                                                      # the epsilon half
+        if self.config.output_skip:  # near t = T x0 = (x_t - sigma eps) / signal would amplify errors of a bare eps
+            signal, sigma = (table[t.long()].view(B, 1, 1, 1, 1) for table in _signal_and_noise(x.device))
+            out = sigma * x + signal * out
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: safetensors, whose metadata hold the configuration (a model file alone rebuilds its model)
+
+
+def save_tensors(path, tensors, **metadata):
+    """Writes {name: tensor} with JSON metadata to a temporary name and moves it into place."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    partial = f"{path}.{os.getpid()}.tmp"
+    try:
+        save_file(tensors, partial, {key: json.dumps(value) for key, value in metadata.items()})
+        os.replace(partial, path)
+    except SafetensorError as error:  # the library's own error for a full or read-only disk
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def load_tensors(path, device="cpu"):
+    """Reads what `save_tensors` wrote: ({name: tensor}, metadata). Raises FileNotFoundError, or ValueError if damaged."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file (cut off, or another type): {error}") from None
+
+
+def save_model(path, config, model=None, shifters=None, dtype=None, **metadata):
+    """Writes a model, its Domain Shifters, or both, which `load_model` and `load_shifters` read back."""
+    tensors = {} if model is None else dict(model.state_dict())
+    if shifters is not None:
+        tensors |= {f"shifters.{name}": tensor for name, tensor in shifters.state_dict().items()}
+    tensors = {name: tensor.to(dtype) if dtype else tensor for name, tensor in tensors.items()}
+    save_tensors(path, tensors, config=asdict(config), **metadata)
+
+
+def read_config(path, metadata):
+    """The Config in a checkpoint's metadata. Raises ValueError if it has none or of another version."""
+    stored = metadata.get("config")
+    if not isinstance(stored, dict) or set(stored) != {field.name for field in fields(Config)}:
+        raise ValueError(f"{path} is not a checkpoint of this project: its metadata hold no matching config")
+    return Config(**stored)
+
+
+def require_config(path, found, expected):
+    """Raises ValueError, naming the fields in which the checkpoint's Config is not the expected one."""
+    found, expected = asdict(found), asdict(expected)
+    other = [f"{name} {found[name]} (expected {expected[name]})" for name in found if found[name] != expected[name]]
+    if other:
+        raise ValueError(f"{path} is a checkpoint of another configuration: {', '.join(other)}")
+
+
+def load_model(path, device="cpu", config=None):
+    """Rebuilds a model in fp32 from its file alone; with `config`, it must be of that configuration.
+
+    Raises FileNotFoundError, or ValueError with one line: damaged, no model in it, or of another configuration.
+    """
+    tensors, metadata = load_tensors(path)
+    found = read_config(path, metadata)
+    if config is not None:
+        require_config(path, found, config)
+    model = DiT(found)
+    weights = {name: tensor.float() for name, tensor in tensors.items() if not name.startswith("shifters.")}
+    if not weights:
+        raise ValueError(f"{path} holds Domain Shifters only; a model is needed here")
+    load_strictly(model, weights, path)
+    return model.to(device)
+
+
+def load_strictly(module, weights, path):
+    """module.load_state_dict, with every misfit named in one line (ValueError)."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    misfit = sorted(f"{name} {given.get(name, 'missing')}" for name in shapes.keys() | given.keys()
+                    if shapes.get(name) != given.get(name))
+    if misfit:
+        raise ValueError(f"{path} does not fit the model: {', '.join(misfit[:4])}{', ...' if len(misfit) > 4 else ''}")
+    module.load_state_dict(weights)
+
+
+# PixArt-alpha's own name for each part of ours, and the diffusers one (several: stacked along the rows)
+PIXART_NAMES = {
+    "x_embedder": ("x_embedder.proj", "pos_embed.proj"),
+    "t_embedder.0": ("t_embedder.mlp.0", "adaln_single.emb.timestep_embedder.linear_1"),
+    "t_embedder.2": ("t_embedder.mlp.2", "adaln_single.emb.timestep_embedder.linear_2"),
+    "t_block.1": ("t_block.1", "adaln_single.linear"),
+    "text_embedder.0": ("y_embedder.y_proj.fc1", "caption_projection.linear_1"),
+    "text_embedder.2": ("y_embedder.y_proj.fc2", "caption_projection.linear_2"),
+    "final_linear": ("final_layer.linear", "proj_out"),
+    "final_table": ("final_layer.scale_shift_table", "scale_shift_table"),
+}
+PIXART_BLOCK_NAMES = {
+    "scale_shift_table": ("scale_shift_table", "scale_shift_table"),
+    "attn.qkv": ("attn.qkv", "attn1.to_q attn1.to_k attn1.to_v"),
+    "attn.proj": ("attn.proj", "attn1.to_out.0"),
+    "cross_attn.q": ("cross_attn.q_linear", "attn2.to_q"),
+    "cross_attn.kv": ("cross_attn.kv_linear", "attn2.to_k attn2.to_v"),
+    "cross_attn.proj": ("cross_attn.proj", "attn2.to_out.0"),
+    "mlp.0": ("mlp.fc1", "ff.net.0.proj"),
+    "mlp.2": ("mlp.fc2", "ff.net.2"),
+}
+
+
+def load_pixart(path, num_heads=16, image_size=64, pos_scale=1.0):
+    """Loads PixArt-alpha weights (safetensors, original or diffusers names) into a DiT with control and view inputs.
+
+    image_size is in latent pixels. All else follows from the shapes; the control and view weights start at zero, so
+    the model returned is PixArt-alpha. Raises ValueError naming tensors that are missing or left over.
+    """
+    source, _ = load_tensors(path)
+    source = {name: tensor for name, tensor in source.items() if name not in ("pos_embed", "pos_embed.pos_embed")}
+    source.pop("y_embedder.y_embedding", None)                      # PixArt's null caption; not a weight of the network
+    names, prefix = (1, "transformer_blocks") if "pos_embed.proj.weight" in source else (0, "blocks")
+    depth = 1 + max((int(name.split(".")[1]) for name in source if name.startswith(f"{prefix}.")), default=-1)
+    table = {ours: theirs[names] for ours, theirs in PIXART_NAMES.items()}
+    table |= {f"blocks.{k}.{ours}": " ".join(f"{prefix}.{k}.{part}" for part in theirs[names].split())
+              for k in range(depth) for ours, theirs in PIXART_BLOCK_NAMES.items()}
+    weights = {}
+    for ours, theirs in table.items():
+        for suffix in ("",) if theirs.endswith("table") else (".weight", ".bias"):
+            parts = [source.pop(part + suffix, None) for part in theirs.split()]
+            if any(part is None for part in parts):
+                raise ValueError(f"{path} is not a PixArt-alpha checkpoint: {theirs}{suffix} is missing")
+            weights[ours + suffix] = torch.cat(parts).float()
+    if source:
+        raise ValueError(f"{path} holds tensors of no PixArt-alpha model: {', '.join(sorted(source)[:4])}")
+    width, channels, patch, _ = weights["x_embedder.weight"].shape
+    config = Config(image_size, patch, channels, len(weights["final_linear.weight"]) // patch ** 2, 2 * channels, 4,
+                    depth, width, num_heads, weights["text_embedder.0.weight"].shape[1], 120, 0, False, False, pos_scale)
+    model = DiT(config)
+    added = {name: model.state_dict()[name] for name in ("control_embedder.weight", "view_encoding")}
+    load_strictly(model, weights | added, path)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launching: the same script runs alone or under torchrun
+
+
+def launch(threads=None):
+    """Joins torchrun's process group where there is one (NCCL on CUDA, gloo else); returns (device, rank, world).
+
+    RANK decides who writes, LOCAL_RANK which GPU is used, so that several nodes work.
+    """
+    rank, local, world = (int(os.environ.get(key, default)) for key, default in
+                          (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if threads:
+        torch.set_num_threads(threads)
+    device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else
+                          "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, rank, world
+
+
+def run_cli(main):
+    """Runs a script's main(): bad input ends in one line and exit code 1 (argparse: 2), never in a traceback."""
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")         # sys.exit prints a string to stderr and exits with 1
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

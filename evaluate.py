@@ -1,0 +1,225 @@
+"""
+Measures of the toy world, calibrated on its oracle: what a perfect model would score (issue 2, section 1).
+
+    python evaluate.py oracle                       # perfect photos and perfect renders through every toy measure
+
+Each measure is a plain function of images in [0, 1], (B, V, 3, H, W).
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shape: is the object where the control says?
+
+def silhouette(image, threshold=0.08):
+    """Images (..., 3, H, W) in [0, 1] -> bool (..., 1, H, W): pixels that differ from the white background."""
+    return (1 - image).amax(dim=-3, keepdim=True) > threshold
+
+
+def silhouette_iou(image, mask):
+    """Images (B, V, 3, H, W) in [0, 1], coverage (B, V, 1, H, W) in [0, 1] -> IoU per object (B,).
+
+    Pixels covered in part are left out of the count: they may rightly be read either way.
+    """
+    seen, there = silhouette(image), mask == 1
+    counted = there | (mask == 0)
+    both = (seen & there & counted).flatten(1).sum(dim=1)
+    either = ((seen | there) & counted).flatten(1).sum(dim=1)
+    return both / either.clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3D consistency: each view predicted from the others (the leave-one-out form of the paper's re-rendering, Sec. 5).
+
+def sample(maps, column, row):
+    """Bilinear values of maps (B, C, H, W) at pixel coordinates (B, H', W'), centres at + 0.5 -> (B, C, H', W')."""
+    height, width = maps.shape[-2:]
+    grid = torch.stack([2 * column / width - 1, 2 * row / height - 1], dim=-1)
+    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def leave_one_out_psnr(image, position, normal, mask, azimuth=data.AZIMUTHS, elevation=data.ELEVATION):
+    """PSNR in dB per object (B,) of each view against its prediction from the other views, and the covered share (B,).
+
+    image (B, V, 3, H, W) in [0, 1]; position, normal (B, V, 3, H, W); mask (B, V, 1, H, W) coverage. A surface point
+    counts where a second view sees it: the other view's position map, read where the point falls, shows the same point.
+    Several views that see it are averaged with the squared cosine of the angle they see it under. NaN: nothing covered.
+    """
+    views = image.shape[1]
+    whole = (mask == 1).float()                                         # at an edge a pixel mixes two places
+    near = 0.2 * 2 * data.EXTENT / image.shape[-1]                      # the same point: within a fifth of a pixel
+    error, count = torch.zeros(len(image)), torch.zeros(len(image))
+    for i in range(views):
+        total, weights = 0, 0
+        for j in (j for j in range(views) if j != i):
+            column, row, _ = data.project(position[:, i], azimuth[j], elevation)
+            maps = torch.cat([image[:, j], position[:, j], whole[:, j]], dim=1)
+            color, point, valid = sample(maps, column, row).split([3, 3, 1], dim=1)
+            forward = data.camera(azimuth[j], elevation)[2].to(image)
+            cosine = -(normal[:, i] * forward[:, None, None]).sum(dim=1, keepdim=True)
+            same = (point - position[:, i]).norm(dim=1, keepdim=True) < near
+            weight = (cosine.clamp(min=0)**2) * (cosine > 0.2) * same * (valid > 0.999) * whole[:, i]
+            total, weights = total + weight * color, weights + weight
+        seen = (weights > 0).float()
+        difference = (total / weights.clamp(min=1e-9) - image[:, i])**2 * seen
+        error, count = error + difference.mean(dim=1).flatten(1).sum(dim=1), count + seen.flatten(1).sum(dim=1)
+    share = count / (mask == 1).flatten(1).sum(dim=1)
+    return -10 * torch.log10((error / count).clamp(min=1e-10)), share
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Domain: a small network that knows photos from renders, and whose features the distances are taken on.
+
+class FeatureNet(nn.Module):
+    """Reads category, colour, material and domain (0 render, 1 photo) off images (N, 3, H, W) in [0, 1]."""
+    heads = dict(category=len(data.CATEGORIES), color=len(data.COLORS), material=len(data.MATERIALS), domain=2)
+
+    def __init__(self, width=64):
+        super().__init__()
+        stage = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.GroupNorm(8, o), nn.ReLU(), nn.MaxPool2d(2))
+        self.body = nn.Sequential(stage(3, 32), stage(32, 64), stage(64, 64), nn.Conv2d(64, width, 3, padding=1))
+        self.head = nn.Linear(width, sum(self.heads.values()))
+
+    def pool(self, images):
+        maps = self.body(images * 2 - 1)
+        pooled = maps.relu().mean(dim=(2, 3)) + maps.amax(dim=(2, 3))                           # (N, width)
+        return pooled * pooled.square().mean(dim=1, keepdim=True).add(1e-6).rsqrt()             # scale tells nothing
+
+    def forward(self, images):
+        """-> dict of logits (N, number of classes), one per head."""
+        return dict(zip(self.heads, self.head(self.pool(images)).split(list(self.heads.values()), dim=1)))
+
+    @torch.no_grad()
+    def features(self, images, batch=512):
+        """(N, 3, H, W) in [0, 1] -> (N, F) float32."""
+        return torch.cat([self.pool(part) for part in images.split(batch)])
+
+    def photo_probability(self, images):
+        """(N, 3, H, W) in [0, 1] -> (N,): how surely each is a photo and not a render."""
+        with torch.no_grad():
+            return self.head(self.features(images))[:, -2:].softmax(dim=1)[:, 1]
+
+
+def disturb(images, generator):
+    """Shift, gain, blur and noise, the same kinds in both domains, so that neither grain nor sharpness tells them."""
+    n, size = len(images), images.shape[-1]
+    draw = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
+    offset = torch.randint(0, 5, (2,), generator=generator).tolist()
+    images = F.pad(images, (2, 2, 2, 2), value=1.)[..., offset[0]:offset[0] + size, offset[1]:offset[1] + size]
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    images = images + draw(-.5, .6).clamp(min=0) * (blurred - images)
+    noise = torch.randn(images.shape, generator=generator) * draw(-.02, .04).clamp(min=0)
+    return (1 - (1 - images) * draw(.9, 1.1) + noise).clamp(0, 1)
+
+
+def train_feature_net(folder="runs/data", num=3000, steps=1200, size=32, seed=11):
+    """FeatureNet trained on photos and renders of num objects (about a minute), kept in folder; the same for all runs."""
+    def build():
+        assets = data.sample_assets(num, seed)
+        azimuth = 90. * torch.arange(num)[:, None].remainder(4)
+        images = torch.cat([data.render(assets, azimuth, style, size=size, geometry=False, seed=seed).rgb[:, 0]
+                            for style in ("render", "photo")])
+        labels = torch.stack([*(field.repeat(2) for field in assets[:3]), torch.arange(2).repeat_interleave(num)], dim=1)
+        labels[:num, 2] = -100                                          # a render does not show its material
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = FeatureNet()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+        for _ in tqdm(range(steps), desc="feature net", leave=False):
+            pick = torch.randint(0, 2 * num, (96,), generator=generator)
+            logits = net(disturb(images[pick], generator))
+            loss = sum(F.cross_entropy(z, labels[pick, k]) for k, z in enumerate(logits.values()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        return net.state_dict()
+    key = dict(kind="feature net", num=num, steps=steps, size=size, seed=seed)
+    net = FeatureNet()
+    net.load_state_dict(data.cached(Path(folder) / f"features_{num}_{steps}_{size}_{seed}.safetensors", key, build))
+    return net.eval().requires_grad_(False)
+
+
+def frechet_distance(a, b):
+    """Frechet distance of two Gaussians fitted to features (N, F) and (M, F); float64, any N and M above 1 (FID).
+
+    The trace of the root of the product of the covariances is the nuclear norm of A B^T, A and B the centred features
+    over sqrt(N - 1): no matrix root that could turn complex, and rank-deficient covariances are as good as others.
+    """
+    a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"Frechet distance of {len(a)} and {len(b)} images: give at least two of each")
+    gap = a.mean(axis=0) - b.mean(axis=0)
+    a, b = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (a, b))
+    spread = (a**2).sum() + (b**2).sum()
+    a, b = (np.linalg.qr(x, mode="r") for x in (a, b))                  # (min(N, F), F): the rotation changes no norm
+    return float(gap @ gap + spread - 2 * np.linalg.svd(a @ b.T, compute_uv=False).sum())
+
+
+def kernel_distance(a, b):
+    """Unbiased squared MMD of features (N, F) and (M, F) with the kernel (x y / F + 1)^3; float64, all pairs (KID)."""
+    a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"kernel distance of {len(a)} and {len(b)} images: give at least two of each")
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1)**3
+    own = lambda x: (kernel(x, x).sum() - np.trace(kernel(x, x))) / (len(x) * (len(x) - 1))
+    return float(own(a) + own(b) - 2 * kernel(a, b).mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The oracle: what perfect photos and perfect renders score.
+
+def oracle(folder="runs/data", num=64):
+    """Dict of (perfect photos, perfect renders, target) per measure on num held-out objects."""
+    held = data.evaluation_set(num, folder=folder)
+    net = train_feature_net(folder)
+    mask = held["mask"] / 255
+    pictures = {name: held[name] / 255 for name in ("photo", "image")}
+    iou = [silhouette_iou(x, mask).mean().item() for x in pictures.values()]
+    psnr, share = zip(*(leave_one_out_psnr(x, held["position"], held["normal"], mask) for x in pictures.values()))
+    real = data.photo_set(4 * num, folder=folder)["image"].flatten(0, 1) / 255
+    features = [net.features(x.flatten(0, 1)) for x in (real[:, None], *pictures.values())]
+    rows = {"silhouette IoU": (*iou, ">= 0.98"),
+            "leave-one-out PSNR (dB)": (*(x.nanmean().item() for x in psnr), ">= 30"),
+            "  surface seen twice (share)": (*(x.mean().item() for x in share), "")}
+    labels = held["labels"].repeat_interleave(held["image"].shape[1], dim=0)
+    for k, head in enumerate(FeatureNet.heads):
+        right = []
+        for domain, name in ((1, "photo"), (0, "image")):
+            truth = labels[:, k] if k < 3 else torch.full((len(labels),), domain)
+            with torch.no_grad():
+                right.append((net(pictures[name].flatten(0, 1))[head].argmax(dim=1) == truth).float().mean().item())
+        if head == "material":
+            right[1] = float("nan")                                     # renders do not show it
+        rows[f"{head} read right"] = (*right, ">= 0.99" if head == "domain" else "")
+    rows["Frechet distance to photos"] = (*(frechet_distance(features[0], x) for x in features[1:]), "small, large")
+    rows["kernel distance x1000"] = (*(1000 * kernel_distance(features[0], x) for x in features[1:]), "~ 0, large")
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description="measure")
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("oracle", help="perfect photos and renders through every toy measure")
+    sub.add_argument("--folder", default="runs/data", help="where sets and the feature net are kept")
+    sub.add_argument("--num", type=int, default=64, help="held-out objects")
+    args = parser.parse_args()
+    if args.command == "oracle":
+        print(f"{'':32}{'photos':>10}{'renders':>10}  target    ({args.num} held-out objects, four views)")
+        for name, (photos, renders, target) in oracle(args.folder, args.num).items():
+            print(f"{name:32}{photos:10.3f}{renders:10.3f}  {target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Sampling (Sec. 4.3, B.3): DDIM, guidance on the text, Domain Shifters switched by block and by timestep.
+
+    python sample.py                                        # an object of the toy world, from the shipped weights
+    python sample.py --object 3 7 --domain shifted          # objects 3 and 7 of the held-out ones, shifted mode only
+    python sample.py --model runs/toy/realiz3d_text.safetensors --prompt "a red wooden mug"     # four views from text
+    python sample.py --model weights/toy_base.safetensors --prompt "photo of a red wooden mug"  # the base model
+    torchrun --nproc_per_node=8 sample.py --real_set runs/toy/sets/real.safetensors             # the real set (C.1)
+
+The picture has a row for the control maps and one for each domain mode, with the four views side by side.
+"""
+import argparse
+import math
+import os
+
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+import data
+from dit import DiT, T, alphas_cumprod, launch, load_model, load_tensors, run_cli, save_tensors, seeded_generator
+from domain_shifter import REAL, SYN, ShiftedDiT, load_shifters, shifted_domains, uniform_domains
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DDIM (Song et al. 2021; 50 steps in Sec. B.3)
+
+
+def ddim_timesteps(num_steps, spacing="trailing"):
+    """The timesteps DDIM visits, from noise to image: (num_steps,) decreasing integers in [0, T).
+
+    "trailing" ends on T - 1, so three of 50 steps lie at t >= t_max = 950; "leading" and "linspace" as in diffusers.
+    """
+    if not 1 <= num_steps <= T:
+        raise ValueError(f"num_steps must lie in 1..{T}, not {num_steps}")
+    if spacing == "trailing":
+        steps = torch.arange(T, 0, -T / num_steps, dtype=torch.float64).round() - 1
+    elif spacing == "leading":
+        steps = torch.arange(num_steps, dtype=torch.float64).flip(0) * (T // num_steps)
+    elif spacing == "linspace":
+        steps = torch.linspace(0, T - 1, num_steps, dtype=torch.float64).flip(0).round()
+    else:
+        raise ValueError(f"spacing must be trailing, leading or linspace, not {spacing!r}")
+    return steps.long()[:num_steps]
+
+
+def ddim_sample(predict_noise, x, num_steps=50, spacing="trailing", clip_x0=False):
+    """DDIM (Song et al. 2021, eq. 12 with sigma = 0): from noise x (B, ...) at t = T to an image of the same shape.
+
+    predict_noise(x, t): epsilon like x, at t, a scalar integer tensor. clip_x0: keep the predicted image in [-1, 1],
+    which only makes sense where x is pixels.
+    """
+    for t in ddim_timesteps(num_steps, spacing):
+        eps = predict_noise(x, t.to(x.device))
+        previous = int(t) - T // num_steps
+        alpha_bar = float(alphas_cumprod[t])
+        alpha_bar_previous = float(alphas_cumprod[previous]) if previous >= 0 else 1.0
+        x0 = (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar ** 0.5
+        if clip_x0:
+            x0 = x0.clamp(-1, 1)
+            eps = (x - alpha_bar ** 0.5 * x0) / (1 - alpha_bar) ** 0.5
+        x = alpha_bar_previous ** 0.5 * x0 + (1 - alpha_bar_previous) ** 0.5 * eps
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What DDIM asks for: guided noise, in a domain
+
+
+def domain_mode(mode, num_blocks, B_max=0.3, t_max=950):
+    """"real", "syn" or "shifted" (Sec. 4.3) -> a function of t (B,) that gives the (N_B, B) table of domains."""
+    if mode == "shifted":
+        return lambda t: shifted_domains(t, num_blocks, B_max, t_max)
+    domain = {"real": REAL, "syn": SYN}[mode]
+    return lambda t: uniform_domains(domain, num_blocks, len(t), t.device)
+
+
+def guided_noise(network, text, null_text, domains, cfg_scale, **inputs):
+    """predict_noise(x, t) for `ddim_sample`: classifier-free guidance on the text alone (Sec. B.3).
+
+    network: ShiftedDiT. text: (B, L) or (B, L, D); null_text: (1, L) or (1, L, D), the empty caption. domains: from
+    `domain_mode`. inputs: control, view, text_mask; they stay on in both passes, which run as one batch.
+    """
+    def predict_noise(x, t):
+        t = t.expand(len(x))
+        if cfg_scale == 1:
+            return network(x, t, text, domains(t), **inputs)
+        both = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, null_text.expand_as(text)]),
+                       domains(torch.cat([t, t])), **{k: torch.cat([v, v]) for k, v in inputs.items()})
+        with_text, without_text = both.chunk(2)
+        return without_text + cfg_scale * (with_text - without_text)
+    return predict_noise
+
+
+@torch.no_grad()
+def sample_images(network, text, mode="real", views=1, control=None, seed=0, first=0, cfg_scale=3.0, num_steps=50,
+                  spacing="trailing", B_max=0.3, t_max=950, use_views=True, batch=64, progress=None):
+    """Samples one grid per caption.
+
+    network: ShiftedDiT of a model that embeds token ids. text: (N, L) ids. views: images a grid, V; 1 is single-image
+    mode. control: (N, V, C_c, H, W) or None. Sample k (numbered from `first`) starts from noise of its own generator,
+    (seed, k), so it does not depend on batch size or on how samples are spread over ranks.
+    Returns (N, V, C, H, W) in the model's range, on the CPU.
+    """
+    config, device = network.dit.config, next(network.parameters()).device
+    null_text = data.tokenize([""]).to(device)
+    domains = domain_mode(mode, config.depth, B_max, t_max)
+    images = []
+    for start in range(0, len(text), batch):
+        rows = range(start, min(start + batch, len(text)))
+        shape = (views, config.channels, config.image_size, config.image_size)
+        x = torch.stack([torch.randn(shape, generator=seeded_generator(seed, first + k)) for k in rows]).to(device)
+        inputs = {} if control is None else {"control": control[rows.start:rows.stop].float().to(device)}
+        if views > 1 and use_views:
+            inputs["view"] = torch.arange(views, device=device).expand(len(rows), views)
+        noise = guided_noise(network, text[rows.start:rows.stop].to(device), null_text, domains, cfg_scale, **inputs)
+        images.append(ddim_sample(noise, x, num_steps, spacing, clip_x0=config.output_skip).cpu())
+        if progress is not None:
+            progress.update(len(rows))
+    return torch.cat(images)
+
+
+def load_network(path, device="cpu", config=None, shifters=None):
+    """ShiftedDiT from a checkpoint: its model, and its Domain Shifters or those of the file `shifters`, if any."""
+    model = load_model(path, device, config)
+    return ShiftedDiT(model, load_shifters(shifters or path, device, model.config)).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real set: what the base model itself draws (Sec. 5, C.1)
+
+
+def write_real_set(path, base, num_assets, seed=0, num_steps=20, cfg_scale=3.0, chunk=64, launched=None):
+    """Draws four images a caption with the base model and writes the real set of stage 1 and 2, over all ranks.
+
+    path: the safetensors to write: {"image": uint8 (N, 1, 3, H, W), "text": (N, L)}, N = 4 num_assets, the captions
+    without the view phrase that they were drawn with. Chunks of images are written on the way, each a pure function
+    of the base model, seed and its place, so that a run that was stopped goes on where it was.
+    """
+    device, rank, world = launched or launch()
+    network = load_network(base, device)
+    draw, train = data.real_captions(data.sample_assets(num_assets, data.SEEDS["synthetic"]))
+    size = network.dit.config.image_size
+    parts, key = f"{path}.parts", dict(base=file_id(base), num_assets=num_assets, seed=seed, num_steps=num_steps,
+                                       cfg_scale=cfg_scale, size=size, world=data.WORLD_VERSION)
+    if up_to_date(path, key):
+        return
+    starts = range(0, len(draw), chunk)
+    text = data.tokenize(draw)
+    with tqdm(total=len(draw[rank * chunk::world]) or None, desc="real set, drawn by the base model", unit="image",
+              disable=rank > 0) as progress:
+        progress.reset(total=sum(len(text[s:s + chunk]) for s in starts[rank::world]))
+        for start in starts[rank::world]:
+            part = f"{parts}/{start:08d}.safetensors"
+            if up_to_date(part, key):
+                progress.update(len(text[start:start + chunk]))
+                continue
+            images = sample_images(network, text[start:start + chunk], seed=seed, first=start, cfg_scale=cfg_scale,
+                                   num_steps=num_steps, batch=chunk, progress=progress)
+            save_tensors(part, {"image": data.to_uint8(images)}, key=key)
+    if world > 1:
+        torch.distributed.barrier()
+    if rank == 0:
+        images = torch.cat([load_tensors(f"{parts}/{start:08d}.safetensors")[0]["image"] for start in starts])
+        save_tensors(path, {"image": images, "text": data.tokenize(train)}, key=key)
+        for start in starts:
+            os.remove(f"{parts}/{start:08d}.safetensors")
+        os.rmdir(parts)
+        save_picture(f"{path.removesuffix('.safetensors')}.png",
+                     [(caption, image) for caption, image in zip(train[:32:4], images[:32].unflatten(0, (8, 4))[:, :, 0])])
+    if world > 1:
+        torch.distributed.barrier()
+
+
+def up_to_date(path, key):
+    """Whether `path` is a readable file made with this key."""
+    try:
+        return load_tensors(path)[1].get("key") == key
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def file_id(path):
+    """Name and size of a checkpoint with a checksum of its first tensors: changes when the checkpoint does."""
+    tensors, _ = load_tensors(path)
+    return [os.path.basename(path), sum(float(tensor.double().abs().sum()) for tensor in tensors.values())]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def save_picture(path, rows, scale=3, columns_title=None):
+    """Writes labelled rows of images as one PNG: rows = [(label, uint8 (n, 3, H, W)), ...]."""
+    label_width, pad = 8 + 6 * max(len(label) for label, _ in rows), 2
+    size = rows[0][1].shape[-1] * scale + pad
+    width, top = label_width + size * max(len(images) for _, images in rows), 16 if columns_title else 0
+    sheet = Image.new("RGB", (width, top + size * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k, title in enumerate(columns_title or ()):
+        pen.text((label_width + size * k, 2), title, "black")
+    for r, (label, images) in enumerate(rows):
+        pen.text((4, top + size * r + size // 2 - 6), label, "black")
+        for k, image in enumerate(images):
+            tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size - pad,) * 2, Image.NEAREST)
+            sheet.paste(tile, (label_width + size * k, top + size * r))
+    save_image(path, sheet)
+
+
+def save_image(path, image):
+    """Writes a PIL image to a temporary name and moves it into place."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    image.save(f"{path}.tmp", "PNG")
+    os.replace(f"{path}.tmp", path)
+
+def save_plot(path, curves, x_label, y_label, log_y=False, size=(640, 360)):
+    """Writes a line plot as PNG: curves = {name: [(x, y), ...]}."""
+    (width, height), left, bottom = size, 60, 36
+    points = [point for curve in curves.values() for point in curve]
+    scale_y = (lambda y: math.log10(max(y, 1e-12))) if log_y else float
+    (x0, x1), (y0, y1) = [(min(v), max(v) + (max(v) == min(v))) for v in
+                          ([x for x, _ in points], [scale_y(y) for _, y in points])]
+
+    def place(x, y):
+        return (left + (x - x0) / (x1 - x0) * (width - left - 12),
+                height - bottom - (scale_y(y) - y0) / (y1 - y0) * (height - bottom - 12))
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.rectangle([left, 12, width - 12, height - bottom], outline="black")
+    for k in range(5):
+        x, y = x0 + (x1 - x0) * k / 4, y0 + (y1 - y0) * k / 4
+        y = 10 ** y if log_y else y
+        pen.text((place(x, points[0][1])[0] - 12, height - bottom + 4), f"{x:.4g}", "black")
+        pen.text((4, place(x0, y)[1] - 6), f"{y:.3g}", "black")
+    pen.text((width // 2, height - 16), x_label, "black")
+    pen.text((left + 8, 16), y_label, "black")
+    for k, (name, curve) in enumerate(sorted(curves.items())):
+        color = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")[k % 5]
+        pen.line([place(x, y) for x, y in sorted(curve)], color, 2)
+        pen.text((width - 100, 16 + 14 * k), name, color)
+    save_image(path, sheet)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def default_model(preset="toy", task="texturing"):
+    """The newest trained model: the run folder's, else the one that comes with the repository."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    paths = [f"runs/{preset}/realiz3d_{task}.safetensors", f"{here}/weights/{preset}_realiz3d_{task}.safetensors"]
+    for path in paths:
+        if os.path.isfile(path):
+            return path
+    raise FileNotFoundError(f"no model at {' or '.join(paths)}: train one with python train_stage2.py --preset "
+                            f"{preset} --task {task}, or name one with --model")

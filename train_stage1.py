@@ -1,0 +1,574 @@
+"""The training loop of the project, the base model of the toy world, and stage 1: the Domain Shifters (Sec. 4.1, B.1).
+
+    python train_stage1.py --stage base                        # pretrain the toy base model (the repository ships one)
+    python train_stage1.py                                     # stage 1 of the toy: CPU, MPS or one GPU
+    torchrun --nproc_per_node=8 train_stage1.py --preset small # eight GPUs
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_stage1.py --preset full \\
+        --base pixart.safetensors --synthetic synthetic.safetensors --real real.safetensors      # two nodes
+
+Stage 1 freezes the base model and fits one Domain Shifter per block to both domains: empty control, single-image
+mode, plain epsilon loss. To resume any training, run the same command again.
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from glob import glob
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import sample
+from dit import (LOSS_BINS, PRESETS, DiT, T, add_noise, epsilon_loss, launch, load_model, load_pixart, load_tensors,
+                 run_cli, save_model, save_tensors, seeded_generator)
+from domain_shifter import REAL, SYN, DomainShifters, ShiftedDiT, uniform_domains
+
+DOMAINS = {"syn": SYN, "real": REAL}
+
+# Images are counted in grids of V = 4 views in stages 1 and 2 (a real grid: four single images), one by one at base.
+#                            steps  batch  lr    warmup  weight decay  EMA
+DEFAULTS = {
+    ("toy", "base"):        (3600,    64, 1e-3,    200,         0.01, 0.998),
+    ("toy", "stage1"):      ( 300,     8, 1e-3,     20,          0.0,   0.0),
+    ("toy", "stage2"):      (1000,     8, 2e-4,     50,         0.01,  0.99),
+    ("small", "base"):      (100000, 256, 3e-4,   1000,         0.01, 0.9999),
+    ("small", "stage1"):    (2000,    16, 5e-4,    100,          0.0,   0.0),
+    ("small", "stage2"):    (20000,   16, 5e-5,    200,         0.01, 0.999),
+    ("full", "stage1"):     (2350,     8, 5e-5,    100,          0.0,   0.0),    # 120K assets / 512 grids a step: 235
+    ("full", "stage2"):     (4700,     8, 5e-5,    100,         0.01,   0.0),    # steps an epoch and domain, 10 epochs
+}
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one training step does: a pure function of (seed, step), so that ranks and restarts agree."""
+    domain: str                 # key of the data set: "base", "syn" or "real"
+    visit: int                  # how many steps before this one used that set: where its data order stands
+    reassigned_blocks: int = 0  # j of domain reassignment (Sec. 4.2)
+    frozen_blocks: int = 0      # i of layer-aware training (Sec. 4.2)
+
+    def domains(self, num_blocks, batch, device):
+        """The (N_B, B) table of domains in which the blocks run."""
+        table = uniform_domains(DOMAINS.get(self.domain, REAL), num_blocks, batch, device)
+        table[:self.reassigned_blocks] = SYN
+        return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data order and noise: pure functions of (seed, epoch, index) and (seed, step, sample)
+
+
+def data_indices(num, first, count, *key):
+    """Which samples stand at places first .. first + count - 1 of the endless shuffled order of a set of `num`."""
+    places = torch.arange(first, first + count)
+    orders = {epoch: torch.randperm(num, generator=seeded_generator(*key, epoch))
+              for epoch in (places // num).unique().tolist()}
+    return torch.stack([orders[int(place) // num][place % num] for place in places])
+
+
+def draw_noise(shape, seed, step, first, count, device):
+    """For `count` samples from number `first` of this step: t (B,), noise (B, *shape) and u (B,) uniform in [0, 1).
+
+    Every sample has a generator of its own, so two ranks with half the batch draw what one rank draws with all of it.
+    """
+    draws = []
+    for k in range(first, first + count):
+        generator = seeded_generator(seed, step, k, device=device)
+        draws.append((torch.randint(T, (), generator=generator, device=device),
+                      torch.randn(shape, generator=generator, device=device),
+                      torch.rand((), generator=generator, device=device)))
+    return [torch.stack(column) for column in zip(*draws)]
+
+
+def denoising_loss(network, batch, iteration, null, seed, step, first, text_dropout):
+    """The epsilon loss of one batch, for every stage and domain (Sec. 4).
+
+    network: ShiftedDiT, perhaps in DDP. batch: "image" (B, V, C, H, W) and "text", perhaps "text_mask", "control" and
+    "view" (absent: empty). null: the empty caption, what text is replaced by with probability text_dropout.
+    Returns as `epsilon_loss`.
+    """
+    inputs = dict(batch)
+    x0 = data.to_pixels(inputs.pop("image"))                                                        # (B, V, C, H, W)
+    t, noise, u = draw_noise(x0.shape[1:], seed, step, first, len(x0), x0.device)
+    for key in null:
+        dropped = (u < text_dropout).view(-1, *[1] * (inputs[key].dim() - 1))
+        inputs[key] = torch.where(dropped, null[key], inputs[key])
+    config = getattr(network, "module", network).dit.config
+    domains = iteration.domains(config.depth, len(x0), x0.device)
+    prediction = network(add_noise(x0, noise, t), t, domains=domains, frozen_blocks=iteration.frozen_blocks, **inputs)
+    return epsilon_loss(prediction, noise, t)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop
+
+
+def train(network, sets, plan, args, out, launched, preview=None):
+    """Trains the parameters of `network` that require a gradient; resumes from the newest readable state in `out`.
+
+    network: ShiftedDiT. sets: {domain: {"image": (N, V, C, H, W), "text": ..., ...}}. plan(step) -> Iteration.
+    args: from `parse_args`. out: folder for states, log.jsonl and pictures. launched: (device, rank, world).
+    preview(path): draws a picture of samples. Afterwards `network` holds the EMA weights where args.ema > 0.
+    Returns the mean loss by domain over the last tenth of the steps. Raises FloatingPointError at a non-finite loss.
+    """
+    device, rank, world = launched
+    check_settings(sets, args, world)
+    params = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(params.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
+                                  fused=device.type == "cuda")
+    ema = {name: p.detach().clone() for name, p in params.items()} if args.ema else {}
+    start = load_state(out, params, ema, optimizer, args)
+    describe(network, params, sets, args, out, launched, start)
+    model = DistributedDataParallel(network, find_unused_parameters=True) if world > 1 else network
+    if args.compile:
+        for block in network.dit.blocks:
+            block.compile()
+    network.dit.grad_checkpointing = args.grad_checkpointing
+    autocast = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
+    null = {"text": data.tokenize([""]).to(device)} if network.dit.config.vocab_size else {}
+    log = Log(out, args, launched, start)
+    stop = catch_sigterm()
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.name, disable=rank > 0)
+    for step in bar:
+        iteration = plan(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        dataset = sets[iteration.domain]
+        rows = args.batch * args.images_per_sample // dataset["image"].shape[1]     # per rank
+        first = rank * rows                                                         # this rank's place in the step
+        index = data_indices(len(dataset["image"]), iteration.visit * rows * world + first, rows, args.seed,
+                             ("base", "syn", "real").index(iteration.domain))
+        batch = {key: value[index].to(device, non_blocking=True) for key, value in dataset.items()}
+        with autocast:
+            loss, bins = denoising_loss(model, batch, iteration, null, args.seed, step, first, args.text_dropout)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params.values(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)   # None, not zero: AdamW would move a frozen block on a zero gradient
+        for name, average in ema.items():       # a short horizon at first, so that the start is forgotten
+            average.lerp_(params[name].detach(), 1 - min(args.ema, (step + 1) / (step + 10)))
+        log.add(step, iteration.domain, loss, bins, rows * x0_views(batch))
+        last = step + 1 == args.steps
+        stopping = (world == 1 or step % args.log_every == 0) and agree(stop["now"], launched)
+        if last or stopping or (step + 1) % args.log_every == 0:
+            bar.set_postfix_str(log.flush(step, learning_rate(step, args)))
+        if last or stopping or (step + 1) % args.save_every == 0:
+            save_state(out, step + 1, params, ema, optimizer, args, rank)
+        if stopping and not last:
+            bar.close()
+            raise SystemExit(f"stopped at step {step + 1} by SIGTERM; the same command goes on from there" * (rank == 0))
+        if preview and rank == 0 and (step + 1) % args.sample_every == 0 and not last:
+            with swapped(params, ema):
+                preview(f"{out}/samples_{step + 1:07d}.png")
+    for name, average in ema.items():
+        params[name].data.copy_(average)
+    if preview and rank == 0:
+        preview(f"{out}/samples.png")
+    return log.finish()
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then a cosine down to zero at the last step."""
+    warm = min(1, (step + 1) / max(1, args.warmup))
+    return args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+
+
+def x0_views(batch):
+    """Views per sample of a batch."""
+    return batch["image"].shape[1]
+
+
+def check_settings(sets, args, world):
+    """Refuses a set that is smaller than one step of all ranks."""
+    for domain, dataset in sets.items():
+        num, views = dataset["image"].shape[:2]
+        rows = args.batch * args.images_per_sample // views * world
+        if rows > num:
+            raise ValueError(f"one step of {world} process(es) takes {rows} samples, but the {domain} set has only {num}: "
+                             f"use a smaller --batch or --nproc_per_node, or more data")
+
+
+def describe(network, params, sets, args, out, launched, start):
+    """Prints what follows from the settings before the first step."""
+    device, rank, world = launched
+    trained, total = sum(p.numel() for p in params.values()), sum(p.numel() for p in network.parameters())
+    images = args.batch * args.images_per_sample
+    if rank == 0:
+        print(f"{args.name}: trains {trained:,} of {total:,} parameters, {args.steps - start} of {args.steps} steps of "
+              f"{images} images x {world} process(es) = {images * world}, on {device} in {args.dtype}; "
+              + ", ".join(f"{name} set {tuple(s['image'].shape)}" for name, s in sets.items()) + f"; into {out}",
+              flush=True)
+
+
+def catch_sigterm():
+    """From now on SIGTERM (a requeue, torchrun's stop) only sets ["now"]; the loop then saves and exits."""
+    stop = {"now": False}
+    signal.signal(signal.SIGTERM, lambda *_: stop.update(now=True))
+    return stop
+
+
+def agree(flag, launched):
+    """Whether any rank raised the flag; all ranks must call this at the same step."""
+    device, _, world = launched
+    if world == 1:
+        return flag
+    flag = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(flag)
+    return bool(flag)
+
+
+class swapped:
+    """with swapped(params, ema): the parameters hold their averages."""
+
+    def __init__(self, params, ema):
+        self.pairs = [(params[name].data, average) for name, average in ema.items()]
+
+    def __enter__(self):
+        for p, average in self.pairs:
+            swap = p.clone()
+            p.copy_(average)
+            average.copy_(swap)
+
+    def __exit__(self, *_):
+        self.__enter__()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training states: parameters that train, their averages and AdamW's moments. Noise and data order need no state.
+
+NOT_SETTINGS = ("log_every", "save_every", "sample_every", "compile", "grad_checkpointing", "threads", "benchmark")
+
+
+def settings(args):
+    """The flags that decide the result of a training."""
+    return {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
+
+
+def save_state(out, step, params, ema, optimizer, args, rank):
+    """Writes out/state_STEP.safetensors (rank 0), and keeps the one before it."""
+    if rank > 0:
+        return
+    tensors = {f"param.{name}": p for name, p in params.items()} | {f"ema.{name}": p for name, p in ema.items()}
+    for name, p in params.items():
+        tensors |= {f"{key}.{name}": torch.as_tensor(value) for key, value in optimizer.state[p].items()}
+    save_tensors(f"{out}/state_{step:08d}.safetensors", tensors, step=step, settings=settings(args))
+    for old in sorted(glob(f"{out}/state_*.safetensors"))[:-2]:
+        os.remove(old)
+
+
+def load_state(out, params, ema, optimizer, args):
+    """Restores the newest readable state in `out` and returns its step, 0 if there is none.
+
+    Raises ValueError if that state was made with other settings.
+    """
+    for path in sorted(glob(f"{out}/state_*.safetensors"), reverse=True):
+        try:
+            tensors, metadata = load_tensors(path)
+        except ValueError as error:
+            print(f"skipping a damaged state: {error}", file=sys.stderr)
+            continue
+        was, now = metadata["settings"], json.loads(json.dumps(settings(args)))
+        other = [f"{key} {was.get(key)} (now {now.get(key)})" for key in sorted(was.keys() | now.keys())
+                 if was.get(key) != now.get(key)]
+        if other:
+            raise ValueError(f"{path} was made with other settings: {', '.join(other)}; use another --out or --name, "
+                             f"or delete {out}")
+        for name, p in params.items():
+            p.data.copy_(tensors[f"param.{name}"])
+            if ema:
+                ema[name].copy_(tensors[f"ema.{name}"])
+            if f"step.{name}" in tensors:
+                optimizer.state[p] = {"step": tensors[f"step.{name}"]} | {
+                    key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+        return metadata["step"]
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log
+
+
+class Log:
+    """Collects losses on the device without waiting for it; writes log.jsonl and the loss picture."""
+
+    def __init__(self, out, args, launched, start):
+        self.out, self.args, (self.device, self.rank, self.world) = out, args, launched
+        self.path, self.pending, self.images, self.clock = f"{out}/log.jsonl", [], 0, time.time()
+        self.lines = []
+        if os.path.exists(self.path):       # lines after the state that training resumes from are written again
+            with open(self.path) as file:
+                self.lines = [line for line in map(parse_json, file) if line and line["step"] <= start]
+        if self.rank == 0:
+            os.makedirs(out, exist_ok=True)
+            with open(f"{self.path}.tmp", "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in self.lines)
+            os.replace(f"{self.path}.tmp", self.path)
+
+    def add(self, step, domain, loss, bins, images):
+        """One step: its domain, loss (scalar) and loss by timestep bin, (2, LOSS_BINS) of sums and counts."""
+        self.pending.append((step, domain, loss.detach(), bins))
+        self.images += images * self.world
+
+    def flush(self, step, lr):
+        """Writes one line per domain for the steps since the last flush; raises FloatingPointError at a bad loss."""
+        losses = torch.stack([loss for _, _, loss, _ in self.pending]).float()
+        domains = sorted({domain for _, domain, _, _ in self.pending})
+        sums = torch.stack([sum(bins for _, domain, _, bins in self.pending if domain == name) for name in domains])
+        if self.world > 1:
+            torch.distributed.all_reduce(losses)        # a sum: finite only if it is finite on every rank
+            torch.distributed.all_reduce(sums)
+        for (bad, domain, _, _), finite in zip(self.pending, losses.isfinite().tolist()):
+            if not finite:
+                raise FloatingPointError(f"{self.args.name}: the loss is not finite at step {bad} ({domain} iteration); "
+                                         f"the last good state stays in {self.out}")
+        speed = self.images / (time.time() - self.clock)
+        memory = torch.cuda.max_memory_allocated() / 2 ** 30 if self.device.type == "cuda" else peak_memory()
+        text = []
+        for name, (total, count) in zip(domains, sums.tolist()):
+            by_bin = [s / n if n else None for s, n in zip(total, count)]
+            line = dict(step=step + 1, domain=name, loss=sum(total) / sum(count), loss_by_timestep=by_bin, lr=lr,
+                        images_per_s=round(speed, 1), peak_memory_gib=round(memory, 2))
+            self.lines.append(line)
+            text.append(f"{name} {line['loss']:.4f}")
+            if self.rank == 0:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+        self.pending, self.images, self.clock = [], 0, time.time()
+        return f"loss {', '.join(text)}, {speed:.0f} images/s"
+
+    def finish(self):
+        """Draws loss.png; returns {domain: mean loss over the last tenth of the steps}."""
+        if self.rank == 0 and self.lines:
+            curves = {}
+            for line in self.lines:
+                curves.setdefault(line["domain"], []).append((line["step"], line["loss"]))
+            sample.save_plot(f"{self.out}/loss.png", curves, "step", "epsilon loss", log_y=True)
+        tail = [line for line in self.lines if line["step"] > 0.9 * self.args.steps]
+        return {name: sum(line["loss"] for line in tail if line["domain"] == name)
+                / sum(line["domain"] == name for line in tail) for name in sorted({line["domain"] for line in tail})}
+
+
+def parse_json(line):
+    """The value of a line, None for one cut off by a kill."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def peak_memory():
+    """Peak resident memory of this process in GiB."""
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def training_arguments(parser):
+    """Adds the flags that every training takes; those of DEFAULTS are None until `fill_defaults`."""
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="toy", help="size of model and world (default toy)")
+    add("--out", help="run folder (default runs/PRESET)")
+    add("--name", help="name of this training below the run folder (default says what it is)")
+    add("--base", help="base model: a checkpoint of ours or PixArt-alpha safetensors (default: the run folder's, else "
+                       "the one shipped in weights/)")
+    add("--synthetic", help="synthetic set, a safetensors file (toy, small: default is to render it)")
+    add("--real", help="real set, a safetensors file (toy, small: default is to let the base model draw it)")
+    add("--num_assets", type=int, default=512, help="assets of the synthetic set the toy world renders")
+    add("--real_steps", type=int, default=20, help="DDIM steps for the images of the real set")
+    for flag, kind, text in (("steps", int, "training steps"), ("batch", int, "per process: grids of four views; base: "
+                             "images"), ("lr", float, "learning rate after warm-up"), ("warmup", int, "steps of linear "
+                             "warm-up"), ("weight_decay", float, "AdamW's"), ("ema", float, "decay of the weights' "
+                             "running average, 0 = none")):
+        add(f"--{flag}", type=kind, help=f"{text} (default by preset and stage)")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--text_dropout", type=float, default=0.1, help="how often the caption is dropped, for guidance")
+    add("--seed", type=int, default=0, help="decides initial weights, data order, noise and draws")
+    add("--dtype", choices=("float32", "bfloat16"), help="autocast (default bfloat16 on CUDA, float32 elsewhere)")
+    add("--compile", action="store_true", help="torch.compile each block")
+    add("--grad_checkpointing", action="store_true", help="recompute blocks in the backward pass to save memory")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--log_every", type=int, default=20, help="steps between lines of log.jsonl")
+    add("--save_every", type=int, default=250, help="steps between states to resume from")
+    add("--sample_every", type=int, default=500, help="steps between pictures of samples")
+
+
+def fill_defaults(args, stage, device):
+    """Completes the flags from DEFAULTS and checks their ranges. Raises ValueError."""
+    if (args.preset, stage) not in DEFAULTS:
+        raise ValueError(f"preset {args.preset} has no {stage} training: its base model comes from a file (--base)")
+    for name, value in zip(("steps", "batch", "lr", "warmup", "weight_decay", "ema"), DEFAULTS[args.preset, stage]):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or f"runs/{args.preset}"
+    args.name = args.name or stage
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    args.images_per_sample = 1 if stage == "base" else 4
+    for name in ("steps", "batch", "log_every", "save_every", "sample_every", "num_assets"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The base model of the toy world
+
+
+def train_base(args, launched):
+    """Pretrains the text-to-image model on the toy world's photographs, renders and other styles -> OUT/base.safetensors.
+
+    Not in the paper, which starts from a pretrained model: epsilon loss, single-image mode, no control, no shifters.
+    """
+    device, rank, world = launched
+    config, folder = PRESETS[args.preset], f"{args.out}/sets"
+    base = on_rank_0_first(world, rank, lambda: data.base_set(args.num_base_images, size=config.image_size, folder=folder,
+                                                              device=device))
+    torch.manual_seed(args.seed)
+    network = ShiftedDiT(DiT(config)).to(device)
+    for p in (network.dit.control_embedder.weight, network.dit.view_encoding):
+        p.requires_grad_(False)                                     # nothing to learn from: the base sees no control
+    captions = [f"photo of a {c}, white background" for c in
+                ("red wooden mug", "blue marble duck", "green brick house", "yellow striped chair")]
+    captions += ["render of a red wooden mug, white background", "sketch of a purple metal car",
+                 "cartoon of a green spotted snowman", "photo of a pink marble teapot, sunset background"]
+
+    def preview(path):
+        images = sample.sample_images(network, data.tokenize(captions).repeat_interleave(6, 0), num_steps=20)
+        sample.save_picture(path, [(c, data.to_uint8(i)[:, 0]) for c, i in zip(captions, images.unflatten(0, (-1, 6)))])
+    losses = train(network, {"base": base}, lambda step: Iteration("base", step), args, f"{args.out}/{args.name}",
+                   launched, preview)
+    return finish(f"{args.out}/base.safetensors", network, args, losses, launched)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 1 (Sec. 4.1, B.1)
+
+
+def train_shifters(args, launched):
+    """Stage 1: the whole backbone frozen, the shifters learn both domains -> OUT/shifters.safetensors.
+
+    Empty control and single-image mode: the four views of an asset, without their maps, are four images.
+    """
+    device, rank, world = launched
+    network = ShiftedDiT(load_base(args, device).requires_grad_(False))
+    torch.manual_seed(args.seed)
+    network.shifters = DomainShifters(network.dit.config, args.rank).to(device)
+    synthetic, real = training_sets(args, launched)
+    single = {"image": synthetic["image"].flatten(0, 1)[:, None]}   # (4 N, 1, C, H, W)
+    single |= {key: synthetic[key].repeat_interleave(4, 0) for key in ("text", "text_mask") if key in synthetic}
+    sets = {"syn": single, "real": real}
+    losses = train(network, sets, lambda step: Iteration(("syn", "real")[step % 2], step // 2), args,
+                   f"{args.out}/{args.name}", launched, domain_preview(network, args))
+    return finish(f"{args.out}/shifters.safetensors", network, args, losses, launched, keep_model=False)
+
+
+def domain_preview(network, args):
+    """preview(path) for `train`: the same captions and noise in both domains, single-image mode; None for latents."""
+    if not network.dit.config.vocab_size:
+        return None
+    text = data.tokenize(data.asset_captions(data.sample_assets(12, data.SEEDS["validation"])))
+
+    def preview(path):
+        sample.save_picture(path, [(mode, data.to_uint8(sample.sample_images(network, text, mode, num_steps=20))[:, 0])
+                                   for mode in ("syn", "real")])
+    return preview
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What stages 1 and 2 start from: the base model and the two sets
+
+
+def base_path(args):
+    """The base model: --base, else the run folder's, else the shipped one. Raises FileNotFoundError."""
+    shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", f"{args.preset}_base.safetensors")
+    for path in [args.base] if args.base else [f"{args.out}/base.safetensors", shipped]:
+        if os.path.isfile(path):
+            return path
+    if args.base:
+        raise FileNotFoundError(f"no such file: {args.base} (--base)")
+    how = ("name a PixArt-alpha safetensors file with --base" if args.preset == "full" else
+           f"pretrain one with python train_stage1.py --stage base --preset {args.preset}, or name one with --base")
+    raise FileNotFoundError(f"preset {args.preset} has no base model yet: {how}")
+
+
+def load_base(args, device):
+    """The base model of the preset's configuration, from our checkpoint or PixArt-alpha's."""
+    path, config = base_path(args), PRESETS[args.preset]
+    if config.vocab_size:
+        return load_model(path, device, config)
+    model = load_pixart(path, config.heads, config.image_size, config.pos_scale).to(device)
+    return model
+
+
+def training_sets(args, launched):
+    """(synthetic, real): read from --synthetic and --real, or made by the toy world and the base model (C.1)."""
+    device, rank, world = launched
+    config, folder = PRESETS[args.preset], f"{args.out}/sets"
+    if not config.vocab_size and not (args.synthetic and args.real):
+        raise FileNotFoundError(f"preset {args.preset} needs --synthetic FILE and --real FILE: safetensors with image "
+                                "(N, 4, C, H, W) and (N, 1, C, H, W), text (N, L, D), text_mask (N, L), and control for "
+                                "the synthetic set, as latents")
+    if args.synthetic:
+        synthetic = load_tensors(args.synthetic)[0]
+    else:
+        synthetic = on_rank_0_first(world, rank, lambda: data.synthetic_set(args.num_assets, size=config.image_size,
+                                                                            folder=folder, device=device))
+    path = args.real
+    if not path:
+        path = f"{folder}/real_{args.num_assets}.safetensors"
+        sample.write_real_set(path, base_path(args), args.num_assets, args.seed, args.real_steps, launched=launched)
+    return synthetic, load_tensors(path)[0]
+
+
+def on_rank_0_first(world, rank, make):
+    """make() on rank 0, which writes the cached file, then on the others, which read it."""
+    made = make() if rank == 0 else None
+    if world > 1:
+        torch.distributed.barrier()
+    return made if rank == 0 else make()
+
+
+def finish(path, network, args, losses, launched, keep_model=True):
+    """Writes the trained weights in 16 bits for use (the states keep 32), with how they were made; returns the path."""
+    if launched[1] == 0:
+        made = dict(name=args.name, command=" ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+                    loss=losses, machine=f"{platform.machine()}, {os.cpu_count()} cores, {launched[0]}",
+                    torch=torch.__version__, settings=settings(args))
+        model = network.dit if keep_model else None
+        save_model(path, network.dit.config, model, network.shifters, dtype=torch.float16, **made)
+        print(f"{args.name}: done, loss {', '.join(f'{k} {v:.4f}' for k, v in losses.items())} -> {path}; "
+              f"log and pictures in {args.out}/{args.name}", flush=True)
+    if launched[2] > 1:
+        torch.distributed.barrier()
+    return path
+
+
+def parse_args(argv=None):
+    """The command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=("base", "stage1"), default="stage1", help="what to train (default stage1)")
+    parser.add_argument("--rank", type=int, default=8, help="r, rank of the Domain Shifters")
+    parser.add_argument("--num_base_images", type=int, default=48000, help="images of the base model's world")
+    training_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_args()
+    launched = launch(args.threads)
+    fill_defaults(args, args.stage, launched[0])
+    (train_base if args.stage == "base" else train_shifters)(args, launched)
+
+
+if __name__ == "__main__":
+    run_cli(main)
