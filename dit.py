@@ -237,7 +237,7 @@ class DiT(nn.Module):
         B, V = x.shape[:2]
         h = self.x_embedder(x.flatten(0, 1))                                                        # (B V, d, n, n)
         if control is not None:
-            h = h + self.control_embedder(control.flatten(0, 1))
+            h = h + self.control_embedder(control.flatten(0, 1).to(x.dtype))     # sets keep it in 16 bits
         h = h.flatten(2).transpose(1, 2) + self.positions                                           # (B V, N, d)
         h = h.view(B, V, *h.shape[1:])
         if view is not None:

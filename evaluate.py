@@ -85,7 +85,7 @@ class FeatureNet(nn.Module):
 
     def __init__(self, width=64):
         super().__init__()
-        stage = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.GroupNorm(8, o), nn.ReLU(), nn.MaxPool2d(2))
+        stage = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
         self.body = nn.Sequential(stage(3, 32), stage(32, 64), stage(64, 64), nn.Conv2d(64, width, 3, padding=1))
         self.head = nn.Linear(width, sum(self.heads.values()))
 
@@ -140,6 +140,7 @@ def train_feature_net(folder="runs/data", num=3000, steps=1200, size=32, seed=11
             pick = torch.randint(0, 2 * num, (96,), generator=generator)
             logits = net(disturb(images[pick], generator))
             loss = sum(F.cross_entropy(z, labels[pick, k]) for k, z in enumerate(logits.values()))
+            loss = loss + 2 * F.cross_entropy(logits["domain"], labels[pick, 3])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -11,14 +11,18 @@ The picture has a row for the control maps and one for each domain mode, with th
 import argparse
 import math
 import os
+import shutil
 
 import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
-from dit import DiT, T, alphas_cumprod, launch, load_model, load_tensors, run_cli, save_tensors, seeded_generator
+from dit import T, alphas_cumprod, launch, load_model, load_tensors, run_cli, save_tensors, seeded_generator
 from domain_shifter import REAL, SYN, ShiftedDiT, load_shifters, shifted_domains, uniform_domains
+
+CFG_SCALE = 3.0         # guidance on the text; the paper gives no number
+SAMPLES = 4             # first key of the generators of initial noise (train_stage1.py has the other families)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # DDIM (Song et al. 2021; 50 steps in Sec. B.3)
@@ -91,7 +95,7 @@ def guided_noise(network, text, null_text, domains, cfg_scale, **inputs):
 
 
 @torch.no_grad()
-def sample_images(network, text, mode="real", views=1, control=None, seed=0, first=0, cfg_scale=3.0, num_steps=50,
+def sample_images(network, text, mode="real", views=1, control=None, seed=0, first=0, cfg_scale=CFG_SCALE, num_steps=50,
                   spacing="trailing", B_max=0.3, t_max=950, use_views=True, batch=64, progress=None):
     """Samples one grid per caption.
 
@@ -107,7 +111,7 @@ def sample_images(network, text, mode="real", views=1, control=None, seed=0, fir
     for start in range(0, len(text), batch):
         rows = range(start, min(start + batch, len(text)))
         shape = (views, config.channels, config.image_size, config.image_size)
-        x = torch.stack([torch.randn(shape, generator=seeded_generator(seed, first + k)) for k in rows]).to(device)
+        x = torch.stack([torch.randn(shape, generator=seeded_generator(SAMPLES, seed, first + k)) for k in rows]).to(device)
         inputs = {} if control is None else {"control": control[rows.start:rows.stop].float().to(device)}
         if views > 1 and use_views:
             inputs["view"] = torch.arange(views, device=device).expand(len(rows), views)
@@ -128,7 +132,7 @@ def load_network(path, device="cpu", config=None, shifters=None):
 # The real set: what the base model itself draws (Sec. 5, C.1)
 
 
-def write_real_set(path, base, num_assets, seed=0, num_steps=20, cfg_scale=3.0, chunk=64, launched=None):
+def write_real_set(path, base, num_assets, seed=0, num_steps=20, cfg_scale=CFG_SCALE, chunk=64, launched=None):
     """Draws four images a caption with the base model and writes the real set of stage 1 and 2, over all ranks.
 
     path: the safetensors to write: {"image": uint8 (N, 1, 3, H, W), "text": (N, L)}, N = 4 num_assets, the captions
@@ -143,29 +147,26 @@ def write_real_set(path, base, num_assets, seed=0, num_steps=20, cfg_scale=3.0, 
                                        cfg_scale=cfg_scale, size=size, world=data.WORLD_VERSION)
     if up_to_date(path, key):
         return
-    starts = range(0, len(draw), chunk)
-    text = data.tokenize(draw)
-    with tqdm(total=len(draw[rank * chunk::world]) or None, desc="real set, drawn by the base model", unit="image",
-              disable=rank > 0) as progress:
-        progress.reset(total=sum(len(text[s:s + chunk]) for s in starts[rank::world]))
-        for start in starts[rank::world]:
-            part = f"{parts}/{start:08d}.safetensors"
+    text, starts = data.tokenize(draw), range(0, len(draw), chunk)
+    mine = starts[rank::world]
+    with tqdm(total=sum(len(text[start:start + chunk]) for start in mine), desc="real set, drawn by the base model",
+              unit="image", disable=rank > 0) as progress:
+        for start in mine:
+            part, rows = f"{parts}/{start:08d}.safetensors", text[start:start + chunk]
             if up_to_date(part, key):
-                progress.update(len(text[start:start + chunk]))
+                progress.update(len(rows))
                 continue
-            images = sample_images(network, text[start:start + chunk], seed=seed, first=start, cfg_scale=cfg_scale,
-                                   num_steps=num_steps, batch=chunk, progress=progress)
+            images = sample_images(network, rows, seed=seed, first=start, cfg_scale=cfg_scale, num_steps=num_steps,
+                                   batch=chunk, progress=progress)
             save_tensors(part, {"image": data.to_uint8(images)}, key=key)
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
         images = torch.cat([load_tensors(f"{parts}/{start:08d}.safetensors")[0]["image"] for start in starts])
         save_tensors(path, {"image": images, "text": data.tokenize(train)}, key=key)
-        for start in starts:
-            os.remove(f"{parts}/{start:08d}.safetensors")
-        os.rmdir(parts)
         save_picture(f"{path.removesuffix('.safetensors')}.png",
-                     [(caption, image) for caption, image in zip(train[:32:4], images[:32].unflatten(0, (8, 4))[:, :, 0])])
+                     [(train[k], images[k:k + 4, 0]) for k in range(0, min(40, len(train)), 4)], column_titles=data.VIEWS)
+        shutil.rmtree(parts)
     if world > 1:
         torch.distributed.barrier()
 
@@ -188,14 +189,14 @@ def file_id(path):
 # Pictures
 
 
-def save_picture(path, rows, scale=3, columns_title=None):
+def save_picture(path, rows, scale=3, column_titles=()):
     """Writes labelled rows of images as one PNG: rows = [(label, uint8 (n, 3, H, W)), ...]."""
     label_width, pad = 8 + 6 * max(len(label) for label, _ in rows), 2
     size = rows[0][1].shape[-1] * scale + pad
-    width, top = label_width + size * max(len(images) for _, images in rows), 16 if columns_title else 0
+    width, top = label_width + size * max(len(images) for _, images in rows), 16 if column_titles else 0
     sheet = Image.new("RGB", (width, top + size * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
-    for k, title in enumerate(columns_title or ()):
+    for k, title in enumerate(column_titles):
         pen.text((label_width + size * k, 2), title, "black")
     for r, (label, images) in enumerate(rows):
         pen.text((4, top + size * r + size // 2 - 6), label, "black")
@@ -251,3 +252,89 @@ def default_model(preset="toy", task="texturing"):
             return path
     raise FileNotFoundError(f"no model at {' or '.join(paths)}: train one with python train_stage2.py --preset "
                             f"{preset} --task {task}, or name one with --model")
+
+
+MODES = {"syn": "synthetic mode", "real": "real mode", "shifted": "shifted"}
+
+
+def object_sheet(path, network, objects, task="texturing", modes=tuple(MODES), **options):
+    """Samples captions (and control maps) in each domain mode and writes the picture: a row for each mode.
+
+    objects: {"text": (N, L), "control": (N, V, 6, H, W)}, as from data.evaluation_set. task: "texturing" or "text" for
+    four views an object; None for one image a caption. A network without shifters has no modes. options: see
+    `sample_images`. Returns {mode: images (N, V, C, H, W) in [-1, 1]}.
+    """
+    control, views = objects["control"] if task == "texturing" else None, 4 if task else 1
+    modes = modes if network.shifters is not None else ("real",)
+    images = {mode: sample_images(network, objects["text"], mode, views, control, **options) for mode in modes}
+    rows = [] if control is None else [("normals", control[:, :, :3]), ("positions", control[:, :, 3:])]
+    rows += [(MODES[mode] if network.shifters is not None else "generated", images[mode]) for mode in modes]
+    save_picture(path, [(label, data.to_uint8(row).flatten(0, 1)) for label, row in rows],
+                 column_titles=data.VIEWS * len(objects["text"]) if task else ())
+    return images
+
+
+def parse_args(argv=None):
+    """The command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="checkpoint (default: the run folder's realiz3d of this task, else the shipped one)")
+    add("--shifters", help="shifters of stage 1, to put into a model without its own")
+    add("--preset", choices=("toy", "small"), default="toy", help="which default model (full: see --model)")
+    add("--task", choices=("texturing", "text"), help="default: the one the model was trained for")
+    add("--object", type=int, nargs="+", default=[0, 1, 2], help="numbers of held-out objects")
+    add("--prompt", nargs="+", help="captions instead of objects: a base model or --task text")
+    add("--domain", choices=("all", "real", "syn", "shifted"), default="all", help="domain mode (default: all three)")
+    add("--B_max", type=float, default=0.3, help="layer shift: share of the blocks that run in synthetic mode")
+    add("--t_max", type=int, default=950, help="time shift: steps t >= t_max run in synthetic mode; 1000 = none")
+    add("--cfg_scale", type=float, default=CFG_SCALE, help="guidance on the text, 1 = none")
+    add("--num_steps", type=int, default=50, help="DDIM steps")
+    add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps")
+    add("--seed", type=int, default=0, help="decides the noise")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--out", help="picture to write (default runs/PRESET/sample.png)")
+    add("--real_set", metavar="FILE", help="draw the real set of stages 1 and 2 with the base model, instead")
+    add("--num_assets", type=int, default=400, help="real set: assets, four images each")
+    return parser, parser.parse_args(argv)
+
+
+def main():
+    parser, args = parse_args()
+    launched = device, rank, _ = launch(args.threads)
+    if args.real_set:
+        here = os.path.dirname(os.path.abspath(__file__))
+        base = args.model or f"{here}/weights/{args.preset}_base.safetensors"
+        write_real_set(args.real_set, base, args.num_assets, args.seed, args.num_steps, args.cfg_scale, launched=launched)
+        print(f"wrote {args.real_set}")
+        return
+    try:
+        text = data.tokenize(args.prompt or [])
+    except ValueError as error:
+        parser.error(str(error))
+    if min(args.object) < 0:
+        parser.error(f"--object must be 0 or more, not {min(args.object)}")
+    path = args.model or default_model(args.preset, args.task or "texturing")
+    network = load_network(path, device, shifters=args.shifters)
+    config, shifters = network.dit.config, network.shifters
+    if not config.vocab_size:
+        raise ValueError(f"{path} is a latent model: it has no pictures without a VAE")
+    task = load_tensors(path)[1].get("settings", {}).get("task")    # None: a base model, one image a caption
+    if args.task not in (None, task):
+        raise ValueError(f"{path} was trained for {task or 'no task (a base model)'}, not for {args.task}")
+    if task == "texturing" and args.prompt:
+        raise ValueError("a texturing model needs an object's maps: name one with --object, or use --task text")
+    if args.domain != "all" and shifters is None:
+        raise ValueError(f"{path} has no Domain Shifters, so no --domain; add some with --shifters FILE")
+    options = dict(seed=args.seed, cfg_scale=args.cfg_scale, num_steps=args.num_steps, spacing=args.spacing,
+                   B_max=args.B_max, t_max=args.t_max)
+    out = args.out or f"runs/{args.preset}/sample.png"
+    modes = ("syn", "real", "shifted") if args.domain == "all" else (args.domain,)
+    objects = data.evaluation_set(max(args.object) + 1, size=config.image_size, folder=f"runs/{args.preset}/sets")
+    objects = {"text": text} if args.prompt else {key: value[args.object] for key, value in objects.items()}
+    if rank == 0:
+        object_sheet(out, network, objects, task, modes, **options)
+        print(f"{path} -> {out}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -32,6 +32,7 @@ from dit import (LOSS_BINS, PRESETS, DiT, T, add_noise, epsilon_loss, launch, lo
 from domain_shifter import REAL, SYN, DomainShifters, ShiftedDiT, uniform_domains
 
 DOMAINS = {"syn": SYN, "real": REAL}
+ORDER, NOISE, DRAWS = 1, 2, 3           # first key of each family of generators, so that none repeats another's numbers
 
 # Images are counted in grids of V = 4 views in stages 1 and 2 (a real grid: four single images), one by one at base.
 #                            steps  batch  lr    warmup  weight decay  EMA
@@ -69,7 +70,7 @@ class Iteration:
 def data_indices(num, first, count, *key):
     """Which samples stand at places first .. first + count - 1 of the endless shuffled order of a set of `num`."""
     places = torch.arange(first, first + count)
-    orders = {epoch: torch.randperm(num, generator=seeded_generator(*key, epoch))
+    orders = {epoch: torch.randperm(num, generator=seeded_generator(ORDER, *key, epoch))
               for epoch in (places // num).unique().tolist()}
     return torch.stack([orders[int(place) // num][place % num] for place in places])
 
@@ -81,7 +82,7 @@ def draw_noise(shape, seed, step, first, count, device):
     """
     draws = []
     for k in range(first, first + count):
-        generator = seeded_generator(seed, step, k, device=device)
+        generator = seeded_generator(NOISE, seed, step, k, device=device)
         draws.append((torch.randint(T, (), generator=generator, device=device),
                       torch.randn(shape, generator=generator, device=device),
                       torch.rand((), generator=generator, device=device)))
@@ -96,7 +97,8 @@ def denoising_loss(network, batch, iteration, null, seed, step, first, text_drop
     Returns as `epsilon_loss`.
     """
     inputs = dict(batch)
-    x0 = data.to_pixels(inputs.pop("image"))                                                        # (B, V, C, H, W)
+    image = inputs.pop("image")                                     # (B, V, C, H, W) uint8 pixels, or 16-bit latents
+    x0 = data.to_pixels(image) if image.dtype == torch.uint8 else image.float()
     t, noise, u = draw_noise(x0.shape[1:], seed, step, first, len(x0), x0.device)
     for key in null:
         dropped = (u < text_dropout).view(-1, *[1] * (inputs[key].dim() - 1))
@@ -384,8 +386,8 @@ def training_arguments(parser):
                        "the one shipped in weights/)")
     add("--synthetic", help="synthetic set, a safetensors file (toy, small: default is to render it)")
     add("--real", help="real set, a safetensors file (toy, small: default is to let the base model draw it)")
-    add("--num_assets", type=int, default=512, help="assets of the synthetic set the toy world renders")
-    add("--real_steps", type=int, default=20, help="DDIM steps for the images of the real set")
+    add("--num_assets", type=int, default=400, help="assets of the synthetic set the toy world renders")
+    add("--real_steps", type=int, default=16, help="DDIM steps for the images of the real set")
     for flag, kind, text in (("steps", int, "training steps"), ("batch", int, "per process: grids of four views; base: "
                              "images"), ("lr", float, "learning rate after warm-up"), ("warmup", int, "steps of linear "
                              "warm-up"), ("weight_decay", float, "AdamW's"), ("ema", float, "decay of the weights' "

@@ -1,0 +1,267 @@
+"""Stage 2 (Sec. 4.2, B.2): the backbone learns 3D control from renders while real images keep it realistic.
+
+    python train_stage2.py                                     # the toy, all stages, from the shipped base model
+    python train_stage2.py --task text                         # text to four views, no maps
+    python train_stage2.py --method syn_only                   # the baseline: fine-tune on renders alone
+    python train_stage2.py --no_freezing --no_reassignment     # an ablation (Table 2, row 3)
+    python train_stage2.py --benchmark                         # what layer-aware freezing saves
+    torchrun --nproc_per_node=8 train_stage2.py --preset full --base pixart.safetensors --synthetic synthetic.safetensors \
+        --real real.safetensors                                # eight GPUs, after train_stage1.py with the same flags
+
+Iterations alternate between the domains. Shifters are frozen, the backbone trains, plain epsilon loss:
+
+    synthetic   four views of one asset, control, e_syn, attention over all views
+    real        single images, empty control, e_real; the first i blocks frozen (layer-aware training), the first j
+                blocks run with e_syn (domain reassignment)
+
+In the toy world, stage 1 and the sets it needs are made first where they are missing. To resume, run it again.
+"""
+import argparse
+import os
+import time
+from glob import glob
+
+import torch
+
+import data
+import sample
+import train_stage1
+from dit import PRESETS, launch, run_cli
+from domain_shifter import (DomainShifters, ShiftedDiT, block_count, draw_frozen_blocks, draw_reassigned_blocks,
+                            load_shifters)
+from train_stage1 import (DEFAULTS, DRAWS, Iteration, denoising_loss, fill_defaults, finish, load_base, seeded_generator, train,
+                          train_shifters, training_arguments, training_sets)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which iteration comes when (Sec. 4.2)
+
+
+def stage2_plan(args, num_blocks):
+    """plan(step) -> Iteration: a short real warm-up, then synthetic and real in turn."""
+    def real_iteration(step, visit):
+        generator = seeded_generator(DRAWS, args.seed, step)        # one i and one j a step, the same on every rank
+        i = 0 if args.no_freezing else draw_frozen_blocks(generator, num_blocks, args.tau_B)
+        j = 0 if args.no_reassignment else draw_reassigned_blocks(generator, num_blocks, args.p_B, args.tau_B)
+        return Iteration("real", visit, reassigned_blocks=j, frozen_blocks=i)
+
+    def plan(step):
+        if args.no_real_data:
+            return Iteration("syn", step)
+        if step < args.real_warmup:
+            return real_iteration(step, step)
+        turn, is_real = divmod(step - args.real_warmup, 2)
+        return real_iteration(step, args.real_warmup + turn) if is_real else Iteration("syn", turn)
+    return plan
+
+
+def stage2_sets(args, launched):
+    """The two sets as stage 2 takes them: the views' indices join the synthetic one, and task text has no maps."""
+    synthetic, real = training_sets(args, launched)
+    num, views = synthetic["image"].shape[:2]
+    synthetic = {key: value for key, value in synthetic.items() if args.task == "texturing" or key != "control"}
+    if args.task == "texturing" and "control" not in synthetic:
+        raise ValueError("task texturing needs control maps, but the synthetic set has none: use --task text")
+    synthetic["view"] = torch.arange(views).expand(num, views)
+    return {"syn": synthetic} if args.no_real_data else {"syn": synthetic, "real": real}
+
+
+def stage2_network(args, launched):
+    """The base model with the shifters of stage 1, frozen (trained along with --joint_shifters; none for syn_only)."""
+    device = launched[0]
+    network = ShiftedDiT(load_base(args, device))
+    config = network.dit.config
+    if args.joint_shifters:
+        torch.manual_seed(args.seed)
+        network.shifters = DomainShifters(config, args.rank).to(device)
+    elif args.method == "realiz3d":
+        network.shifters = load_shifters(stage1_path(args, launched), device, config).requires_grad_(False)
+    if args.task == "text" and network.dit.control_embedder is not None:
+        network.dit.control_embedder.requires_grad_(False)
+    return network
+
+
+def stage1_path(args, launched):
+    """The run folder's shifters, trained first where they are missing (toy and small)."""
+    path = args.shifters or f"{args.out}/shifters.safetensors"
+    if os.path.isfile(path):
+        return path
+    if args.preset == "full" or args.shifters:
+        raise FileNotFoundError(f"no shifters at {path}: train them with train_stage1.py --preset {args.preset}, or name "
+                                "a file with --shifters")
+    flags = ("preset", "out", "base", "synthetic", "real", "num_assets", "real_steps", "rank", "seed", "batch", "dtype",
+             "threads", "log_every")
+    argv = [f"--{flag}={getattr(args, flag)}" for flag in flags if getattr(args, flag) is not None]
+    argv += [f"--steps={args.stage1_steps}"] if args.stage1_steps else []
+    if launched[1] == 0:
+        print(f"{path} is missing, first: train_stage1.py {' '.join(argv)}", flush=True)
+    return train_shifters(fill_defaults(train_stage1.parse_args(argv), "stage1", launched[0]), launched)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmark: what a real iteration saves by freezing (Sec. 4.2), measured and counted
+
+
+def iteration_macs(config, views, frozen_blocks=0, text_length=None):
+    """Multiply-adds of one training step on one sample of `views` jointly attending views: forward and backward.
+
+    The backward pass costs the forward's twice, once for the inputs and once for the weights, and ends at block i.
+    """
+    d, n, L = config.width, views * (config.image_size // config.patch_size) ** 2, text_length or config.text_length
+    block = n * (4 + 2 + 8) * d * d + 2 * L * d * d + 2 * n * n * d + 2 * n * L * d
+    patch = n * config.patch_size ** 2 * config.channels * d
+    final = n * config.patch_size ** 2 * config.out_channels * d
+    forward = patch + config.depth * block + final
+    backward = 2 * (forward - frozen_blocks * block - (patch if frozen_blocks else 0))
+    return forward + backward
+
+
+def benchmark(args, launched, rounds=15):
+    """Times real iterations at every i against unfrozen ones, in turn in one process, beside the counted ratio."""
+    device = launched[0]
+    network = ShiftedDiT(load_base(args, device))
+    config = network.dit.config
+    network.shifters = DomainShifters(config, args.rank).to(device).requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.dit.parameters(), lr=0.0, fused=device.type == "cuda")
+    size = (config.channels, config.image_size, config.image_size)
+
+    def batch(rows, views):
+        images = torch.randint(256, (rows, views, *size), dtype=torch.uint8, device=device) if config.vocab_size else \
+            torch.randn(rows, views, *size, device=device)
+        L = data.TEXT_LENGTH if config.vocab_size else config.text_length
+        text = torch.randint(1, len(data.VOCAB), (rows, L), device=device) if config.vocab_size else \
+            torch.randn(rows, L, config.text_dim, device=device)
+        return {"image": images, "text": text}
+    real, syn = batch(4 * args.batch, 1), batch(args.batch, 4)
+    syn["view"] = torch.arange(4, device=device).expand(args.batch, 4)
+    syn["control"] = torch.randn(args.batch, 4, config.control_channels, *size[1:], device=device)
+    null = {"text": data.tokenize([""]).to(device)} if config.vocab_size else {}
+
+    def seconds(inputs, iteration):
+        wait(device)
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            loss, _ = denoising_loss(network, inputs, iteration, null, args.seed, 0, 0, args.text_dropout)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.dit.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        wait(device)
+        return time.perf_counter() - start
+    deepest = block_count(args.tau_B, config.depth)
+    cases = [("syn", syn, Iteration("syn", 0)), ("real", real, Iteration("real", 0))]
+    cases += [(i, real, Iteration("real", 0, frozen_blocks=i)) for i in range(deepest + 1)]
+    times = {name: [] for name, _, _ in cases}
+    for k in range(rounds + 2):
+        for name, inputs, iteration in cases:
+            elapsed = seconds(inputs, iteration)
+            if k >= 2:                                              # the first two rounds warm up
+                times[name].append(elapsed)
+    images = 4 * args.batch
+    median = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+    print(f"{args.preset} on {device} in {args.dtype}, {torch.get_num_threads()} CPU threads, {images} images a step")
+    print(f"synthetic iteration {images / median['syn']:8.1f} images/s   (attention over 4 views, control)")
+    print(f"real iteration      {images / median['real']:8.1f} images/s   (no freezing)")
+    print("blocks frozen, i    time / unfrozen   counted")
+    counted = {i: iteration_macs(config, 1, i, real["text"].shape[1]) / iteration_macs(config, 1, 0, real["text"].shape[1])
+               for i in range(deepest + 1)}
+    for i in range(deepest + 1):
+        print(f"{i:16d} {median[i] / median['real']:17.3f} {counted[i]:9.3f}")
+    mean = [sum(values) / (deepest + 1) for values in ([median[i] / median["real"] for i in counted], counted.values())]
+    print(f"{'average':>16} {mean[0]:17.3f} {mean[1]:9.3f}")
+
+
+def wait(device):
+    """Waits for the device, so that a clock read next is right."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def announce(args, launched):
+    """Prints what this command will do and how long that should take, from a short trial on this machine."""
+    device, rank, world = launched
+    config, images = PRESETS[args.preset], 16
+    if not config.vocab_size or rank > 0:
+        return
+    model = load_base(args, device)
+    x = torch.randn(images, 1, config.channels, config.image_size, config.image_size, device=device)
+    t, text = torch.zeros(images, dtype=torch.long, device=device), data.tokenize([""] * images).to(device)
+
+    def seconds(work):
+        for _ in range(3):                                          # the last one counts
+            wait(device)
+            start = time.perf_counter()
+            work()
+            wait(device)
+        return (time.perf_counter() - start) / images
+    with torch.no_grad():
+        draw = seconds(lambda: model(x, t, text)) * 2 * args.real_steps     # twice, for guidance
+    step = seconds(lambda: model(x, t, text).square().mean().backward())
+    render = seconds(lambda: data.render(data.sample_assets(images, 0), size=config.image_size, device=device))
+    needs_shifters = args.method == "realiz3d" and not args.joint_shifters
+    stage1_steps = args.stage1_steps or DEFAULTS[args.preset, "stage1"][0]
+    todo = []
+    if not (args.synthetic or glob(f"{args.out}/sets/synthetic_{args.num_assets}_*")):
+        todo.append(("render the assets", args.num_assets * render))
+    if not (args.real or os.path.isfile(f"{args.out}/sets/real_{args.num_assets}.safetensors")):
+        todo.append(("draw the real set", args.num_assets * 4 * draw / world))
+    if needs_shifters and not os.path.isfile(args.shifters or f"{args.out}/shifters.safetensors"):
+        todo.append(("train stage 1", stage1_steps * args.batch * 4 * step))
+    todo.append(("train stage 2", args.steps * args.batch * 4 * step))
+    print(f"to do: {', '.join(f'{what} ({time / 60:.1f} min)' for what, time in todo)}; about "
+          f"{sum(time for _, time in todo) / 60:.0f} minutes on this machine", flush=True)
+
+
+def parse_args(argv=None):
+    """The command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training_arguments(parser)
+    add = parser.add_argument
+    add("--task", choices=("texturing", "text"), default="texturing", help="control by normal and position maps, or by "
+        "the view alone")
+    add("--method", choices=("realiz3d", "syn_only"), default="realiz3d", help="syn_only: no shifters, renders alone")
+    add("--no_real_data", action="store_true", help="synthetic iterations only (Table 2, row 2)")
+    add("--no_freezing", action="store_true", help="no layer-aware training")
+    add("--no_reassignment", action="store_true", help="no domain reassignment")
+    add("--joint_shifters", action="store_true", help="skip stage 1, train shifters with the model (Table 2, row 1)")
+    add("--tau_B", type=float, default=0.4, help="deepest block that may be frozen or reassigned, as a share of N_B")
+    add("--p_B", type=float, default=0.1, help="probability of domain reassignment on a real iteration")
+    add("--real_warmup", type=int, default=20, help="real iterations before the domains alternate")
+    add("--shifters", help="shifters of stage 1 (default OUT/shifters.safetensors)")
+    add("--rank", type=int, default=8, help="r, rank of the Domain Shifters")
+    add("--stage1_steps", type=int, help="steps of stage 1 where it is trained on the way")
+    add("--benchmark", action="store_true", help="time synthetic and real iterations, then stop")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_args()
+    launched = device, rank, world = launch(args.threads)
+    args.no_real_data |= args.method == "syn_only"
+    switches = [flag for flag in ("no_real_data", "no_freezing", "no_reassignment", "joint_shifters")
+                if getattr(args, flag) and not (args.method == "syn_only" and flag == "no_real_data")]
+    args.name = args.name or "-".join([f"{args.method}_{args.task}", *switches])
+    fill_defaults(args, "stage2", device)
+    if args.benchmark:
+        return benchmark(args, launched)
+    announce(args, launched)
+    network = stage2_network(args, launched)
+    config, sets = network.dit.config, stage2_sets(args, launched)
+    objects = data.evaluation_set(3, size=config.image_size, folder=f"{args.out}/sets") if config.vocab_size else None
+
+    def preview(path):
+        sample.object_sheet(path, network, objects, task=args.task, num_steps=20)
+    losses = train(network, sets, stage2_plan(args, config.depth), args, f"{args.out}/{args.name}", launched,
+                   preview if objects else None)
+    path = finish(f"{args.out}/{args.name}.safetensors", network, args, losses, launched)
+    if objects and rank == 0:
+        picture = f"{args.out}/{args.name}.png"
+        sample.object_sheet(picture, network, objects, task=args.task)
+        print(f"picture: {picture} (control, synthetic mode, real mode, shifted); more with python sample.py --model {path}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
