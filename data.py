@@ -8,8 +8,8 @@ An object is a category with random proportions, a colour, a material and a ligh
 a few primitives say where its surface is, and orthographic rays are sphere-traced. A photo shows the material, the
 light, the shadow, the grain; a render shows the plain colour and nothing else. Control maps are normals and positions.
 
-Frame of the object (and of the world): x to its left as it looks at us, y up, z to the front; the camera of azimuth 0
-sees the front, with x to the right of the image; the camera of azimuth 90 sits at +x and sees the right side.
+Frame of the object (and of the world): y up, z to the front; the camera of azimuth 0 stands at +z and sees the front
+with x to the right of the image; the camera of azimuth 90 stands at +x and sees the side that was on the right.
 Everything lies in the cube [-0.5, 0.5]^3; an image spans [-EXTENT, EXTENT]; pixel (row i, column j) is centred at
 (j + 0.5, i + 0.5). Images are (B, V, C, H, W).
 """
@@ -87,13 +87,12 @@ def ellipsoid(p, x, y, z):
 def cone(p, y0, y1, r0, r1):
     """Upright, from radius r0 at height y0 to radius r1 at height y1; r0 = r1 is a cylinder."""
     slope = (r0 - r1) / (y1 - y0)
-    side = (length(p[0], p[2]) - r0 + (p[1] - y0) * slope) / math.sqrt(1 + slope**2) if isinstance(slope, float) else \
-        (length(p[0], p[2]) - r0 + (p[1] - y0) * slope) / (1 + slope**2).sqrt()
+    side = (length(p[0], p[2]) - r0 + (p[1] - y0) * slope) / (1 + slope**2)**.5
     return maximum(side, p[1] - y1, y0 - p[1])
 
 
 def torus(p, radius, r):
-    """Around the y axis; turn(p) puts another axis there."""
+    """Around the y axis; along_x(p) or along_z(p) in place of p turns it."""
     return length(length(p[0], p[2]) - radius, p[1]) - r
 
 
@@ -128,9 +127,8 @@ def cone_(p, a, b, c):
 
 
 def donut(p, a, b, c):
-    q, thick = along_z(p), .11 + .05 * a
-    ring = length(length(q[0], q[2]) - .28, q[1])
-    return ring - thick, maximum(ring - thick - .015, .02 - p[2])                   # icing on the front
+    dough = torus(along_z(p), .28, .11 + .05 * a)
+    return dough, maximum(dough - .015, .02 - p[2])                     # icing on the front
 
 
 def snowman(p, a, b, c):
@@ -333,7 +331,7 @@ def camera(azimuth, elevation=ELEVATION):
 
 
 def project(position, azimuth, elevation=ELEVATION):
-    """Positions (..., 3, H, W) seen from azimuth (...,) -> column, row in pixels of an H x W image, and depth; (..., H, W)."""
+    """Positions (..., 3, H, W) seen from azimuth (...,) -> column, row in pixels and depth, each (..., H, W)."""
     right, up, forward = (axis.to(position)[..., None, None] for axis in camera(azimuth, elevation))
     size = position.shape[-1]
     x, y, depth = ((axis * position).sum(dim=-3) for axis in (right, up, forward))
@@ -363,6 +361,7 @@ def trace(distance, shape, azimuth, size, elevation=ELEVATION, steps=64, toleran
         p, d, abc, t, end = state[:3], state[3:6], state[6:9], state[9], state[10]
         step = nearest(distance(p.unbind(), *abc.unbind()))
         hit = step < tolerance
+        step = step * ~hit                                          # a ray that hit stays, whenever it is taken out
         p.addcmul_(d, step)
         t.add_(step)
         gone = hit | (t > end)
@@ -379,10 +378,12 @@ def trace(distance, shape, azimuth, size, elevation=ELEVATION, steps=64, toleran
     ray, order = torch.cat(found_ray).sort()
     state = torch.cat(found, dim=1)[:, order]
     p, forward, abc = state[:3], state[3:6], state[6:9]
+    p = p + forward * nearest(distance(p.unbind(), *abc.unbind()))
     normal = gradient(distance, p, abc)
     normal = normal - forward * (normal * forward).sum(dim=0).clamp(min=0)  # at an edge the difference may look away
     body, accent = distance(p.unbind(), *abc.unbind())
-    return ray, p, F.normalize(normal, dim=0), torch.zeros_like(body, dtype=torch.bool) if accent is None else accent < body
+    accented = torch.zeros_like(body, dtype=torch.bool) if accent is None else accent < body
+    return ray, p, F.normalize(normal, dim=0), accented
 
 
 def nearest(parts):
@@ -453,7 +454,7 @@ class Views(NamedTuple):
     position: torch.Tensor              # (N, V, 3, H, W) in [-0.5, 0.5], likewise; both None with geometry=False
 
 
-def words(value, n, known, what):
+def one_each(value, n, known, what):
     """One word or a list of n -> list of n known words."""
     value = [value] * n if isinstance(value, str) else list(value)
     for word in value:
@@ -477,7 +478,7 @@ def render(assets, azimuth=AZIMUTHS, style="photo", background="white", size=32,
     azimuth = azimuth.expand(n, -1) if azimuth.ndim == 1 else azimuth
     if azimuth.ndim != 2 or len(azimuth) != n:
         raise ValueError(f"azimuth has shape {tuple(azimuth.shape)}, give V numbers or a tensor ({n}, V)")
-    style, background = words(style, n, STYLES, "style"), words(background, n, BACKGROUNDS, "background")
+    style, background = one_each(style, n, STYLES, "style"), one_each(background, n, BACKGROUNDS, "background")
     views = azimuth.shape[1]
     rgb, mask = torch.empty(n, views, 3, size, size), torch.empty(n, views, 1, size, size)
     normal, position = (torch.zeros(n, views, 3, size, size) if geometry else None for _ in range(2))
@@ -493,7 +494,8 @@ def render(assets, azimuth=AZIMUTHS, style="photo", background="white", size=32,
             turn = azimuth[part].flatten().to(device)
             backdrops = [background[k] for k in part for _ in range(views)]
             color, cover = paint(distance, few, turn, look, backdrops, size, supersample, elevation)
-            rgb[part], mask[part] = color.cpu().view(-1, views, 3, size, size), cover.cpu().view(-1, views, 1, size, size)
+            rgb[part] = color.cpu().view(-1, views, 3, size, size)
+            mask[part] = cover.cpu().view(-1, views, 1, size, size)
             if geometry:
                 ray, p, nrm, _ = trace(distance, few.shape, turn, size, elevation)
                 for out, values in ((normal, nrm), (position, p)):
@@ -511,7 +513,7 @@ def paint(distance, assets, azimuth, style, backgrounds, size, supersample, elev
     ray, p, normal, accent = trace(distance, assets.shape, azimuth, fine, elevation)
     owner = ray // fine**2
     palette = torch.tensor(list(PALETTE.values()), device=device)[assets.color].T                    # (3, B)
-    tone = torch.where(palette.mean(dim=0) > .42, palette * .5, palette * .55 + .3)       # of accents: darker or lighter
+    tone = torch.where(palette.mean(dim=0) > .42, palette * .5, palette * .55 + .3)       # of accents
     color = torch.where(accent, tone[:, owner], palette[:, owner])                                   # (3, M)
     light, forward = assets.light.T[:, owner], camera(azimuth, elevation)[2].to(device).T[:, owner]
     lambert = (normal * light).sum(dim=0).clamp(min=0)
@@ -519,8 +521,8 @@ def paint(distance, assets, azimuth, style, backgrounds, size, supersample, elev
         abc, material = assets.shape.T[:, owner], assets.material[owner]
         ambient, arrives, shine = light_up(distance, p, normal, abc, light, forward)
         color = texture(p, normal, color, material)
-        color = color * (.66 * ambient * (.9 + .1 * normal[1]) + .58 * arrives) + shine * torch.where(material == 5, .08, .05)
-        color = color.clamp(max=.9)
+        color = color * (.66 * ambient * (.9 + .1 * normal[1]) + .58 * arrives)
+        color = (color + shine * torch.where(material == 5, .08, .05)).clamp(max=.9)    # never white
     elif style == "cartoon":
         color = (color * 1.15 + .03).clamp(max=.95) * (.62 + .2 * (lambert > .25) + .18 * (lambert > .65))
     elif style == "sketch":
@@ -535,7 +537,7 @@ def paint(distance, assets, azimuth, style, backgrounds, size, supersample, elev
     grid = torch.zeros(8, views * fine**2, device=device).index_copy(1, ray, flat)
     grid = grid.view(8, views, fine, fine).movedim(1, 0)
     image, cover = grid[:, :3], grid[:, 3:4]
-    if style in ("cartoon", "sketch"):                                      # lines where the surface breaks off or bends
+    if style in ("cartoon", "sketch"):                                          # lines where the surface ends or bends
         pool = lambda z: F.max_pool2d(z, 2 * (supersample // 2) + 1, stride=1, padding=supersample // 2)
         line = ((pool(grid[:, 3:]) + pool(-grid[:, 3:])).amax(dim=1, keepdim=True) > .7) * cover
         image = image * (1 - line) + line * (.1 if style == "cartoon" else .3)
@@ -606,11 +608,11 @@ def base_set(num, seed=SEEDS["base"], size=32, folder="runs/data", device="cpu")
     """The base model's wide world -> image uint8 (N, 1, 3, H, W), text int64 (N, L).
 
     About 65 % photos, 15 % renders, 20 % other styles; three quarters before white; half with a view phrase (and then
-    within 8 degrees of that view). A photo goes without its style phrase one time in five: "a red wooden mug" is a photo.
+    within 8 degrees of it). A photo goes without its style phrase one time in five: "a red wooden mug" is a photo.
     """
     def draw(assets, first):
         u = uniforms(len(assets.category), seed + 1000, 8, first)
-        style = [STYLES[int(k)] for k in torch.bucketize(u[:, 0], torch.tensor([.65, .80, .87, .93]))]
+        style = [STYLES[int(k)] for k in torch.bucketize(u[:, 0].contiguous(), torch.tensor([.65, .80, .87, .93]))]
         background = ["white" if a < .75 else BACKGROUNDS[1 + int(b * (len(BACKGROUNDS) - 1))] for a, b in u[:, 1:3]]
         view = (u[:, 3] * 4).long()
         named = u[:, 4] < .5
@@ -631,7 +633,7 @@ def control_maps(views):
 
 
 def synthetic_set(num, seed=SEEDS["synthetic"], size=32, folder="runs/data", device="cpu"):
-    """Renders -> image uint8 (N, 4, 3, H, W), control float16 (N, 4, 6, H, W), text int64 (N, L): "a red wooden mug"."""
+    """Renders -> image uint8 (N, 4, 3, H, W), control float16 (N, 4, 6, H, W), text (N, L): "a red wooden mug"."""
     def draw(assets, first):
         views = render(assets, style="render", size=size, device=device)
         return dict(image=to_uint8(2 * views.rgb - 1), control=control_maps(views).half(),
@@ -687,8 +689,8 @@ def main():
     start = time.time()
     photo = render(assets, size=args.size)
     print(f"{len(first) * 4 / (time.time() - start):.0f} photo views/s with maps, {torch.get_num_threads()} thread(s)")
-    others = [render(assets, (30,), style, back, args.size, geometry=False).rgb
-              for style, back in (("cartoon", "white"), ("sketch", "white"), ("watercolor", "white"), ("photo", "sunset"))]
+    looks = ("cartoon", "white"), ("sketch", "white"), ("watercolor", "white"), ("photo", "sunset")
+    others = [render(assets, (30,), *look, args.size, geometry=False).rgb for look in looks]
     columns = [render(assets, style="render", size=args.size, geometry=False).rgb, photo.rgb, photo.normal / 2 + .5,
                photo.position + .5, *others]
     sheet = torch.cat([c.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1) for c in columns], dim=1)

@@ -88,15 +88,20 @@ def add_noise(x0, noise, t):
     return signal * x0 + sigma * noise
 
 
-def epsilon_loss(prediction, noise, t):
+def epsilon_loss(prediction, noise, t, even=False):
     """Plain epsilon loss (Sec. 4), in fp32, and what it is made of.
 
-    prediction, noise: (B, ...); t: (B,). Returns the mean squared error (a scalar), and a detached (2, LOSS_BINS) of
-    its sums and counts by timestep bin, each over samples.
+    prediction, noise: (B, ...); t: (B,). even: divide by alpha_bar_t, which makes it the loss on v (Salimans & Ho
+    2022) and lets every noise level weigh alike; the plain loss of a low-resolution image is all but blind to high
+    noise, where shape is decided. Returns the mean squared error (a scalar), and a detached (2, LOSS_BINS) of the sums
+    and counts of the plain loss by timestep bin, over samples.
     """
     per_sample = (prediction.float() - noise.float()).square().flatten(1).mean(1)                   # (B,)
     bins = F.one_hot(t * LOSS_BINS // T, LOSS_BINS).float()                                         # (B, LOSS_BINS)
-    return per_sample.mean(), torch.stack([per_sample.detach() @ bins, bins.sum(0)])
+    parts = torch.stack([per_sample.detach() @ bins, bins.sum(0)])
+    if even:
+        per_sample = per_sample / _signal_and_noise(t.device)[0][t].square()
+    return per_sample.mean(), parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------

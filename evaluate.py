@@ -116,19 +116,20 @@ def disturb(images, generator):
     offset = torch.randint(0, 5, (2,), generator=generator).tolist()
     images = F.pad(images, (2, 2, 2, 2), value=1.)[..., offset[0]:offset[0] + size, offset[1]:offset[1] + size]
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    images = images + draw(-.5, .6).clamp(min=0) * (blurred - images)
+    images = images + draw(-.5, .4).clamp(min=0) * (blurred - images)
     noise = torch.randn(images.shape, generator=generator) * draw(-.02, .04).clamp(min=0)
     return (1 - (1 - images) * draw(.9, 1.1) + noise).clamp(0, 1)
 
 
-def train_feature_net(folder="runs/data", num=3000, steps=1200, size=32, seed=11):
-    """FeatureNet trained on photos and renders of num objects (about a minute), kept in folder; the same for all runs."""
+def train_feature_net(folder="runs/data", num=3000, steps=1500, size=32, seed=11):
+    """FeatureNet trained on photos and renders of num objects (about two minutes on one core), kept in folder."""
     def build():
         assets = data.sample_assets(num, seed)
         azimuth = 90. * torch.arange(num)[:, None].remainder(4)
         images = torch.cat([data.render(assets, azimuth, style, size=size, geometry=False, seed=seed).rgb[:, 0]
                             for style in ("render", "photo")])
-        labels = torch.stack([*(field.repeat(2) for field in assets[:3]), torch.arange(2).repeat_interleave(num)], dim=1)
+        domain = torch.arange(2).repeat_interleave(num)
+        labels = torch.stack([*(field.repeat(2) for field in assets[:3]), domain], dim=1)
         labels[:num, 2] = -100                                          # a render does not show its material
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
@@ -146,7 +147,7 @@ def train_feature_net(folder="runs/data", num=3000, steps=1200, size=32, seed=11
             optimizer.step()
             schedule.step()
         return net.state_dict()
-    key = dict(kind="feature net", num=num, steps=steps, size=size, seed=seed)
+    key = dict(kind="feature net", num=num, steps=steps, size=size, seed=seed, net=str(FeatureNet()))
     net = FeatureNet()
     net.load_state_dict(data.cached(Path(folder) / f"features_{num}_{steps}_{size}_{seed}.safetensors", key, build))
     return net.eval().requires_grad_(False)

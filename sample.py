@@ -104,15 +104,16 @@ def sample_images(network, text, mode="real", views=1, control=None, seed=0, fir
     (seed, k), so it does not depend on batch size or on how samples are spread over ranks.
     Returns (N, V, C, H, W) in the model's range, on the CPU.
     """
-    config, device = network.dit.config, next(network.parameters()).device
+    config, like = network.dit.config, network.dit.positions            # like: its device and dtype
+    device = like.device
     null_text = data.tokenize([""]).to(device)
     domains = domain_mode(mode, config.depth, B_max, t_max)
     images = []
     for start in range(0, len(text), batch):
         rows = range(start, min(start + batch, len(text)))
         shape = (views, config.channels, config.image_size, config.image_size)
-        x = torch.stack([torch.randn(shape, generator=seeded_generator(SAMPLES, seed, first + k)) for k in rows]).to(device)
-        inputs = {} if control is None else {"control": control[rows.start:rows.stop].float().to(device)}
+        x = torch.stack([torch.randn(shape, generator=seeded_generator(SAMPLES, seed, first + k)) for k in rows]).to(like)
+        inputs = {} if control is None else {"control": control[rows.start:rows.stop].to(like)}
         if views > 1 and use_views:
             inputs["view"] = torch.arange(views, device=device).expand(len(rows), views)
         noise = guided_noise(network, text[rows.start:rows.stop].to(device), null_text, domains, cfg_scale, **inputs)

@@ -37,7 +37,7 @@ ORDER, NOISE, DRAWS = 1, 2, 3           # first key of each family of generators
 # Images are counted in grids of V = 4 views in stages 1 and 2 (a real grid: four single images), one by one at base.
 #                            steps  batch  lr    warmup  weight decay  EMA
 DEFAULTS = {
-    ("toy", "base"):        (3600,    64, 1e-3,    200,         0.01, 0.998),
+    ("toy", "base"):        (3000,    64, 1e-3,    200,         0.01, 0.998),
     ("toy", "stage1"):      ( 300,     8, 1e-3,     20,          0.0,   0.0),
     ("toy", "stage2"):      (1000,     8, 2e-4,     50,         0.01,  0.99),
     ("small", "base"):      (100000, 256, 3e-4,   1000,         0.01, 0.9999),
@@ -89,12 +89,12 @@ def draw_noise(shape, seed, step, first, count, device):
     return [torch.stack(column) for column in zip(*draws)]
 
 
-def denoising_loss(network, batch, iteration, null, seed, step, first, text_dropout):
+def denoising_loss(network, batch, iteration, null, seed, step, first, text_dropout, even=False):
     """The epsilon loss of one batch, for every stage and domain (Sec. 4).
 
     network: ShiftedDiT, perhaps in DDP. batch: "image" (B, V, C, H, W) and "text", perhaps "text_mask", "control" and
     "view" (absent: empty). null: the empty caption, what text is replaced by with probability text_dropout.
-    Returns as `epsilon_loss`.
+    even and what is returned: see `epsilon_loss`.
     """
     inputs = dict(batch)
     image = inputs.pop("image")                                     # (B, V, C, H, W) uint8 pixels, or 16-bit latents
@@ -106,7 +106,7 @@ def denoising_loss(network, batch, iteration, null, seed, step, first, text_drop
     config = getattr(network, "module", network).dit.config
     domains = iteration.domains(config.depth, len(x0), x0.device)
     prediction = network(add_noise(x0, noise, t), t, domains=domains, frozen_blocks=iteration.frozen_blocks, **inputs)
-    return epsilon_loss(prediction, noise, t)
+    return epsilon_loss(prediction, noise, t, even)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +150,8 @@ def train(network, sets, plan, args, out, launched, preview=None):
                              ("base", "syn", "real").index(iteration.domain))
         batch = {key: value[index].to(device, non_blocking=True) for key, value in dataset.items()}
         with autocast:
-            loss, bins = denoising_loss(model, batch, iteration, null, args.seed, step, first, args.text_dropout)
+            loss, bins = denoising_loss(model, batch, iteration, null, args.seed, step, first, args.text_dropout,
+                                        even=args.stage == "base")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params.values(), args.clip)
         optimizer.step()
@@ -166,7 +167,9 @@ def train(network, sets, plan, args, out, launched, preview=None):
             save_state(out, step + 1, params, ema, optimizer, args, rank)
         if stopping and not last:
             bar.close()
-            raise SystemExit(f"stopped at step {step + 1} by SIGTERM; the same command goes on from there" * (rank == 0))
+            if rank == 0:
+                print(f"{args.name}: stopped by SIGTERM at step {step + 1}; the same command goes on from there")
+            raise SystemExit(0)
         if preview and rank == 0 and (step + 1) % args.sample_every == 0 and not last:
             with swapped(params, ema):
                 preview(f"{out}/samples_{step + 1:07d}.png")
@@ -415,6 +418,7 @@ def fill_defaults(args, stage, device):
     args.out = args.out or f"runs/{args.preset}"
     args.name = args.name or stage
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    args.stage = stage
     args.images_per_sample = 1 if stage == "base" else 4
     for name in ("steps", "batch", "log_every", "save_every", "sample_every", "num_assets"):
         if getattr(args, name) < 1:

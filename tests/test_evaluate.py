@@ -1,0 +1,139 @@
+"""Measures: against brute force, closed forms, independent libraries (tests/golden), and the oracle."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import evaluate
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    assets = data.sample_assets(24, data.SEEDS["evaluation"])
+    quantised = lambda views: (views.rgb * 255).round() / 255
+    photo = data.render(assets)
+    return photo, quantised(photo), quantised(data.render(assets, style="render", geometry=False))
+
+
+def consistency(images, maps):
+    return evaluate.leave_one_out_psnr(images, maps.position, maps.normal, maps.mask)
+
+
+# ---- the oracle
+
+def test_perfect_views_have_the_right_silhouette(oracle):
+    maps, photo, render = oracle
+    for images in (photo, render):
+        assert evaluate.silhouette_iou(images, maps.mask).min() >= 0.98
+
+
+def test_perfect_views_are_consistent(oracle):
+    maps, photo, render = oracle
+    (psnr, share), (flat, _) = consistency(photo, maps), consistency(render, maps)
+    assert psnr.mean() >= 30 and flat.mean() >= 40
+    assert share.min() > 0.02 and 0.3 < share.mean() < 0.6
+
+
+def test_inconsistent_views_score_low(oracle):
+    maps, photo, _ = oracle
+    mixed = torch.cat([photo[:, :1], photo[:, 1:].roll(1, dims=0)], dim=1)     # the other views of another object
+    assert consistency(mixed, maps)[0].nanmean() < 20
+    tinted = photo.clone()
+    tinted[:, 0] = (tinted[:, 0] - 0.1).clamp(0, 1)                     # one view darker by 0.1: about 20 dB there
+    assert consistency(tinted, maps)[0].mean() < consistency(photo, maps)[0].mean() - 4
+
+
+def test_consistency_of_a_known_error(oracle):
+    maps, photo, _ = oracle
+    views = torch.tensor([0., .1, 0., .1])[None, :, None, None, None]   # neighbours differ by 0.1, opposite views by 0
+    psnr, _ = consistency(views.expand_as(photo), maps)
+    assert psnr.min() > 19.99 and psnr.max() < 30                       # 20 dB where a neighbour alone predicts
+
+
+def test_consistency_reads_the_positions(oracle):
+    maps, photo, _ = oracle
+    function = lambda p: 0.5 + 0.4 * torch.sin(4 * p)                   # colour as a smooth function of the 3D point
+    smooth = torch.where(maps.mask > 0, function(maps.position), torch.ones(()))
+    assert consistency(smooth, maps)[0].nanmean() > 30
+    assert consistency(smooth.flip(-1), maps)[0].nanmean() < 22
+
+
+# ---- silhouettes
+
+def test_silhouette_iou_by_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.randint(0, 5, (3, 4, 1, 8, 8), generator=generator) / 4
+    image = torch.where(torch.rand(3, 4, 1, 8, 8, generator=generator) < 0.6, 0.85, 1.).repeat(1, 1, 3, 1, 1)
+    image[:, :, 1:] = 1.                                                # one channel is enough to be seen
+    for k, value in enumerate(evaluate.silhouette_iou(image, mask)):
+        both = either = 0
+        for v in range(4):
+            for i in range(8):
+                for j in range(8):
+                    m, seen = mask[k, v, 0, i, j].item(), image[k, v, 0, i, j].item() < 0.9
+                    if m in (0, 1):
+                        both += m == 1 and seen
+                        either += m == 1 or seen
+        assert value.item() == pytest.approx(both / either)
+
+
+def test_near_white_is_background_and_pale_is_not():
+    image = torch.tensor([1., .97, .85]).view(3, 1, 1, 1).repeat(1, 3, 1, 1)
+    assert evaluate.silhouette(image).flatten().tolist() == [False, False, True]
+
+
+# ---- distances
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(GOLDEN / "metrics.safetensors"), json.loads((GOLDEN / "metrics.json").read_text())
+
+
+def test_golden_frechet_distance(golden):
+    tensors, values = golden
+    assert evaluate.frechet_distance(tensors["fid.a"], tensors["fid.b"]) == pytest.approx(values["fid"], rel=1e-8)
+    deficient = evaluate.frechet_distance(tensors["fid.c"], tensors["fid.d"])
+    assert deficient == pytest.approx(values["fid_rank_deficient"], rel=1e-5)
+
+
+def test_golden_kernel_distance(golden):
+    tensors, values = golden
+    a, b = tensors["fid.a"], tensors["fid.b"]
+    assert evaluate.kernel_distance(a[:100], b) == pytest.approx(values["kid_100"], rel=1e-8)
+    assert evaluate.kernel_distance(a, b) == pytest.approx(values["kid_unequal"], rel=1e-8)
+
+
+def test_frechet_distance_of_scaled_and_shifted_features():
+    x = np.random.default_rng(0).standard_normal((500, 6))
+    shift = np.arange(6.)
+    assert evaluate.frechet_distance(x, x + shift) == pytest.approx((shift**2).sum(), rel=1e-9)
+    trace = np.trace(np.cov(x.T))
+    assert evaluate.frechet_distance(x, 3 * (x - x.mean(0)) + x.mean(0)) == pytest.approx(4 * trace, rel=1e-9)
+
+
+def test_distances_need_two_images():
+    with pytest.raises(ValueError, match="at least two"):
+        evaluate.frechet_distance(np.zeros((1, 3)), np.zeros((5, 3)))
+    with pytest.raises(ValueError, match="at least two"):
+        evaluate.kernel_distance(np.zeros((5, 3)), np.zeros((1, 3)))
+
+
+# ---- the feature network
+
+def test_feature_net_learns_the_domain_and_is_kept(tmp_path, oracle):
+    net = evaluate.train_feature_net(tmp_path, num=100, steps=60)
+    again = evaluate.train_feature_net(tmp_path, num=100, steps=60)
+    _, photo, render = oracle
+    photo, render = photo.flatten(0, 1), render.flatten(0, 1)
+    features = net.features(photo)
+    assert features.shape == (96, 64) and torch.equal(features, again.features(photo))
+    assert torch.allclose(features[:7], net.features(photo[:7], batch=3), atol=1e-5)
+    assert net.photo_probability(photo).mean() - net.photo_probability(render).mean() > 0.3
+    other = net.features(render)
+    assert evaluate.frechet_distance(features, other) > 2 * evaluate.frechet_distance(features[::2], features[1::2])

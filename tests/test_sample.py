@@ -1,0 +1,129 @@
+"""sample.py: DDIM against diffusers and a closed form, guidance, domain modes, one generator per sample."""
+import pytest
+import torch
+from conftest import GOLDEN, TINY, random_model
+from safetensors.torch import load_file
+from test_domain_shifter import trained_shifters
+
+import sample
+from dit import alphas_cumprod, load_tensors, save_model
+from domain_shifter import ShiftedDiT
+from sample import ddim_sample, ddim_timesteps, domain_mode, guided_noise, sample_images
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("num_steps", [20, 50])
+def test_ddim_golden(spacing, num_steps):
+    golden = load_file(GOLDEN / "ddim.safetensors")
+    assert torch.equal(ddim_timesteps(num_steps, spacing), golden[f"{spacing}.{num_steps}.timesteps"])
+    x = ddim_sample(lambda x, t: x.tanh() * torch.cos(t.double() / 1000), golden["x_T"], num_steps, spacing)
+    assert (x - golden[f"{spacing}.{num_steps}.final"]).abs().max() < 1e-10
+
+
+def test_three_of_fifty_steps_are_time_shifted():
+    assert int((ddim_timesteps(50) >= 950).sum()) == 3
+    assert int((ddim_timesteps(50, "leading") >= 950).sum()) == 2
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 30, 999, 1000])
+def test_any_number_of_steps(num_steps):
+    for spacing in ("trailing", "leading", "linspace"):
+        steps = ddim_timesteps(num_steps, spacing)
+        assert len(steps) == num_steps and (steps.diff() < 0).all() and 0 <= steps.min() and steps.max() < 1000
+
+
+def test_ddim_refuses_nonsense():
+    with pytest.raises(ValueError, match="num_steps"):
+        ddim_timesteps(0)
+    with pytest.raises(ValueError, match="spacing"):
+        ddim_timesteps(10, "middling")
+
+
+def test_gaussian_data_has_a_closed_form():
+    """For data N(0.5, 0.3^2) the perfect epsilon is linear in x; 50 leading steps end at these moments (golden/README)."""
+    def predict_noise(x, t):
+        alpha_bar = alphas_cumprod[t]
+        variance = alpha_bar * 0.3 ** 2 + 1 - alpha_bar
+        return (1 - alpha_bar).sqrt() * (x - alpha_bar.sqrt() * 0.5) / variance
+    ends = ddim_sample(predict_noise, torch.tensor([0.0, 1.0], dtype=torch.float64), 50, "leading")
+    mean, deviation = float(ends[0]), float(ends[1] - ends[0])          # the map from noise to image is affine
+    assert mean == pytest.approx(0.4989, abs=5e-5) and deviation == pytest.approx(0.2750, abs=5e-5)
+
+
+def test_clipping_bounds_the_image():
+    wild = lambda x, t: 5 * x.sin()  # noqa: E731
+    assert ddim_sample(wild, torch.randn(4, 8), 10).abs().max() > 1
+    assert ddim_sample(wild, torch.randn(4, 8), 10, clip_x0=True).abs().max() <= 1
+
+
+@pytest.fixture
+def network():
+    return ShiftedDiT(random_model(), trained_shifters()).eval()
+
+
+def some_inputs():
+    torch.manual_seed(3)
+    x, text, null = torch.randn(2, 4, 3, 8, 8), torch.randint(2, 50, (2, 14)), torch.tensor([[1] + [0] * 13])
+    return x, text, null, dict(control=torch.randn(2, 4, 6, 8, 8), view=torch.arange(4).expand(2, 4))
+
+
+@torch.no_grad()
+def test_guidance_is_on_the_text_alone(network):
+    x, text, null, inputs = some_inputs()
+    t, domains = torch.tensor(400), domain_mode("real", 4)
+    with_text = network(x, t.expand(2), text, domains(t.expand(2)), **inputs)
+    without = network(x, t.expand(2), null.expand(2, -1), domains(t.expand(2)), **inputs)
+    guided = guided_noise(network, text, null, domains, 2.5, **inputs)(x, t)
+    assert torch.allclose(guided, without + 2.5 * (with_text - without), atol=1e-4)
+    assert torch.equal(guided_noise(network, text, null, domains, 1, **inputs)(x, t), with_text)
+    assert (guided - with_text).abs().max() > 1e-3
+
+
+def test_modes_differ_and_shifting_has_the_right_borders(network):
+    _, text, _, inputs = some_inputs()
+    draw = lambda mode, **shift: sample_images(network, text, mode, 4, inputs["control"], num_steps=4,  # noqa: E731
+                                               cfg_scale=1, **shift)
+    real, syn, shifted = (draw(mode) for mode in ("real", "syn", "shifted"))
+    assert min((a - b).abs().max() for a, b in ((real, syn), (real, shifted), (syn, shifted))) > 1e-3
+    assert torch.equal(draw("shifted", B_max=0, t_max=1000), real)
+    assert torch.equal(draw("shifted", B_max=0, t_max=0), syn)
+    assert torch.equal(draw("shifted", B_max=1, t_max=1000), syn)
+
+
+def test_sample_k_does_not_depend_on_its_batch(network):
+    network, (_, text, _, inputs) = network.double(), some_inputs()
+    text, control = text.repeat(3, 1), inputs["control"].repeat(3, 1, 1, 1, 1)
+    options = dict(mode="real", views=4, num_steps=3)
+    whole = sample_images(network, text, control=control, **options)
+    one_by_one = sample_images(network, text, control=control, batch=1, **options)
+    tail = sample_images(network, text[4:], control=control[4:], first=4, **options)
+    assert torch.allclose(whole, one_by_one, atol=1e-5) and torch.allclose(whole[4:], tail, atol=1e-5)
+    assert (whole[0] - whole[2]).abs().max() > 1e-2            # same caption and control, another number
+
+
+def test_real_set_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    from dit import PRESETS, DiT
+    torch.manual_seed(0)
+    base, whole, resumed = (str(tmp_path / name) for name in ("base.safetensors", "a.safetensors", "b.safetensors"))
+    save_model(base, PRESETS["toy"], DiT(PRESETS["toy"]))
+    options = dict(num_assets=3, num_steps=1, chunk=4)
+    sample.write_real_set(whole, base, **options)
+    calls, real = [], sample.sample_images
+
+    def dies_at_the_second_chunk(*args, **kwargs):
+        calls.append(kwargs["first"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+    monkeypatch.setattr(sample, "sample_images", dies_at_the_second_chunk)
+    with pytest.raises(KeyboardInterrupt):
+        sample.write_real_set(resumed, base, **options)
+    sample.write_real_set(resumed, base, **options)
+    assert calls == [0, 4, 4, 8]                               # the first chunk was kept, the second made again
+    assert open(whole, "rb").read() == open(resumed, "rb").read()
+    tensors, _ = load_tensors(whole)
+    assert tensors["image"].shape == (12, 1, 3, 32, 32) and tensors["text"].shape == (12, 14)
+    sample.write_real_set(resumed, base, **options)
+    assert len(calls) == 4                                     # up to date: nothing is drawn
+    sample.write_real_set(resumed, base, **(options | {"seed": 1}))
+    assert len(calls) == 7                                     # another seed: drawn again
