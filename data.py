@@ -604,7 +604,7 @@ def build_set(kind, num, seed, size, folder, device, draw):
     return cached(Path(folder) / f"{kind}_{num}_{size}_{seed}.safetensors", key, build)
 
 
-def base_set(num, seed=SEEDS["base"], size=32, folder="runs/data", device="cpu"):
+def base_set(num, seed=SEEDS["base"], size=32, folder="runs/toy/sets", device="cpu"):
     """The base model's wide world -> image uint8 (N, 1, 3, H, W), text int64 (N, L).
 
     About 65 % photos, 15 % renders, 20 % other styles; three quarters before white; half with a view phrase (and then
@@ -632,7 +632,7 @@ def control_maps(views):
     return torch.cat([views.normal, 2 * views.position], dim=2)
 
 
-def synthetic_set(num, seed=SEEDS["synthetic"], size=32, folder="runs/data", device="cpu"):
+def synthetic_set(num, seed=SEEDS["synthetic"], size=32, folder="runs/toy/sets", device="cpu"):
     """Renders -> image uint8 (N, 4, 3, H, W), control float16 (N, 4, 6, H, W), text (N, L): "a red wooden mug"."""
     def draw(assets, first):
         views = render(assets, style="render", size=size, device=device)
@@ -641,7 +641,7 @@ def synthetic_set(num, seed=SEEDS["synthetic"], size=32, folder="runs/data", dev
     return build_set("synthetic", num, seed, size, folder, device, draw)
 
 
-def evaluation_set(num, seed=SEEDS["evaluation"], size=32, folder="runs/data", device="cpu"):
+def evaluation_set(num, seed=SEEDS["evaluation"], size=32, folder="runs/toy/sets", device="cpu"):
     """synthetic_set of held-out objects, with what no paper has: the same views as photos under the object's one light.
 
     Adds photo uint8 (N, 4, 3, H, W), mask uint8 (N, 4, 1, H, W) = 255 x coverage, position and normal float32
@@ -657,7 +657,7 @@ def evaluation_set(num, seed=SEEDS["evaluation"], size=32, folder="runs/data", d
     return build_set("evaluation", num, seed, size, folder, device, draw)
 
 
-def photo_set(num, seed=SEEDS["photos"], size=32, folder="runs/data", device="cpu"):
+def photo_set(num, seed=SEEDS["photos"], size=32, folder="runs/toy/sets", device="cpu"):
     """Held-out photos before white, one view each -> image uint8 (N, 1, 3, H, W), text (N, L), labels int64 (N, 3)."""
     def draw(assets, first):
         view = (uniforms(len(assets.category), seed + 1000, 1, first)[:, 0] * 4).long()
@@ -700,4 +700,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,11 +1,14 @@
-"""
-Measures of the toy world, calibrated on its oracle: what a perfect model would score (issue 2, section 1).
+"""Measures of control and realism (Sec. 5), calibrated on what no paper has: perfect photos of the same objects.
 
-    python evaluate.py oracle                       # perfect photos and perfect renders through every toy measure
+    python evaluate.py toy                          # the trained models beside the oracle: control, domain, leakage
+    python evaluate.py oracle                       # perfect photos and perfect renders through every measure
 
-Each measure is a plain function of images in [0, 1], (B, V, 3, H, W).
+Each measure is a plain function of images in [0, 1], (B, V, 3, H, W). Distances are taken on the features of a small
+network trained here, so they are called Frechet and kernel distance, not FID and KID.
 """
 import argparse
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import sample
+from dit import launch, run_cli
+
+FOLDER = "runs/toy/sets"                                                # where the toy's sets are kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,7 +47,7 @@ def silhouette_iou(image, mask):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3D consistency: each view predicted from the others (the leave-one-out form of the paper's re-rendering, Sec. 5).
 
-def sample(maps, column, row):
+def bilinear(maps, column, row):
     """Bilinear values of maps (B, C, H, W) at pixel coordinates (B, H', W'), centres at + 0.5 -> (B, C, H', W')."""
     height, width = maps.shape[-2:]
     grid = torch.stack([2 * column / width - 1, 2 * row / height - 1], dim=-1)
@@ -63,7 +70,7 @@ def leave_one_out_psnr(image, position, normal, mask, azimuth=data.AZIMUTHS, ele
         for j in (j for j in range(views) if j != i):
             column, row, _ = data.project(position[:, i], azimuth[j], elevation)
             maps = torch.cat([image[:, j], position[:, j], whole[:, j]], dim=1)
-            color, point, valid = sample(maps, column, row).split([3, 3, 1], dim=1)
+            color, point, valid = bilinear(maps, column, row).split([3, 3, 1], dim=1)
             forward = data.camera(azimuth[j], elevation)[2].to(image)
             cosine = -(normal[:, i] * forward[:, None, None]).sum(dim=1, keepdim=True)
             same = (point - position[:, i]).norm(dim=1, keepdim=True) < near
@@ -121,7 +128,7 @@ def disturb(images, generator):
     return (1 - (1 - images) * draw(.9, 1.1) + noise).clamp(0, 1)
 
 
-def train_feature_net(folder="runs/data", num=3000, steps=1500, size=32, seed=11):
+def train_feature_net(folder=FOLDER, num=3000, steps=1500, size=32, seed=11):
     """FeatureNet trained on photos and renders of num objects (about two minutes on one core), kept in folder."""
     def build():
         assets = data.sample_assets(num, seed)
@@ -182,7 +189,7 @@ def kernel_distance(a, b):
 # ---------------------------------------------------------------------------------------------------------------------
 # The oracle: what perfect photos and perfect renders score.
 
-def oracle(folder="runs/data", num=64):
+def oracle(folder=FOLDER, num=64):
     """Dict of (perfect photos, perfect renders, target) per measure on num held-out objects."""
     held = data.evaluation_set(num, folder=folder)
     net = train_feature_net(folder)
@@ -210,18 +217,89 @@ def oracle(folder="runs/data", num=64):
     return rows
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The trained models: does control hold, does the domain follow its switch, has the domain leaked?
+
+def measure(images, held, photos, net):
+    """Control and realism of grids of images.
+
+    images: (B, V, 3, H, W) in [0, 1], of the objects `held` (data.evaluation_set). photos: (N, F) features of held-out
+    photographs. Returns a dict of floats: silhouette IoU with the control mask, leave-one-out PSNR (dB), share called a
+    photo, Frechet and kernel distance to the photographs.
+    """
+    mask, flat = held["mask"] / 255, images.flatten(0, 1)
+    psnr, _ = leave_one_out_psnr(images, held["position"], held["normal"], mask)
+    features = net.features(flat)
+    return dict(iou=silhouette_iou(images, mask).mean().item(), psnr=psnr.nanmean().item(),
+                photo=(net.photo_probability(flat) > 0.5).float().mean().item(),
+                frechet=frechet_distance(photos, features), kernel=1000 * kernel_distance(photos, features))
+
+
+def toy(args):
+    """Samples the held-out objects with each model and mode and prints the table; returns {row: measures}.
+
+    Base: single images of the same captions; it knows no control, so its shape measures mean nothing and are left out.
+    """
+    device = launch(args.threads)[0]
+    realiz3d = args.model or sample.default_model("toy", "texturing")
+    syn_only = args.syn_only or sample.default_model("toy", "texturing", "syn_only")
+    network = sample.load_network(realiz3d, device)
+    held = data.evaluation_set(args.num, size=network.dit.config.image_size, folder=args.folder, device=device)
+    net = train_feature_net(args.folder)
+    world = data.photo_set(1000, folder=args.folder, device=device)["image"][:, 0] / 255
+    photos = net.features(world)
+    options = dict(seed=args.seed, num_steps=args.num_steps, views=4, control=held["control"])
+    runs = [("syn_only", sample.load_network(syn_only, device), "real"), ("realiz3d, synthetic mode", network, "syn"),
+            ("realiz3d, real mode", network, "real"), ("realiz3d, shifted", network, "shifted")]
+    images = {"oracle photos": held["photo"] / 255, "oracle renders": held["image"] / 255}
+    with tqdm(total=len(runs) * args.num, desc="sampling", bar_format=sample.BAR) as progress:
+        for name, model, mode in runs:
+            drawn = sample.sample_images(model, held["text"], mode, progress=progress, batch=16, **options)
+            images[name] = data.to_uint8(drawn) / 255
+    rows = {name: measure(grids, held, photos, net) for name, grids in images.items()}
+    print(f"{args.num} held-out objects, four views, {args.num_steps} steps, seed {args.seed}; {realiz3d}, {syn_only}")
+    print(f"{'':28}{'IoU':>8}{'LOO dB':>8}{'photo':>8}{'FD':>8}{'KD x1000':>10}")
+    for name, row in rows.items():
+        print(f"{name:28}{row['iou']:8.3f}{row['psnr']:8.2f}{row['photo']:8.3f}{row['frechet']:8.3f}{row['kernel']:10.1f}")
+    print("IoU: silhouette with the control mask; LOO: leave-one-out consistency; photo: share called a photo; FD, KD: "
+          f"to {len(world)} held-out photos")
+    out = args.out.removesuffix(".png")
+    sample.save_picture(f"{out}.png", [(name, (grids[:6] * 255).round().byte().flatten(0, 1)) for name, grids in
+                                       images.items()], column_titles=data.VIEWS * min(6, args.num))
+    with open(f"{out}.json.tmp", "w") as file:
+        json.dump(dict(settings={key: value for key, value in vars(args).items() if key != "run"}, rows=rows), file, indent=1)
+    os.replace(f"{out}.json.tmp", f"{out}.json")
+    print(f"wrote {out}.png and {out}.json")
+    return rows
+
+
+def print_oracle(args):
+    """Prints what `oracle` measures, each number beside its target."""
+    print(f"{'':32}{'photos':>10}{'renders':>10}  target    ({args.num} held-out objects, four views)")
+    for name, (photos, renders, target) in oracle(args.folder, args.num).items():
+        print(f"{name:32}{photos:10.3f}{renders:10.3f}  {target}")
+
+
 def main():
-    parser = argparse.ArgumentParser(description="measure")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("oracle", help="perfect photos and renders through every toy measure")
-    sub.add_argument("--folder", default="runs/data", help="where sets and the feature net are kept")
+    sub.set_defaults(run=print_oracle)
     sub.add_argument("--num", type=int, default=64, help="held-out objects")
+    sub.add_argument("--folder", default=FOLDER, help="where sets and the feature net are kept")
+    sub = commands.add_parser("toy", help="control, domain and leakage of the trained models")
+    sub.set_defaults(run=toy)
+    sub.add_argument("--num", type=int, default=40, help="held-out objects")
+    sub.add_argument("--folder", default=FOLDER, help="where sets and the feature net are kept")
+    sub.add_argument("--model", help="realiz3d checkpoint (default: the run folder's, else the shipped one)")
+    sub.add_argument("--syn_only", help="checkpoint of python train_stage2.py --method syn_only (default likewise)")
+    sub.add_argument("--num_steps", type=int, default=50, help="DDIM steps")
+    sub.add_argument("--seed", type=int, default=0, help="decides the noise")
+    sub.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    sub.add_argument("--out", default="runs/toy/evaluate.png", help="picture to write; the numbers go beside it as .json")
     args = parser.parse_args()
-    if args.command == "oracle":
-        print(f"{'':32}{'photos':>10}{'renders':>10}  target    ({args.num} held-out objects, four views)")
-        for name, (photos, renders, target) in oracle(args.folder, args.num).items():
-            print(f"{name:32}{photos:10.3f}{renders:10.3f}  {target}")
+    args.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -21,7 +21,8 @@ import data
 from dit import T, alphas_cumprod, launch, load_model, load_tensors, run_cli, save_tensors, seeded_generator
 from domain_shifter import REAL, SYN, ShiftedDiT, load_shifters, shifted_domains, uniform_domains
 
-CFG_SCALE = 3.0         # guidance on the text; the paper gives no number
+CFG_SCALE = 2.0         # guidance on the text; the paper gives no number
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}]"
 SAMPLES = 4             # first key of the generators of initial noise (train_stage1.py has the other families)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,6 +95,14 @@ def guided_noise(network, text, null_text, domains, cfg_scale, **inputs):
     return predict_noise
 
 
+def ticking(predict_noise, progress, share):
+    """predict_noise that moves a progress bar on by `share` of each sample."""
+    def tick(x, t):
+        progress.update(share * len(x))
+        return predict_noise(x, t)
+    return tick
+
+
 @torch.no_grad()
 def sample_images(network, text, mode="real", views=1, control=None, seed=0, first=0, cfg_scale=CFG_SCALE, num_steps=50,
                   spacing="trailing", B_max=0.3, t_max=950, use_views=True, batch=64, progress=None):
@@ -117,9 +126,9 @@ def sample_images(network, text, mode="real", views=1, control=None, seed=0, fir
         if views > 1 and use_views:
             inputs["view"] = torch.arange(views, device=device).expand(len(rows), views)
         noise = guided_noise(network, text[rows.start:rows.stop].to(device), null_text, domains, cfg_scale, **inputs)
-        images.append(ddim_sample(noise, x, num_steps, spacing, clip_x0=config.output_skip).cpu())
         if progress is not None:
-            progress.update(len(rows))
+            noise = ticking(noise, progress, 1 / num_steps)
+        images.append(ddim_sample(noise, x, num_steps, spacing, clip_x0=config.output_skip).cpu())
     return torch.cat(images)
 
 
@@ -151,7 +160,7 @@ def write_real_set(path, base, num_assets, seed=0, num_steps=20, cfg_scale=CFG_S
     text, starts = data.tokenize(draw), range(0, len(draw), chunk)
     mine = starts[rank::world]
     with tqdm(total=sum(len(text[start:start + chunk]) for start in mine), desc="real set, drawn by the base model",
-              unit="image", disable=rank > 0) as progress:
+              unit="image", bar_format=BAR, disable=rank > 0) as progress:
         for start in mine:
             part, rows = f"{parts}/{start:08d}.safetensors", text[start:start + chunk]
             if up_to_date(part, key):
@@ -244,15 +253,14 @@ def save_plot(path, curves, x_label, y_label, log_y=False, size=(640, 360)):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def default_model(preset="toy", task="texturing"):
-    """The newest trained model: the run folder's, else the one that comes with the repository."""
+def default_model(preset="toy", task="texturing", method="realiz3d"):
+    """Path of the newest trained model: the run folder's, else the one that comes with the repository."""
     here = os.path.dirname(os.path.abspath(__file__))
-    paths = [f"runs/{preset}/realiz3d_{task}.safetensors", f"{here}/weights/{preset}_realiz3d_{task}.safetensors"]
-    for path in paths:
+    for path in (f"runs/{preset}/{method}_{task}.safetensors", f"{here}/weights/{preset}_{method}_{task}.safetensors"):
         if os.path.isfile(path):
             return path
-    raise FileNotFoundError(f"no model at {' or '.join(paths)}: train one with python train_stage2.py --preset "
-                            f"{preset} --task {task}, or name one with --model")
+    flags = f"--preset {preset} --task {task}" + (f" --method {method}" if method != "realiz3d" else "")
+    raise FileNotFoundError(f"no {method} model in runs/{preset} or weights: train one with python train_stage2.py {flags}")
 
 
 MODES = {"syn": "synthetic mode", "real": "real mode", "shifted": "shifted"}
@@ -267,7 +275,9 @@ def object_sheet(path, network, objects, task="texturing", modes=tuple(MODES), *
     """
     control, views = objects["control"] if task == "texturing" else None, 4 if task else 1
     modes = modes if network.shifters is not None else ("real",)
-    images = {mode: sample_images(network, objects["text"], mode, views, control, **options) for mode in modes}
+    with tqdm(total=len(modes) * len(objects["text"]), desc="sampling", unit="object", bar_format=BAR) as progress:
+        images = {mode: sample_images(network, objects["text"], mode, views, control, progress=progress, **options)
+                  for mode in modes}
     rows = [] if control is None else [("normals", control[:, :, :3]), ("positions", control[:, :, 3:])]
     rows += [(MODES[mode] if network.shifters is not None else "generated", images[mode]) for mode in modes]
     save_picture(path, [(label, data.to_uint8(row).flatten(0, 1)) for label, row in rows],
@@ -295,7 +305,7 @@ def parse_args(argv=None):
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--out", help="picture to write (default runs/PRESET/sample.png)")
     add("--real_set", metavar="FILE", help="draw the real set of stages 1 and 2 with the base model, instead")
-    add("--num_assets", type=int, default=400, help="real set: assets, four images each")
+    add("--num_assets", type=int, default=320, help="real set: assets, four images each")
     return parser, parser.parse_args(argv)
 
 

@@ -17,7 +17,7 @@ import platform
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from glob import glob
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import sample
 from dit import (LOSS_BINS, PRESETS, DiT, T, add_noise, epsilon_loss, launch, load_model, load_pixart, load_tensors,
-                 run_cli, save_model, save_tensors, seeded_generator)
+                 require_config, run_cli, save_model, save_tensors, seeded_generator)
 from domain_shifter import REAL, SYN, DomainShifters, ShiftedDiT, uniform_domains
 
 DOMAINS = {"syn": SYN, "real": REAL}
@@ -38,8 +38,8 @@ ORDER, NOISE, DRAWS = 1, 2, 3           # first key of each family of generators
 #                            steps  batch  lr    warmup  weight decay  EMA
 DEFAULTS = {
     ("toy", "base"):        (3000,    64, 1e-3,    200,         0.01, 0.998),
-    ("toy", "stage1"):      ( 300,     8, 1e-3,     20,          0.0,   0.0),
-    ("toy", "stage2"):      (1000,     8, 2e-4,     50,         0.01,  0.99),
+    ("toy", "stage1"):      ( 300,     8, 3e-3,     20,          0.0,   0.0),
+    ("toy", "stage2"):      ( 900,     8, 4e-4,     50,         0.01,  0.99),
     ("small", "base"):      (100000, 256, 3e-4,   1000,         0.01, 0.9999),
     ("small", "stage1"):    (2000,    16, 5e-4,    100,          0.0,   0.0),
     ("small", "stage2"):    (20000,   16, 5e-5,    200,         0.01, 0.999),
@@ -113,29 +113,30 @@ def denoising_loss(network, batch, iteration, null, seed, step, first, text_drop
 # The training loop
 
 
-def train(network, sets, plan, args, out, launched, preview=None):
+def train(network, sets, null, plan, args, out, launched, preview=None):
     """Trains the parameters of `network` that require a gradient; resumes from the newest readable state in `out`.
 
-    network: ShiftedDiT. sets: {domain: {"image": (N, V, C, H, W), "text": ..., ...}}. plan(step) -> Iteration.
-    args: from `parse_args`. out: folder for states, log.jsonl and pictures. launched: (device, rank, world).
+    network: ShiftedDiT. sets: {domain: {"image": (N, V, C, H, W), "text": ..., ...}}. null: the empty caption, {"text":
+    ...}. plan(step) -> Iteration. args: from `parse_args`. out: folder for states, log.jsonl and pictures. launched: (device, rank, world).
     preview(path): draws a picture of samples. Afterwards `network` holds the EMA weights where args.ema > 0.
     Returns the mean loss by domain over the last tenth of the steps. Raises FloatingPointError at a non-finite loss.
     """
     device, rank, world = launched
-    check_settings(sets, args, world)
+    check_sets(sets, args, world)
     params = {name: p for name, p in network.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(params.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
                                   fused=device.type == "cuda")
     ema = {name: p.detach().clone() for name, p in params.items()} if args.ema else {}
     start = load_state(out, params, ema, optimizer, args)
     describe(network, params, sets, args, out, launched, start)
+    # find_unused_parameters: the frozen blocks of an iteration get no gradient; without it the ranks drift apart
     model = DistributedDataParallel(network, find_unused_parameters=True) if world > 1 else network
     if args.compile:
         for block in network.dit.blocks:
             block.compile()
     network.dit.grad_checkpointing = args.grad_checkpointing
     autocast = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
-    null = {"text": data.tokenize([""]).to(device)} if network.dit.config.vocab_size else {}
+    null = {key: value.to(device) for key, value in null.items()}
     log = Log(out, args, launched, start)
     stop = catch_sigterm()
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.name, disable=rank > 0)
@@ -158,12 +159,13 @@ def train(network, sets, plan, args, out, launched, preview=None):
         optimizer.zero_grad(set_to_none=True)   # None, not zero: AdamW would move a frozen block on a zero gradient
         for name, average in ema.items():       # a short horizon at first, so that the start is forgotten
             average.lerp_(params[name].detach(), 1 - min(args.ema, (step + 1) / (step + 10)))
-        log.add(step, iteration.domain, loss, bins, rows * x0_views(batch))
+        log.add(step, iteration.domain, loss, bins, rows * batch["image"].shape[1])
         last = step + 1 == args.steps
         stopping = (world == 1 or step % args.log_every == 0) and agree(stop["now"], launched)
-        if last or stopping or (step + 1) % args.log_every == 0:
+        saving = last or stopping or (step + 1) % args.save_every == 0
+        if saving or (step + 1) % args.log_every == 0:      # before saving: the flush stops at a loss that is not finite
             bar.set_postfix_str(log.flush(step, learning_rate(step, args)))
-        if last or stopping or (step + 1) % args.save_every == 0:
+        if saving:
             save_state(out, step + 1, params, ema, optimizer, args, rank)
         if stopping and not last:
             bar.close()
@@ -186,12 +188,7 @@ def learning_rate(step, args):
     return args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.steps))
 
 
-def x0_views(batch):
-    """Views per sample of a batch."""
-    return batch["image"].shape[1]
-
-
-def check_settings(sets, args, world):
+def check_sets(sets, args, world):
     """Refuses a set that is smaller than one step of all ranks."""
     for domain, dataset in sets.items():
         num, views = dataset["image"].shape[:2]
@@ -230,26 +227,21 @@ def agree(flag, launched):
     return bool(flag)
 
 
-class swapped:
-    """with swapped(params, ema): the parameters hold their averages."""
-
-    def __init__(self, params, ema):
-        self.pairs = [(params[name].data, average) for name, average in ema.items()]
-
-    def __enter__(self):
-        for p, average in self.pairs:
-            swap = p.clone()
-            p.copy_(average)
-            average.copy_(swap)
-
-    def __exit__(self, *_):
-        self.__enter__()
+@contextmanager
+def swapped(params, ema):
+    """with swapped(params, ema): the parameters hold their running averages."""
+    def swap():
+        for name, average in ema.items():
+            params[name].data, ema[name] = average, params[name].data
+    swap()
+    yield
+    swap()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training states: parameters that train, their averages and AdamW's moments. Noise and data order need no state.
 
-NOT_SETTINGS = ("log_every", "save_every", "sample_every", "compile", "grad_checkpointing", "threads", "benchmark")
+NOT_SETTINGS = ("log_every", "save_every", "sample_every", "compile", "grad_checkpointing", "threads", "benchmark", "rounds")
 
 
 def settings(args):
@@ -389,7 +381,7 @@ def training_arguments(parser):
                        "the one shipped in weights/)")
     add("--synthetic", help="synthetic set, a safetensors file (toy, small: default is to render it)")
     add("--real", help="real set, a safetensors file (toy, small: default is to let the base model draw it)")
-    add("--num_assets", type=int, default=400, help="assets of the synthetic set the toy world renders")
+    add("--num_assets", type=int, default=320, help="assets of the synthetic set the toy world renders")
     add("--real_steps", type=int, default=16, help="DDIM steps for the images of the real set")
     for flag, kind, text in (("steps", int, "training steps"), ("batch", int, "per process: grids of four views; base: "
                              "images"), ("lr", float, "learning rate after warm-up"), ("warmup", int, "steps of linear "
@@ -451,7 +443,8 @@ def train_base(args, launched):
     def preview(path):
         images = sample.sample_images(network, data.tokenize(captions).repeat_interleave(6, 0), num_steps=20)
         sample.save_picture(path, [(c, data.to_uint8(i)[:, 0]) for c, i in zip(captions, images.unflatten(0, (-1, 6)))])
-    losses = train(network, {"base": base}, lambda step: Iteration("base", step), args, f"{args.out}/{args.name}",
+    null = {"text": data.tokenize([""])}
+    losses = train(network, {"base": base}, null, lambda step: Iteration("base", step), args, f"{args.out}/{args.name}",
                    launched, preview)
     return finish(f"{args.out}/base.safetensors", network, args, losses, launched)
 
@@ -469,11 +462,11 @@ def train_shifters(args, launched):
     network = ShiftedDiT(load_base(args, device).requires_grad_(False))
     torch.manual_seed(args.seed)
     network.shifters = DomainShifters(network.dit.config, args.rank).to(device)
-    synthetic, real = training_sets(args, launched)
+    synthetic, real, null = training_sets(args, launched)
     single = {"image": synthetic["image"].flatten(0, 1)[:, None]}   # (4 N, 1, C, H, W)
     single |= {key: synthetic[key].repeat_interleave(4, 0) for key in ("text", "text_mask") if key in synthetic}
     sets = {"syn": single, "real": real}
-    losses = train(network, sets, lambda step: Iteration(("syn", "real")[step % 2], step // 2), args,
+    losses = train(network, sets, null, lambda step: Iteration(("syn", "real")[step % 2], step // 2), args,
                    f"{args.out}/{args.name}", launched, domain_preview(network, args))
     return finish(f"{args.out}/shifters.safetensors", network, args, losses, launched, keep_model=False)
 
@@ -512,18 +505,19 @@ def load_base(args, device):
     path, config = base_path(args), PRESETS[args.preset]
     if config.vocab_size:
         return load_model(path, device, config)
-    model = load_pixart(path, config.heads, config.image_size, config.pos_scale).to(device)
-    return model
+    model = load_pixart(path, config.heads, config.image_size, config.pos_scale)
+    require_config(path, model.config, config)
+    return model.to(device)
 
 
 def training_sets(args, launched):
-    """(synthetic, real): read from --synthetic and --real, or made by the toy world and the base model (C.1)."""
+    """(synthetic, real, empty caption): from --synthetic and --real, or the toy world and the base model (C.1)."""
     device, rank, world = launched
     config, folder = PRESETS[args.preset], f"{args.out}/sets"
     if not config.vocab_size and not (args.synthetic and args.real):
         raise FileNotFoundError(f"preset {args.preset} needs --synthetic FILE and --real FILE: safetensors with image "
-                                "(N, 4, C, H, W) and (N, 1, C, H, W), text (N, L, D), text_mask (N, L), and control for "
-                                "the synthetic set, as latents")
+                                "(N, 4, C, H, W) and (N, 1, C, H, W), text (N, L, D), text_mask (N, L), and for the "
+                                "synthetic set control, null_text (1, L, D) and null_text_mask (1, L)")
     if args.synthetic:
         synthetic = load_tensors(args.synthetic)[0]
     else:
@@ -533,7 +527,12 @@ def training_sets(args, launched):
     if not path:
         path = f"{folder}/real_{args.num_assets}.safetensors"
         sample.write_real_set(path, base_path(args), args.num_assets, args.seed, args.real_steps, launched=launched)
-    return synthetic, load_tensors(path)[0]
+    real = load_tensors(path)[0]
+    if config.vocab_size:
+        return synthetic, real, {"text": data.tokenize([""])}
+    if "null_text" not in synthetic:
+        raise ValueError(f"{args.synthetic} has no null_text and null_text_mask, the empty caption that guidance needs")
+    return synthetic, real, {"text": synthetic.pop("null_text"), "text_mask": synthetic.pop("null_text_mask")}
 
 
 def on_rank_0_first(world, rank, make):
@@ -548,7 +547,7 @@ def finish(path, network, args, losses, launched, keep_model=True):
     """Writes the trained weights in 16 bits for use (the states keep 32), with how they were made; returns the path."""
     if launched[1] == 0:
         made = dict(name=args.name, command=" ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-                    loss=losses, machine=f"{platform.machine()}, {os.cpu_count()} cores, {launched[0]}",
+                    loss=losses, machine=f"{platform.machine()}, {os.cpu_count()} cores, {launched[2]} process(es) on {launched[0]}",
                     torch=torch.__version__, settings=settings(args))
         model = network.dit if keep_model else None
         save_model(path, network.dit.config, model, network.shifters, dtype=torch.float16, **made)

@@ -26,7 +26,7 @@ import torch
 import data
 import sample
 import train_stage1
-from dit import PRESETS, launch, run_cli
+from dit import PRESETS, DiT, launch, run_cli
 from domain_shifter import (DomainShifters, ShiftedDiT, block_count, draw_frozen_blocks, draw_reassigned_blocks,
                             load_shifters)
 from train_stage1 import (DEFAULTS, DRAWS, Iteration, denoising_loss, fill_defaults, finish, load_base, seeded_generator, train,
@@ -55,14 +55,14 @@ def stage2_plan(args, num_blocks):
 
 
 def stage2_sets(args, launched):
-    """The two sets as stage 2 takes them: the views' indices join the synthetic one, and task text has no maps."""
-    synthetic, real = training_sets(args, launched)
+    """The sets as stage 2 takes them, with the empty caption: view indices join the renders, task text has no maps."""
+    synthetic, real, null = training_sets(args, launched)
     num, views = synthetic["image"].shape[:2]
     synthetic = {key: value for key, value in synthetic.items() if args.task == "texturing" or key != "control"}
     if args.task == "texturing" and "control" not in synthetic:
         raise ValueError("task texturing needs control maps, but the synthetic set has none: use --task text")
     synthetic["view"] = torch.arange(views).expand(num, views)
-    return {"syn": synthetic} if args.no_real_data else {"syn": synthetic, "real": real}
+    return {"syn": synthetic} if args.no_real_data else {"syn": synthetic, "real": real}, null
 
 
 def stage2_network(args, launched):
@@ -115,12 +115,11 @@ def iteration_macs(config, views, frozen_blocks=0, text_length=None):
     return forward + backward
 
 
-def benchmark(args, launched, rounds=15):
+def benchmark(args, launched):
     """Times real iterations at every i against unfrozen ones, in turn in one process, beside the counted ratio."""
     device = launched[0]
-    network = ShiftedDiT(load_base(args, device))
-    config = network.dit.config
-    network.shifters = DomainShifters(config, args.rank).to(device).requires_grad_(False)
+    config = PRESETS[args.preset]
+    network = ShiftedDiT(DiT(config), DomainShifters(config, args.rank).requires_grad_(False)).to(device)
     optimizer = torch.optim.AdamW(network.dit.parameters(), lr=0.0, fused=device.type == "cuda")
     size = (config.channels, config.image_size, config.image_size)
 
@@ -151,7 +150,7 @@ def benchmark(args, launched, rounds=15):
     cases = [("syn", syn, Iteration("syn", 0)), ("real", real, Iteration("real", 0))]
     cases += [(i, real, Iteration("real", 0, frozen_blocks=i)) for i in range(deepest + 1)]
     times = {name: [] for name, _, _ in cases}
-    for k in range(rounds + 2):
+    for k in range(args.rounds + 2):
         for name, inputs, iteration in cases:
             elapsed = seconds(inputs, iteration)
             if k >= 2:                                              # the first two rounds warm up
@@ -211,8 +210,8 @@ def announce(args, launched):
     if needs_shifters and not os.path.isfile(args.shifters or f"{args.out}/shifters.safetensors"):
         todo.append(("train stage 1", stage1_steps * args.batch * 4 * step))
     todo.append(("train stage 2", args.steps * args.batch * 4 * step))
-    print(f"to do: {', '.join(f'{what} ({time / 60:.1f} min)' for what, time in todo)}; about "
-          f"{sum(time for _, time in todo) / 60:.0f} minutes on this machine", flush=True)
+    print(f"to do: {', '.join(f'{what} ({took / 60:.1f} min)' for what, took in todo)}; about "
+          f"{sum(took for _, took in todo) / 60:.0f} minutes on this machine", flush=True)
 
 
 def parse_args(argv=None):
@@ -234,12 +233,13 @@ def parse_args(argv=None):
     add("--rank", type=int, default=8, help="r, rank of the Domain Shifters")
     add("--stage1_steps", type=int, help="steps of stage 1 where it is trained on the way")
     add("--benchmark", action="store_true", help="time synthetic and real iterations, then stop")
+    add("--rounds", type=int, default=15, help="how often --benchmark times each kind of iteration")
     return parser.parse_args(argv)
 
 
 def main():
     args = parse_args()
-    launched = device, rank, world = launch(args.threads)
+    launched = device, rank, _ = launch(args.threads)
     args.no_real_data |= args.method == "syn_only"
     switches = [flag for flag in ("no_real_data", "no_freezing", "no_reassignment", "joint_shifters")
                 if getattr(args, flag) and not (args.method == "syn_only" and flag == "no_real_data")]
@@ -249,12 +249,12 @@ def main():
         return benchmark(args, launched)
     announce(args, launched)
     network = stage2_network(args, launched)
-    config, sets = network.dit.config, stage2_sets(args, launched)
+    config, (sets, null) = network.dit.config, stage2_sets(args, launched)
     objects = data.evaluation_set(3, size=config.image_size, folder=f"{args.out}/sets") if config.vocab_size else None
 
     def preview(path):
         sample.object_sheet(path, network, objects, task=args.task, num_steps=20)
-    losses = train(network, sets, stage2_plan(args, config.depth), args, f"{args.out}/{args.name}", launched,
+    losses = train(network, sets, null, stage2_plan(args, config.depth), args, f"{args.out}/{args.name}", launched,
                    preview if objects else None)
     path = finish(f"{args.out}/{args.name}.safetensors", network, args, losses, launched)
     if objects and rank == 0:

@@ -137,3 +137,31 @@ def test_feature_net_learns_the_domain_and_is_kept(tmp_path, oracle):
     assert net.photo_probability(photo).mean() - net.photo_probability(render).mean() > 0.3
     other = net.features(render)
     assert evaluate.frechet_distance(features, other) > 2 * evaluate.frechet_distance(features[::2], features[1::2])
+
+
+# ---- the trained models
+
+def test_toy_table_of_untrained_models(tmp_path, tiny_run, monkeypatch, capsys):
+    """The command as a whole: the oracle rows score nearly perfectly, models of three steps do not."""
+    small_net = evaluate.train_feature_net
+    monkeypatch.setattr(evaluate, "train_feature_net", lambda folder: small_net(folder, num=60, steps=40))
+    photos = data.photo_set
+    monkeypatch.setattr(data, "photo_set", lambda num, **options: photos(40, **options))
+    model = str(tiny_run / "realiz3d_texturing.safetensors")
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "toy", "--num", "2", "--num_steps", "2", "--model", model, "--syn_only",
+                                     model, "--folder", str(tmp_path), "--out", str(tmp_path / "e.png"), "--threads", "1"])
+    evaluate.main()
+    rows = json.loads((tmp_path / "e.json").read_text())["rows"]
+    assert list(rows) == ["oracle photos", "oracle renders", "syn_only", "realiz3d, synthetic mode", "realiz3d, real mode",
+                          "realiz3d, shifted"]
+    assert rows["oracle photos"]["iou"] >= 0.98 and rows["oracle renders"]["iou"] >= 0.98
+    assert rows["oracle photos"]["psnr"] > 25 and rows["realiz3d, real mode"]["iou"] < 0.9
+    assert rows["oracle renders"]["frechet"] > rows["oracle photos"]["frechet"] > 0
+    assert rows["syn_only"] == rows["realiz3d, real mode"]          # here both are the same model
+    assert (tmp_path / "e.png").exists() and "KD x1000" in capsys.readouterr().out
+
+
+def test_a_missing_model_names_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="train_stage2.py --preset small --task text --method syn_only"):
+        evaluate.sample.default_model("small", "text", "syn_only")

@@ -43,7 +43,8 @@ def main():
             return (loss * float("nan") if nan_at_step_5.calls == 6 else loss), bins
         nan_at_step_5.calls = 0
         train_stage1.epsilon_loss = nan_at_step_5
-    train_stage1.train(network, {"syn": syn, "real": real}, plan, args, f"{out}/tiny", launched)
+    null = {"text": torch.tensor([[1] + [0] * 13])}
+    train_stage1.train(network, {"syn": syn, "real": real}, null, plan, args, f"{out}/tiny", launched)
     save_tensors(f"{out}/rank_{launched[1]}.safetensors", dict(network.named_parameters()))
 
 
