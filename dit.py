@@ -167,7 +167,7 @@ class Block(nn.Module):
         if shift is not None:
             x = x + shift[:, None]                                                                  # Sec. 4.1
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + mod).unsqueeze(2).unbind(1)
-        x = x + gate1 * self.attn(modulate(self.norm(x), shift1, scale1))                           # all V views jointly
+        x = x + gate1 * self.attn(modulate(self.norm(x), shift1, scale1))                           # over all V views
         x = x + self.cross_attn(x, text, text_mask)
         return x + gate2 * self.mlp(modulate(self.norm(x), shift2, scale2))                         # (B, V N, d)
 
@@ -261,7 +261,7 @@ class DiT(nn.Module):
     def unpatchify(self, tokens, V):
         """(B, V N, p p out_channels) -> (B, V, out_channels, H, W)."""
         p, n = self.config.patch_size, self.config.image_size // self.config.patch_size
-        x = tokens.view(len(tokens), V, n, n, p, p, -1)                                             # PixArt's order (p, q, c)
+        x = tokens.view(len(tokens), V, n, n, p, p, -1)                                             # PixArt: (p, q, c)
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def forward(self, x, t, text, text_mask=None, control=None, view=None, shift=None, frozen_blocks=0):
@@ -319,7 +319,7 @@ def save_tensors(path, tensors, **metadata):
 
 
 def load_tensors(path, device="cpu"):
-    """Reads what `save_tensors` wrote: ({name: tensor}, metadata). Raises FileNotFoundError, or ValueError if damaged."""
+    """Reads what `save_tensors` wrote: ({name: tensor}, metadata). Raises FileNotFoundError, ValueError if damaged."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no such file: {path}")
     try:
@@ -430,8 +430,11 @@ def load_pixart(path, num_heads=16, image_size=64, pos_scale=1.0):
     if source:
         raise ValueError(f"{path} holds tensors of no PixArt-alpha model: {', '.join(sorted(source)[:4])}")
     width, channels, patch, _ = weights["x_embedder.weight"].shape
-    config = Config(image_size, patch, channels, len(weights["final_linear.weight"]) // patch ** 2, 2 * channels, 4,
-                    depth, width, num_heads, weights["text_embedder.0.weight"].shape[1], 120, 0, False, False, pos_scale)
+    out_channels = len(weights["final_linear.weight"]) // patch ** 2
+    text_dim = weights["text_embedder.0.weight"].shape[1]
+    config = Config(image_size, patch, channels, out_channels, control_channels=2 * channels, num_views=4, depth=depth,
+                    width=width, heads=num_heads, text_dim=text_dim, text_length=120, vocab_size=0, output_skip=False,
+                    qk_norm=False, pos_scale=pos_scale)
     model = DiT(config)
     added = {name: model.state_dict()[name] for name in ("control_embedder.weight", "view_encoding")}
     load_strictly(model, weights | added, path)

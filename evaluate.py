@@ -260,14 +260,16 @@ def toy(args):
     print(f"{args.num} held-out objects, four views, {args.num_steps} steps, seed {args.seed}; {realiz3d}, {syn_only}")
     print(f"{'':28}{'IoU':>8}{'LOO dB':>8}{'photo':>8}{'FD':>8}{'KD x1000':>10}")
     for name, row in rows.items():
-        print(f"{name:28}{row['iou']:8.3f}{row['psnr']:8.2f}{row['photo']:8.3f}{row['frechet']:8.3f}{row['kernel']:10.1f}")
+        print(f"{name:28}{row['iou']:8.3f}{row['psnr']:8.2f}{row['photo']:8.3f}{row['frechet']:8.3f}"
+              f"{row['kernel']:10.1f}")
     print("IoU: silhouette with the control mask; LOO: leave-one-out consistency; photo: share called a photo; FD, KD: "
           f"to {len(world)} held-out photos")
     out = args.out.removesuffix(".png")
     sample.save_picture(f"{out}.png", [(name, (grids[:6] * 255).round().byte().flatten(0, 1)) for name, grids in
                                        images.items()], column_titles=data.VIEWS * min(6, args.num))
     with open(f"{out}.json.tmp", "w") as file:
-        json.dump(dict(settings={key: value for key, value in vars(args).items() if key != "run"}, rows=rows), file, indent=1)
+        settings = {key: value for key, value in vars(args).items() if key != "run"}
+        json.dump(dict(settings=settings, rows=rows), file, indent=1)
     os.replace(f"{out}.json.tmp", f"{out}.json")
     print(f"wrote {out}.png and {out}.json")
     return rows
@@ -296,7 +298,7 @@ def main():
     sub.add_argument("--num_steps", type=int, default=50, help="DDIM steps")
     sub.add_argument("--seed", type=int, default=0, help="decides the noise")
     sub.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    sub.add_argument("--out", default="runs/toy/evaluate.png", help="picture to write; the numbers go beside it as .json")
+    sub.add_argument("--out", default="runs/toy/evaluate.png", help="picture to write; its numbers: .json")
     args = parser.parse_args()
     args.run(args)
 

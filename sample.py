@@ -121,7 +121,8 @@ def sample_images(network, text, mode="real", views=1, control=None, seed=0, fir
     for start in range(0, len(text), batch):
         rows = range(start, min(start + batch, len(text)))
         shape = (views, config.channels, config.image_size, config.image_size)
-        x = torch.stack([torch.randn(shape, generator=seeded_generator(SAMPLES, seed, first + k)) for k in rows]).to(like)
+        noises = [torch.randn(shape, generator=seeded_generator(SAMPLES, seed, first + k)) for k in rows]
+        x = torch.stack(noises).to(like)                                # (B, V, C, H, W)
         inputs = {} if control is None else {"control": control[rows.start:rows.stop].to(like)}
         if views > 1 and use_views:
             inputs["view"] = torch.arange(views, device=device).expand(len(rows), views)
@@ -174,8 +175,8 @@ def write_real_set(path, base, num_assets, seed=0, num_steps=20, cfg_scale=CFG_S
     if rank == 0:
         images = torch.cat([load_tensors(f"{parts}/{start:08d}.safetensors")[0]["image"] for start in starts])
         save_tensors(path, {"image": images, "text": data.tokenize(train)}, key=key)
-        save_picture(f"{path.removesuffix('.safetensors')}.png",
-                     [(train[k], images[k:k + 4, 0]) for k in range(0, min(40, len(train)), 4)], column_titles=data.VIEWS)
+        rows = [(train[k], images[k:k + 4, 0]) for k in range(0, min(40, len(train)), 4)]
+        save_picture(f"{path.removesuffix('.safetensors')}.png", rows, column_titles=data.VIEWS)
         shutil.rmtree(parts)
     if world > 1:
         torch.distributed.barrier()
@@ -260,7 +261,8 @@ def default_model(preset="toy", task="texturing", method="realiz3d"):
         if os.path.isfile(path):
             return path
     flags = f"--preset {preset} --task {task}" + (f" --method {method}" if method != "realiz3d" else "")
-    raise FileNotFoundError(f"no {method} model in runs/{preset} or weights: train one with python train_stage2.py {flags}")
+    raise FileNotFoundError(f"no {method} model in runs/{preset} or weights: train one with python train_stage2.py "
+                            f"{flags}")
 
 
 MODES = {"syn": "synthetic mode", "real": "real mode", "shifted": "shifted"}
@@ -315,7 +317,8 @@ def main():
     if args.real_set:
         here = os.path.dirname(os.path.abspath(__file__))
         base = args.model or f"{here}/weights/{args.preset}_base.safetensors"
-        write_real_set(args.real_set, base, args.num_assets, args.seed, args.num_steps, args.cfg_scale, launched=launched)
+        write_real_set(args.real_set, base, args.num_assets, args.seed, args.num_steps, args.cfg_scale,
+                       launched=launched)
         print(f"wrote {args.real_set}")
         return
     try:

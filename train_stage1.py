@@ -3,8 +3,8 @@
     python train_stage1.py --stage base                        # pretrain the toy base model (the repository ships one)
     python train_stage1.py                                     # stage 1 of the toy: CPU, MPS or one GPU
     torchrun --nproc_per_node=8 train_stage1.py --preset small # eight GPUs
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_stage1.py --preset full \\
-        --base pixart.safetensors --synthetic synthetic.safetensors --real real.safetensors      # two nodes
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_stage1.py \\
+        --preset full --base pixart.safetensors --synthetic synthetic.safetensors --real real.safetensors
 
 Stage 1 freezes the base model and fits one Domain Shifter per block to both domains: empty control, single-image
 mode, plain epsilon loss. To resume any training, run the same command again.
@@ -117,8 +117,8 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
     """Trains the parameters of `network` that require a gradient; resumes from the newest readable state in `out`.
 
     network: ShiftedDiT. sets: {domain: {"image": (N, V, C, H, W), "text": ..., ...}}. null: the empty caption, {"text":
-    ...}. plan(step) -> Iteration. args: from `parse_args`. out: folder for states, log.jsonl and pictures. launched: (device, rank, world).
-    preview(path): draws a picture of samples. Afterwards `network` holds the EMA weights where args.ema > 0.
+    ...}. plan(step) -> Iteration. args: from `parse_args`. out: folder for states, log.jsonl and pictures. launched:
+    (device, rank, world). preview(path): draws a picture of samples. Afterwards `network` holds the EMA weights.
     Returns the mean loss by domain over the last tenth of the steps. Raises FloatingPointError at a non-finite loss.
     """
     device, rank, world = launched
@@ -163,7 +163,7 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
         last = step + 1 == args.steps
         stopping = (world == 1 or step % args.log_every == 0) and agree(stop["now"], launched)
         saving = last or stopping or (step + 1) % args.save_every == 0
-        if saving or (step + 1) % args.log_every == 0:      # before saving: the flush stops at a loss that is not finite
+        if saving or (step + 1) % args.log_every == 0:      # first: it stops at a loss that is not finite
             bar.set_postfix_str(log.flush(step, learning_rate(step, args)))
         if saving:
             save_state(out, step + 1, params, ema, optimizer, args, rank)
@@ -194,8 +194,8 @@ def check_sets(sets, args, world):
         num, views = dataset["image"].shape[:2]
         rows = args.batch * args.images_per_sample // views * world
         if rows > num:
-            raise ValueError(f"one step of {world} process(es) takes {rows} samples, but the {domain} set has only {num}: "
-                             f"use a smaller --batch or --nproc_per_node, or more data")
+            raise ValueError(f"one step of {world} process(es) takes {rows} samples, but the {domain} set has only "
+                             f"{num}: use a smaller --batch or --nproc_per_node, or more data")
 
 
 def describe(network, params, sets, args, out, launched, start):
@@ -241,7 +241,8 @@ def swapped(params, ema):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training states: parameters that train, their averages and AdamW's moments. Noise and data order need no state.
 
-NOT_SETTINGS = ("log_every", "save_every", "sample_every", "compile", "grad_checkpointing", "threads", "benchmark", "rounds")
+NOT_SETTINGS = ("log_every", "save_every", "sample_every", "compile", "grad_checkpointing", "threads", "benchmark",
+                "rounds")
 
 
 def settings(args):
@@ -324,8 +325,8 @@ class Log:
             torch.distributed.all_reduce(sums)
         for (bad, domain, _, _), finite in zip(self.pending, losses.isfinite().tolist()):
             if not finite:
-                raise FloatingPointError(f"{self.args.name}: the loss is not finite at step {bad} ({domain} iteration); "
-                                         f"the last good state stays in {self.out}")
+                raise FloatingPointError(f"{self.args.name}: the loss is not finite at step {bad} ({domain} "
+                                         f"iteration); the last good state stays in {self.out}")
         speed = self.images / (time.time() - self.clock)
         memory = torch.cuda.max_memory_allocated() / 2 ** 30 if self.device.type == "cuda" else peak_memory()
         text = []
@@ -423,14 +424,14 @@ def fill_defaults(args, stage, device):
 
 
 def train_base(args, launched):
-    """Pretrains the text-to-image model on the toy world's photographs, renders and other styles -> OUT/base.safetensors.
+    """Pretrains the text-to-image model on the toy world in all its styles -> OUT/base.safetensors.
 
     Not in the paper, which starts from a pretrained model: epsilon loss, single-image mode, no control, no shifters.
     """
     device, rank, world = launched
     config, folder = PRESETS[args.preset], f"{args.out}/sets"
-    base = on_rank_0_first(world, rank, lambda: data.base_set(args.num_base_images, size=config.image_size, folder=folder,
-                                                              device=device))
+    base = on_rank_0_first(world, rank, lambda: data.base_set(args.num_base_images, size=config.image_size,
+                                                              folder=folder, device=device))
     torch.manual_seed(args.seed)
     network = ShiftedDiT(DiT(config)).to(device)
     for p in (network.dit.control_embedder.weight, network.dit.view_encoding):
@@ -547,8 +548,8 @@ def finish(path, network, args, losses, launched, keep_model=True):
     """Writes the trained weights in 16 bits for use (the states keep 32), with how they were made; returns the path."""
     if launched[1] == 0:
         made = dict(name=args.name, command=" ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-                    loss=losses, machine=f"{platform.machine()}, {os.cpu_count()} cores, {launched[2]} process(es) on {launched[0]}",
-                    torch=torch.__version__, settings=settings(args))
+                    loss=losses, torch=torch.__version__, settings=settings(args), machine=f"{platform.machine()}, "
+                    f"{os.cpu_count()} cores, {launched[2]} process(es) on {launched[0]}")
         model = network.dit if keep_model else None
         save_model(path, network.dit.config, model, network.shifters, dtype=torch.float16, **made)
         print(f"{args.name}: done, loss {', '.join(f'{k} {v:.4f}' for k, v in losses.items())} -> {path}; "

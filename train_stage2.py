@@ -5,8 +5,8 @@
     python train_stage2.py --method syn_only                   # the baseline: fine-tune on renders alone
     python train_stage2.py --no_freezing --no_reassignment     # an ablation (Table 2, row 3)
     python train_stage2.py --benchmark                         # what layer-aware freezing saves
-    torchrun --nproc_per_node=8 train_stage2.py --preset full --base pixart.safetensors --synthetic synthetic.safetensors \
-        --real real.safetensors                                # eight GPUs, after train_stage1.py with the same flags
+    torchrun --nproc_per_node=8 train_stage2.py --preset full --base pixart.safetensors \\
+        --synthetic synthetic.safetensors --real real.safetensors   # eight GPUs, after train_stage1.py likewise
 
 Iterations alternate between the domains. Shifters are frozen, the backbone trains, plain epsilon loss:
 
@@ -26,10 +26,10 @@ import torch
 import data
 import sample
 import train_stage1
-from dit import PRESETS, DiT, launch, run_cli
+from dit import PRESETS, DiT, launch, run_cli, seeded_generator
 from domain_shifter import (DomainShifters, ShiftedDiT, block_count, draw_frozen_blocks, draw_reassigned_blocks,
                             load_shifters)
-from train_stage1 import (DEFAULTS, DRAWS, Iteration, denoising_loss, fill_defaults, finish, load_base, seeded_generator, train,
+from train_stage1 import (DEFAULTS, DRAWS, Iteration, denoising_loss, fill_defaults, finish, load_base, train,
                           train_shifters, training_arguments, training_sets)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,8 +86,8 @@ def stage1_path(args, launched):
     if os.path.isfile(path):
         return path
     if args.preset == "full" or args.shifters:
-        raise FileNotFoundError(f"no shifters at {path}: train them with train_stage1.py --preset {args.preset}, or name "
-                                "a file with --shifters")
+        raise FileNotFoundError(f"no shifters at {path}: train them with train_stage1.py --preset {args.preset}, or "
+                                "name a file with --shifters")
     flags = ("preset", "out", "base", "synthetic", "real", "num_assets", "real_steps", "rank", "seed", "batch", "dtype",
              "threads", "log_every")
     argv = [f"--{flag}={getattr(args, flag)}" for flag in flags if getattr(args, flag) is not None]
@@ -161,8 +161,8 @@ def benchmark(args, launched):
     print(f"synthetic iteration {images / median['syn']:8.1f} images/s   (attention over 4 views, control)")
     print(f"real iteration      {images / median['real']:8.1f} images/s   (no freezing)")
     print("blocks frozen, i    time / unfrozen   counted")
-    counted = {i: iteration_macs(config, 1, i, real["text"].shape[1]) / iteration_macs(config, 1, 0, real["text"].shape[1])
-               for i in range(deepest + 1)}
+    macs = [iteration_macs(config, 1, i, real["text"].shape[1]) for i in range(deepest + 1)]
+    counted = {i: macs[i] / macs[0] for i in range(deepest + 1)}
     for i in range(deepest + 1):
         print(f"{i:16d} {median[i] / median['real']:17.3f} {counted[i]:9.3f}")
     mean = [sum(values) / (deepest + 1) for values in ([median[i] / median["real"] for i in counted], counted.values())]
@@ -260,7 +260,7 @@ def main():
     if objects and rank == 0:
         picture = f"{args.out}/{args.name}.png"
         sample.object_sheet(picture, network, objects, task=args.task)
-        print(f"picture: {picture} (control, synthetic mode, real mode, shifted); more with python sample.py --model {path}")
+        print(f"picture: {picture}; more with python sample.py --model {path}")
 
 
 if __name__ == "__main__":
