@@ -38,8 +38,8 @@ ORDER, NOISE, DRAWS = 1, 2, 3           # first key of each family of generators
 #                            steps  batch  lr    warmup  weight decay  EMA
 DEFAULTS = {
     ("toy", "base"):        (3000,    64, 1e-3,    200,         0.01, 0.998),
-    ("toy", "stage1"):      ( 300,     8, 3e-3,     20,          0.0,   0.0),
-    ("toy", "stage2"):      ( 900,     8, 4e-4,     50,         0.01,  0.99),
+    ("toy", "stage1"):      ( 300,     8, 1e-2,     20,          0.0,   0.0),
+    ("toy", "stage2"):      ( 900,     8, 5e-4,     50,         0.01,  0.99),
     ("small", "base"):      (100000, 256, 3e-4,   1000,         0.01, 0.9999),
     ("small", "stage1"):    (2000,    16, 5e-4,    100,          0.0,   0.0),
     ("small", "stage2"):    (20000,   16, 5e-5,    200,         0.01, 0.999),
@@ -152,7 +152,7 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
         batch = {key: value[index].to(device, non_blocking=True) for key, value in dataset.items()}
         with autocast:
             loss, bins = denoising_loss(model, batch, iteration, null, args.seed, step, first, args.text_dropout,
-                                        even=args.stage == "base")
+                                        even=args.loss == "even")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params.values(), args.clip)
         optimizer.step()
@@ -389,6 +389,8 @@ def training_arguments(parser):
                              "warm-up"), ("weight_decay", float, "AdamW's"), ("ema", float, "decay of the weights' "
                              "running average, 0 = none")):
         add(f"--{flag}", type=kind, help=f"{text} (default by preset and stage)")
+    add("--loss", choices=("epsilon", "even"), help="plain epsilon loss as in the paper (default at full), or divided by "
+        "alpha_bar so that all noise levels weigh alike (default at toy and small: pixels at low resolution)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--text_dropout", type=float, default=0.1, help="how often the caption is dropped, for guidance")
     add("--seed", type=int, default=0, help="decides initial weights, data order, noise and draws")
@@ -411,7 +413,7 @@ def fill_defaults(args, stage, device):
     args.out = args.out or f"runs/{args.preset}"
     args.name = args.name or stage
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    args.stage = stage
+    args.loss = args.loss or ("even" if PRESETS[args.preset].output_skip else "epsilon")
     args.images_per_sample = 1 if stage == "base" else 4
     for name in ("steps", "batch", "log_every", "save_every", "sample_every", "num_assets"):
         if getattr(args, name) < 1:

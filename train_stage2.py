@@ -89,7 +89,7 @@ def stage1_path(args, launched):
         raise FileNotFoundError(f"no shifters at {path}: train them with train_stage1.py --preset {args.preset}, or "
                                 "name a file with --shifters")
     flags = ("preset", "out", "base", "synthetic", "real", "num_assets", "real_steps", "rank", "seed", "batch", "dtype",
-             "threads", "log_every")
+             "loss", "threads", "log_every")
     argv = [f"--{flag}={getattr(args, flag)}" for flag in flags if getattr(args, flag) is not None]
     argv += [f"--steps={args.stage1_steps}"] if args.stage1_steps else []
     if launched[1] == 0:
@@ -139,7 +139,8 @@ def benchmark(args, launched):
         wait(device)
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss, _ = denoising_loss(network, inputs, iteration, null, args.seed, 0, 0, args.text_dropout)
+            loss, _ = denoising_loss(network, inputs, iteration, null, args.seed, 0, 0, args.text_dropout,
+                                     even=args.loss == "even")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.dit.parameters(), args.clip)
         optimizer.step()
