@@ -344,7 +344,7 @@ def trace(distance, shape, azimuth, size, elevation=ELEVATION, steps=64, toleran
     distance(p, a, b, c) -> (body, accent or None); shape (B, 3); azimuth (B,). Returns the rays that hit: their place
     in the flattened (B, size, size) grid (M,), points (3, M), unit normals (3, M), and whether they hit an accent (M,).
     """
-    device, views = shape.device, len(shape)
+    device = shape.device
     right, up, forward = (axis.to(device) for axis in camera(azimuth, elevation))                   # (B, 3)
     s = ((torch.arange(size, device=device) + 0.5) / size * 2 - 1) * EXTENT
     origin = right[:, :, None, None] * s - up[:, :, None, None] * s[:, None]                         # (B, 3, S, S)

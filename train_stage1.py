@@ -7,7 +7,7 @@
         --preset full --base pixart.safetensors --synthetic synthetic.safetensors --real real.safetensors
 
 Stage 1 freezes the base model and fits one Domain Shifter per block to both domains: empty control, single-image
-mode, plain epsilon loss. To resume any training, run the same command again.
+mode, epsilon loss (toy and small weigh it, see --loss). To resume any training, run the same command again.
 """
 import argparse
 import json
@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from glob import glob
 
 import torch
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 import sample
-from dit import (LOSS_BINS, PRESETS, DiT, T, add_noise, epsilon_loss, launch, load_model, load_pixart, load_tensors,
+from dit import (PRESETS, DiT, T, add_noise, epsilon_loss, launch, load_model, load_pixart, load_tensors,
                  require_config, run_cli, save_model, save_tensors, seeded_generator)
 from domain_shifter import REAL, SYN, DomainShifters, ShiftedDiT, uniform_domains
 
@@ -38,7 +38,7 @@ ORDER, NOISE, DRAWS = 1, 2, 3           # first key of each family of generators
 #                            steps  batch  lr    warmup  weight decay  EMA
 DEFAULTS = {
     ("toy", "base"):        (3000,    64, 1e-3,    200,         0.01, 0.998),
-    ("toy", "stage1"):      ( 300,     8, 1e-2,     20,          0.0,   0.0),
+    ("toy", "stage1"):      ( 300,     8, 2e-3,     20,          0.0,   0.0),
     ("toy", "stage2"):      ( 900,     8, 5e-4,     50,         0.01,  0.99),
     ("small", "base"):      (100000, 256, 3e-4,   1000,         0.01, 0.9999),
     ("small", "stage1"):    (2000,    16, 5e-4,    100,          0.0,   0.0),
@@ -173,12 +173,13 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
                 print(f"{args.name}: stopped by SIGTERM at step {step + 1}; the same command goes on from there")
             raise SystemExit(0)
         if preview and rank == 0 and (step + 1) % args.sample_every == 0 and not last:
-            with swapped(params, ema):
+            with swapped(params, ema), torch.compiler.set_stance("force_eager"):    # sampling is not worth a compilation
                 preview(f"{out}/samples_{step + 1:07d}.png")
     for name, average in ema.items():
         params[name].data.copy_(average)
     if preview and rank == 0:
-        preview(f"{out}/samples.png")
+        with torch.compiler.set_stance("force_eager"):
+            preview(f"{out}/samples.png")
     return log.finish()
 
 
@@ -428,7 +429,7 @@ def fill_defaults(args, stage, device):
 def train_base(args, launched):
     """Pretrains the text-to-image model on the toy world in all its styles -> OUT/base.safetensors.
 
-    Not in the paper, which starts from a pretrained model: epsilon loss, single-image mode, no control, no shifters.
+    Not in the paper, which starts from a pretrained model: single-image mode, no control, no shifters.
     """
     device, rank, world = launched
     config, folder = PRESETS[args.preset], f"{args.out}/sets"

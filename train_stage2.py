@@ -8,7 +8,7 @@
     torchrun --nproc_per_node=8 train_stage2.py --preset full --base pixart.safetensors \\
         --synthetic synthetic.safetensors --real real.safetensors   # eight GPUs, after train_stage1.py likewise
 
-Iterations alternate between the domains. Shifters are frozen, the backbone trains, plain epsilon loss:
+Iterations alternate between the domains. Shifters are frozen, the backbone trains on the epsilon loss:
 
     synthetic   four views of one asset, control, e_syn, attention over all views
     real        single images, empty control, e_real; the first i blocks frozen (layer-aware training), the first j

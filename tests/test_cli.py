@@ -1,4 +1,5 @@
 """Every script as a process at a tiny size, torchrun too, with values checked; and bad input, one clear line each."""
+
 import json
 
 import pytest
@@ -14,9 +15,10 @@ from domain_shifter import load_shifters
 def test_the_whole_pipeline_leaves_models_logs_and_pictures(tiny_run):
     base = load_model(str(tiny_run / "base.safetensors"), config=PRESETS["toy"])
     model = load_model(str(tiny_run / "realiz3d_texturing.safetensors"), config=PRESETS["toy"])
-    shifters, inside = (load_shifters(str(tiny_run / name)) for name in ("shifters.safetensors",
-                                                                        "realiz3d_texturing.safetensors"))
-    assert shifters.W_left.abs().max() > 0 and torch.equal(shifters.W_left, inside.W_left)     # frozen in stage 2
+    shifters, inside = (
+        load_shifters(str(tiny_run / name)) for name in ("shifters.safetensors", "realiz3d_texturing.safetensors")
+    )
+    assert shifters.W_left.abs().max() > 0 and torch.equal(shifters.W_left, inside.W_left)  # frozen in stage 2
     assert base.control_embedder.weight.abs().max() == 0 < model.control_embedder.weight.abs().max()
     assert model.view_encoding.abs().max() > 0
     settings = load_tensors(str(tiny_run / "realiz3d_texturing.safetensors"))[1]["settings"]
@@ -27,8 +29,12 @@ def test_the_whole_pipeline_leaves_models_logs_and_pictures(tiny_run):
     real, _ = load_tensors(str(tiny_run / "sets" / "real_4.safetensors"))
     drawn = data.tokenize(data.real_captions(data.sample_assets(4, data.SEEDS["synthetic"]))[1])
     assert real["image"].shape == (16, 1, 3, 32, 32) and torch.equal(real["text"], drawn)
-    for picture, width in (("realiz3d_texturing.png", 12 * 98), ("realiz3d_texturing/loss.png", 600),
-                           ("stage1/samples.png", 12 * 98), ("base/samples.png", 6 * 98)):
+    for picture, width in (
+        ("realiz3d_texturing.png", 12 * 98),
+        ("realiz3d_texturing/loss.png", 600),
+        ("stage1/samples.png", 12 * 98),
+        ("base/samples.png", 6 * 98),
+    ):
         assert Image.open(tiny_run / picture).width > width
 
 
@@ -38,28 +44,52 @@ def test_stage_2_again_has_nothing_left_to_train(tiny_run):
     assert done.returncode == 0 and "0 of 3 steps" in done.stdout
     after = load_model(str(tiny_run / "realiz3d_texturing.safetensors")).state_dict()
     (tiny_run / "before.safetensors").write_bytes(before)
-    assert all(torch.equal(tensor, after[name]) for name, tensor in
-               load_model(str(tiny_run / "before.safetensors")).state_dict().items())
+    assert all(
+        torch.equal(tensor, after[name])
+        for name, tensor in load_model(str(tiny_run / "before.safetensors")).state_dict().items()
+    )
 
 
 def test_two_process_pipeline(tiny_run, tmp_path):
     """torchrun: stage 1 on the way, then stage 2; the real set is the one that a single process draws."""
-    done = script("train_stage2.py", "--out", tmp_path, "--base", tiny_run / "base.safetensors", *TINY_STAGE2, torchrun=2)
+    done = script(
+        "train_stage2.py", "--out", tmp_path, "--base", tiny_run / "base.safetensors", *TINY_STAGE2, torchrun=2
+    )
     assert done.returncode == 0, done.stderr
     assert "8 images" not in done.stdout and "4 images x 2 process(es) = 8" in done.stdout
-    one, two = (load_tensors(str(folder / "sets" / "real_4.safetensors"))[0]["image"] for folder in (tiny_run, tmp_path))
+    one, two = (
+        load_tensors(str(folder / "sets" / "real_4.safetensors"))[0]["image"] for folder in (tiny_run, tmp_path)
+    )
     assert (one.int() - two.int()).abs().max() <= 1
     assert load_shifters(str(tmp_path / "shifters.safetensors")).W_left.abs().max() > 0
 
 
 def test_sample_py_draws_an_object_in_every_mode(tiny_run, tmp_path):
     out = tmp_path / "s.png"
-    done = script("sample.py", "--model", tiny_run / "realiz3d_texturing.safetensors", "--object", 1, "--num_steps", 2,
-                  "--out", out)
+    done = script(
+        "sample.py",
+        "--model",
+        tiny_run / "realiz3d_texturing.safetensors",
+        "--object",
+        1,
+        "--num_steps",
+        2,
+        "--out",
+        out,
+    )
     assert done.returncode == 0, done.stderr
-    assert str(out) in done.stdout and Image.open(out).height == 16 + 5 * 98        # 2 maps and 3 modes
-    done = script("sample.py", "--model", tiny_run / "base.safetensors", "--prompt", "photo of a red wooden mug",
-                  "--num_steps", 2, "--out", out)
+    assert str(out) in done.stdout and Image.open(out).height == 16 + 5 * 98  # 2 maps and 3 modes
+    done = script(
+        "sample.py",
+        "--model",
+        tiny_run / "base.safetensors",
+        "--prompt",
+        "photo of a red wooden mug",
+        "--num_steps",
+        2,
+        "--out",
+        out,
+    )
     assert done.returncode == 0 and Image.open(out).height == 98
 
 
@@ -68,15 +98,28 @@ def test_text_task_and_syn_only(tiny_run, tmp_path):
     assert script("train_stage2.py", "--task", "text", *flags).returncode == 0
     model = load_model(str(tiny_run / "realiz3d_text.safetensors"))
     assert model.control_embedder.weight.abs().max() == 0 < model.view_encoding.abs().max()
-    done = script("sample.py", "--model", tiny_run / "realiz3d_text.safetensors", "--prompt", "a red wooden mug",
-                  "--domain", "real", "--num_steps", 2, "--out", tmp_path / "t.png")
+    done = script(
+        "sample.py",
+        "--model",
+        tiny_run / "realiz3d_text.safetensors",
+        "--prompt",
+        "a red wooden mug",
+        "--domain",
+        "real",
+        "--num_steps",
+        2,
+        "--out",
+        tmp_path / "t.png",
+    )
     assert done.returncode == 0, done.stderr
     assert script("train_stage2.py", "--method", "syn_only", *flags).returncode == 0
     assert load_shifters(str(tiny_run / "syn_only_texturing.safetensors")) is None
     assert all(json.loads(line)["domain"] == "syn" for line in open(tiny_run / "syn_only_texturing" / "log.jsonl"))
     assert script("train_stage2.py", "--joint_shifters", *flags).returncode == 0
-    joint, stage1 = (load_shifters(str(tiny_run / name)) for name in
-                     ("realiz3d_texturing-joint_shifters.safetensors", "shifters.safetensors"))
+    joint, stage1 = (
+        load_shifters(str(tiny_run / name))
+        for name in ("realiz3d_texturing-joint_shifters.safetensors", "shifters.safetensors")
+    )
     assert joint.W_left.abs().max() > 0 and not torch.equal(joint.W_left, stage1.W_left)
 
 
@@ -103,12 +146,19 @@ def test_unknown_word_names_the_nearest():
 
 def test_missing_truncated_and_foreign_checkpoints(tiny_run, tmp_path):
     one_line_error(script("sample.py", "--model", "nowhere.safetensors"), 1, "nowhere.safetensors")
-    one_line_error(script("train_stage2.py", "--base", "nowhere.safetensors", "--out", tmp_path), 1, "nowhere.safetensors")
+    one_line_error(
+        script("train_stage2.py", "--base", "nowhere.safetensors", "--out", tmp_path), 1, "nowhere.safetensors"
+    )
     whole = (tiny_run / "base.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     one_line_error(script("sample.py", "--model", tmp_path / "cut.safetensors"), 1, "cut.safetensors", "cut off")
-    one_line_error(script("train_stage1.py", "--preset", "small", "--base", tiny_run / "base.safetensors", "--out",
-                          tmp_path), 1, "base.safetensors", "another configuration", "image_size 32 (expected 64)")
+    one_line_error(
+        script("train_stage1.py", "--preset", "small", "--base", tiny_run / "base.safetensors", "--out", tmp_path),
+        1,
+        "base.safetensors",
+        "another configuration",
+        "image_size 32 (expected 64)",
+    )
     one_line_error(script("sample.py", "--model", tiny_run / "shifters.safetensors"), 1, "Domain Shifters only")
 
 
@@ -118,22 +168,43 @@ def test_full_asks_for_what_it_needs(tiny_run):
 
 
 def test_a_task_the_model_was_not_trained_for(tiny_run):
-    one_line_error(script("sample.py", "--model", tiny_run / "realiz3d_texturing.safetensors", "--task", "text"), 1,
-                   "texturing")
+    one_line_error(
+        script("sample.py", "--model", tiny_run / "realiz3d_texturing.safetensors", "--task", "text"), 1, "texturing"
+    )
 
 
 def test_more_processes_than_data(tiny_run, tmp_path):
-    done = script("train_stage2.py", "--out", tmp_path, "--base", tiny_run / "base.safetensors", *TINY_STAGE2, "--batch", 3,
-                  torchrun=2)
+    done = script(
+        "train_stage2.py",
+        "--out",
+        tmp_path,
+        "--base",
+        tiny_run / "base.safetensors",
+        *TINY_STAGE2,
+        "--batch",
+        3,
+        torchrun=2,
+    )
     assert done.returncode == 1 and "one step of 2 process(es) takes" in done.stderr
 
 
 def test_a_path_that_cannot_be_written(tiny_run, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    done = script("sample.py", "--model", tiny_run / "base.safetensors", "--prompt", "a red wooden mug", "--num_steps", 1,
-                  "--out", tmp_path / "file" / "s.png")
+    done = script(
+        "sample.py",
+        "--model",
+        tiny_run / "base.safetensors",
+        "--prompt",
+        "a red wooden mug",
+        "--num_steps",
+        1,
+        "--out",
+        tmp_path / "file" / "s.png",
+    )
     one_line_error(done, 1, "file")
-    done = script("train_stage1.py", "--base", tiny_run / "base.safetensors", "--num_assets", 2, "--out", tmp_path / "file")
+    done = script(
+        "train_stage1.py", "--base", tiny_run / "base.safetensors", "--num_assets", 2, "--out", tmp_path / "file"
+    )
     one_line_error(done, 1, "file")
 
 

@@ -1,4 +1,5 @@
 """The toy world: geometry against closed forms, captions, sets."""
+
 import math
 import re
 
@@ -30,6 +31,7 @@ def traced(distance, azimuth, elevation=data.ELEVATION, size=64):
 
 # ---- camera and tracer
 
+
 def test_position_map_projects_back_onto_its_own_pixel_grid(world):
     _, views, _ = world
     column, row, _ = data.project(views.position, torch.tensor(data.AZIMUTHS))
@@ -40,13 +42,13 @@ def test_position_map_projects_back_onto_its_own_pixel_grid(world):
 
 
 def test_camera_axes_are_orthonormal_and_look_at_the_named_sides():
-    axes = torch.stack(data.camera(torch.tensor([0., 37, 90, 180, 270]), 20), dim=1)                # (5, 3, 3)
+    axes = torch.stack(data.camera(torch.tensor([0.0, 37, 90, 180, 270]), 20), dim=1)  # (5, 3, 3)
     assert torch.allclose(axes @ axes.mT, torch.eye(3).expand(5, 3, 3), atol=1e-6)
     right, up, forward = data.camera(torch.tensor(data.AZIMUTHS), 0)
-    front_right_back_left = torch.tensor([[0., 0, 1], [1, 0, 0], [0, 0, -1], [-1, 0, 0]])
-    assert torch.allclose(-forward, front_right_back_left, atol=1e-6)                   # where the camera stands
-    assert torch.allclose(right[0], torch.tensor([1., 0, 0])) and torch.allclose(up, torch.tensor([[0., 1, 0]] * 4))
-    assert data.camera(0, 20)[2][1] < 0                                                 # from above
+    front_right_back_left = torch.tensor([[0.0, 0, 1], [1, 0, 0], [0, 0, -1], [-1, 0, 0]])
+    assert torch.allclose(-forward, front_right_back_left, atol=1e-6)  # where the camera stands
+    assert torch.allclose(right[0], torch.tensor([1.0, 0, 0])) and torch.allclose(up, torch.tensor([[0.0, 1, 0]] * 4))
+    assert data.camera(0, 20)[2][1] < 0  # from above
 
 
 @pytest.mark.parametrize("azimuth, elevation", [(0, 20), (90, 20), (217, 35), (0, 0)])
@@ -60,7 +62,7 @@ def test_sphere_against_closed_form(azimuth, elevation, radius=0.4, size=64):
     right, up, forward = data.camera(azimuth, elevation)
     depth = -(radius**2 - x**2 - y**2).clamp(min=0).sqrt()
     want = right[:, None, None] * x + up[:, None, None] * y + forward[:, None, None] * depth
-    deep = x**2 + y**2 < (0.95 * radius)**2
+    deep = x**2 + y**2 < (0.95 * radius) ** 2
     assert (points - want)[:, deep].norm(dim=0).max() < 2e-3
     assert ((points / radius - normals)[:, deep].norm(dim=0)).max() < 5e-3
 
@@ -68,7 +70,7 @@ def test_sphere_against_closed_form(azimuth, elevation, radius=0.4, size=64):
 @pytest.mark.parametrize("azimuth, elevation", [(0, 20), (90, 20), (30, 20), (180, 0)])
 def test_box_against_closed_form(azimuth, elevation, size=64):
     half = torch.tensor([0.3, 0.25, 0.2])
-    hit, points, normals = traced(lambda p, a, b, c: (data.box(p, .3, .25, .2), None), azimuth, elevation, size)
+    hit, points, normals = traced(lambda p, a, b, c: (data.box(p, 0.3, 0.25, 0.2), None), azimuth, elevation, size)
     column, row = grid(size)
     x, y = (column / size * 2 - 1) * data.EXTENT, (1 - row / size * 2) * data.EXTENT
     right, up, forward = (axis.double()[:, None, None] for axis in data.camera(azimuth, elevation))
@@ -78,8 +80,9 @@ def test_box_against_closed_form(azimuth, elevation, size=64):
         half = half.double()[:, None, None]
         enter, leave = (-half * way.sign() - origin) / way, (half * way.sign() - origin) / way
         return enter, enter.amax(dim=0), leave.amin(dim=0)
+
     enter, near, far = slabs(half)
-    inner, outer = ((a < b) for _, a, b in (slabs(half - 2e-3), slabs(half + 2e-3)))    # a fifteenth of a pixel at 32
+    inner, outer = ((a < b) for _, a, b in (slabs(half - 2e-3), slabs(half + 2e-3)))  # a fifteenth of a pixel at 32
     sure = (inner == outer) & ((far - near).abs() > 2e-2)
     assert torch.equal(hit[sure], inner[sure]) and sure.float().mean() > 0.95
     assert 0.05 < (near < far).float().mean() < 0.6
@@ -87,7 +90,7 @@ def test_box_against_closed_form(azimuth, elevation, size=64):
     assert (points - (origin + forward * near))[:, both].norm(dim=0).max() < 2e-3
     side = torch.nn.functional.one_hot(enter.argmax(dim=0), 3).movedim(2, 0) * -way.sign()
     top = enter.topk(2, dim=0).values
-    face = both & (top[0] - top[1] > 2e-2)                              # away from edges, where two faces meet
+    face = both & (top[0] - top[1] > 2e-2)  # away from edges, where two faces meet
     assert face.sum() > 200 and (normals - side)[:, face].abs().max() < 1e-3
 
 
@@ -114,10 +117,11 @@ def test_mask_is_the_share_of_supersamples(world):
     fine = data.render(few, size=64, supersample=1, style="render").mask.flatten(0, 1)
     coarse = data.render(few, size=32, supersample=2, style="render").mask.flatten(0, 1)
     assert torch.equal(torch.nn.functional.avg_pool2d(fine, 2), coarse)
-    assert set(coarse.unique().tolist()) == {0, .25, .5, .75, 1}
+    assert set(coarse.unique().tolist()) == {0, 0.25, 0.5, 0.75, 1}
 
 
 # ---- looks
+
 
 def test_render_is_flat_and_photo_is_lit(world):
     _, render, photo = world
@@ -125,10 +129,10 @@ def test_render_is_flat_and_photo_is_lit(world):
     for k in range(len(whole)):
         pixels = render.rgb[k].movedim(1, 3)[whole[k]]
         plain = [len(pixels[:, c].mul(255).round().unique()) for c in range(3)]
-        assert (pixels.var(dim=0) < 0.1).all() and max(plain) <= 12                 # body, accent, and their mixtures
+        assert (pixels.var(dim=0) < 0.1).all() and max(plain) <= 12  # body, accent, and their mixtures
     spread = photo.rgb.movedim(2, 4)[whole].mul(255).round().unique(dim=0)
     assert len(spread) > 5000
-    assert (render.rgb.movedim(2, 4)[(render.mask == 0).squeeze(2)] == 1).all()     # white background, both
+    assert (render.rgb.movedim(2, 4)[(render.mask == 0).squeeze(2)] == 1).all()  # white background, both
     assert (photo.rgb.movedim(2, 4)[(render.mask == 0).squeeze(2)] == 1).all()
 
 
@@ -144,15 +148,15 @@ def test_light_comes_from_above_and_from_everywhere():
 def test_a_photo_is_lit_from_the_side_of_its_light():
     assets = data.take(data.sample_assets(60, 0), torch.tensor([0]))
     assets = assets._replace(category=torch.tensor([data.CATEGORIES.index("ball")]), material=torch.tensor([0]))
-    for x in (-1., 1.):
-        lit = assets._replace(light=torch.tensor([[x, 1., 0.]]) / math.sqrt(2))
+    for x in (-1.0, 1.0):
+        lit = assets._replace(light=torch.tensor([[x, 1.0, 0.0]]) / math.sqrt(2))
         front = data.render(lit, (0,), geometry=False).rgb[0, 0].mean(dim=0)
         left, right = front[12:20, 7:14].mean(), front[12:20, 18:25].mean()
         assert (right - left) * x > 0.02
-    toward = -data.camera(0)[2][None]                                   # light from where we stand, and from behind
+    toward = -data.camera(0)[2][None]  # light from where we stand, and from behind
     ahead, behind = (data.render(assets._replace(light=s * toward), (0,), geometry=False).rgb[0, 0, 0] for s in (1, -1))
     gain = ahead / behind - 1
-    assert gain[14:18, 14:18].mean() > 2 * gain[14:18, 8].mean() > 0.2              # by the cosine: less at the rim
+    assert gain[14:18, 14:18].mean() > 2 * gain[14:18, 8].mean() > 0.2  # by the cosine: less at the rim
 
 
 def test_styles_and_backgrounds_differ(world):
@@ -179,6 +183,7 @@ def test_unknown_words_and_wrong_shapes_are_refused(world):
 
 # ---- determinism
 
+
 def test_asset_k_depends_on_seed_and_k_alone():
     few, many, other = data.sample_assets(5, 3), data.sample_assets(50, 3), data.sample_assets(5, 4)
     assert all(torch.equal(a, b[:5]) for a, b in zip(few, many))
@@ -189,23 +194,32 @@ def test_same_seed_same_pixels_whatever_the_batch():
     assets = data.sample_assets(12, 3)
     first, again = data.render(assets, seed=5), data.render(assets, seed=5)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
-    assert not torch.equal(first.rgb, data.render(assets, seed=6, geometry=False).rgb)          # the grain
+    assert not torch.equal(first.rgb, data.render(assets, seed=6, geometry=False).rgb)  # the grain
     few = data.render(data.take(assets, slice(0, 5)), seed=5)
     assert all(((a[:5] - b).abs() < 2e-3).float().mean() > 0.9999 for a, b in zip(first, few))
-    assert ((first.position[:5] - few.position).abs() < 1e-6).float().mean() > 0.9995   # a ray knows not of the others
+    assert ((first.position[:5] - few.position).abs() < 1e-6).float().mean() > 0.9995  # a ray knows not of the others
 
 
 # ---- captions and tokens
 
+
 def test_caption_grammar():
-    assert data.caption("photo", "red", "wooden", "mug", "front", "white") == \
-        "photo of a red wooden mug, front view, white background"
+    assert (
+        data.caption("photo", "red", "wooden", "mug", "front", "white")
+        == "photo of a red wooden mug, front view, white background"
+    )
     assert data.caption(None, "red", "wooden", "mug") == "a red wooden mug"
     assets = data.sample_assets(20, 5)
     pattern = re.compile(r"(\w+) of a (\w+) (\w+) (\w+), (\w+) view, (\w+) background")
     for k, text in enumerate(data.asset_captions(assets, "render", ["back"] * 20, "white")):
-        assert pattern.fullmatch(text).groups() == ("render", data.COLORS[assets.color[k]],
-            data.MATERIALS[assets.material[k]], data.CATEGORIES[assets.category[k]], "back", "white")
+        assert pattern.fullmatch(text).groups() == (
+            "render",
+            data.COLORS[assets.color[k]],
+            data.MATERIALS[assets.material[k]],
+            data.CATEGORIES[assets.category[k]],
+            "back",
+            "white",
+        )
 
 
 def test_tokens_read_back():
@@ -215,8 +229,12 @@ def test_tokens_read_back():
     assert tokens.shape == (3, data.TEXT_LENGTH) and tokens.dtype == torch.int64
     back = [" ".join(data.VOCAB[i] for i in row if i) for row in tokens]
     assert back == ["photo of a red wooden mug front view white background <end>", "a red wooden mug <end>", "<end>"]
-    every = [data.caption(s, c, m, k, v, b) for s, c, m, k, v, b in zip(
-        data.STYLES * 4, data.COLORS * 3, data.MATERIALS * 4, data.CATEGORIES, data.VIEWS * 5, data.BACKGROUNDS * 3)]
+    every = [
+        data.caption(s, c, m, k, v, b)
+        for s, c, m, k, v, b in zip(
+            data.STYLES * 4, data.COLORS * 3, data.MATERIALS * 4, data.CATEGORIES, data.VIEWS * 5, data.BACKGROUNDS * 3
+        )
+    ]
     data.tokenize(every)
 
 
@@ -239,6 +257,7 @@ def test_real_captions_drop_the_view():
 
 
 # ---- sets
+
 
 def test_evaluation_set_agrees_with_its_maps_captions_and_labels(tmp_path):
     got = data.evaluation_set(4, folder=tmp_path)
@@ -275,8 +294,11 @@ def test_photo_set(tmp_path):
     assert got["image"].shape == (6, 1, 3, 32, 32) and got["labels"].shape == (6, 3)
     text = " ".join(data.VOCAB[i] for i in got["text"][0] if i > 1)
     category, color, material = (int(i) for i in got["labels"][0])
-    assert re.fullmatch(f"photo of a {data.COLORS[color]} {data.MATERIALS[material]} {data.CATEGORIES[category]} "
-                        r"(front|right|back|left) view white background", text)
+    assert re.fullmatch(
+        f"photo of a {data.COLORS[color]} {data.MATERIALS[material]} {data.CATEGORIES[category]} "
+        r"(front|right|back|left) view white background",
+        text,
+    )
 
 
 def test_a_chunk_does_not_change_the_set(tmp_path, monkeypatch):
@@ -294,17 +316,18 @@ def test_cached_sets_are_read_rebuilt_and_repaired(tmp_path, capsys):
     def build():
         made.append(1)
         return {"x": torch.arange(1000)}
+
     path = tmp_path / "deep" / "set.safetensors"
     for _ in range(2):
         assert torch.equal(data.cached(path, {"num": 1}, build)["x"], torch.arange(1000))
-    assert len(made) == 1                                               # the second call read the file
+    assert len(made) == 1  # the second call read the file
     data.cached(path, {"num": 2}, build)
-    assert len(made) == 2                                               # another key
+    assert len(made) == 2  # another key
     path.write_bytes(path.read_bytes()[:500])
     assert torch.equal(data.cached(path, {"num": 2}, build)["x"], torch.arange(1000))
     assert len(made) == 3 and "damaged" in capsys.readouterr().out
     data.cached(path, {"num": 2}, build)
-    assert len(made) == 3 and [p.name for p in path.parent.iterdir()] == ["set.safetensors"]        # nothing left over
+    assert len(made) == 3 and [p.name for p in path.parent.iterdir()] == ["set.safetensors"]  # nothing left over
 
 
 def test_world_version_is_part_of_the_key(tmp_path, monkeypatch):
@@ -323,4 +346,4 @@ def test_uint8_and_pixels_are_inverse():
     levels = torch.arange(256, dtype=torch.uint8)
     pixels = data.to_pixels(levels)
     assert pixels.min() == -1 and pixels.max() == 1 and torch.equal(data.to_uint8(pixels), levels)
-    assert torch.equal(data.to_uint8(torch.tensor([-3., 3.])), torch.tensor([0, 255], dtype=torch.uint8))
+    assert torch.equal(data.to_uint8(torch.tensor([-3.0, 3.0])), torch.tensor([0, 255], dtype=torch.uint8))

@@ -1,4 +1,5 @@
 """dit.py: the network against diffusers' PixArt, its inputs, the noise process, checkpoints."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,19 @@ from conftest import GOLDEN, TINY, random_inputs, random_model
 from safetensors.torch import load_file, save_file
 
 import dit
-from dit import (PRESETS, DiT, add_noise, alphas_cumprod, epsilon_loss, load_model, load_pixart, position_embedding,
-                 save_model, save_tensors, seeded_generator)
+from dit import (
+    PRESETS,
+    DiT,
+    add_noise,
+    alphas_cumprod,
+    epsilon_loss,
+    load_model,
+    load_pixart,
+    position_embedding,
+    save_model,
+    save_tensors,
+    seeded_generator,
+)
 
 
 def num_parameters(config):
@@ -19,7 +31,10 @@ def num_parameters(config):
 
 def test_parameter_counts_are_pinned():
     assert {name: num_parameters(config) for name, config in PRESETS.items()} == {
-        "toy": 6_372_464, "small": 29_938_608, "full": 610_856_096 + 1152 * 8 * 2 * 2 + 4 * 1152}
+        "toy": 6_372_464,
+        "small": 29_938_608,
+        "full": 610_856_096 + 1152 * 8 * 2 * 2 + 4 * 1152,
+    }
     assert num_parameters(replace(PRESETS["full"], control_channels=0, num_views=0)) == 610_856_096
 
 
@@ -33,8 +48,12 @@ def golden(request, tmp_path):
 
 
 def golden_inputs(tensors, dtype):
-    return dict(x=tensors["in.x"].to(dtype)[:, None], t=tensors["in.t"], text=tensors["in.y"].to(dtype),
-                text_mask=tensors["in.mask"])
+    return dict(
+        x=tensors["in.x"].to(dtype)[:, None],
+        t=tensors["in.t"],
+        text=tensors["in.y"].to(dtype),
+        text_mask=tensors["in.mask"],
+    )
 
 
 def test_pixart_golden_float32(golden):
@@ -55,23 +74,27 @@ def test_pixart_golden_float64(golden, monkeypatch):
     tensors, path = golden
     model = load_pixart(path, num_heads=2, image_size=16).double().requires_grad_(False)
     inputs, ours = golden_inputs(tensors, torch.float64), dit.timestep_embedding(tensors["in.t"]).double()
-    spread = torch.linalg.pinv(model.t_embedder[0].weight)                                      # (256, 32)
+    spread = torch.linalg.pinv(model.t_embedder[0].weight)  # (256, 32)
 
     def residual(z):
         monkeypatch.setattr(dit, "timestep_embedding", lambda t: ours + z @ spread.T)
         return (model(**inputs)[:, 0] - tensors["out.f64"][:, :4]).flatten()
+
     z = torch.zeros(2, 32, dtype=torch.float64)
     assert residual(z).abs().max() < 2e-5
-    for _ in range(2):                                                                          # Gauss-Newton
-        slope = torch.autograd.functional.jacobian(residual, z).flatten(1)                      # (2048, 64)
+    for _ in range(2):  # Gauss-Newton
+        slope = torch.autograd.functional.jacobian(residual, z).flatten(1)  # (2048, 64)
         z = z - torch.linalg.lstsq(slope, residual(z)[:, None], driver="gelsd").solution.view(2, 32)
     assert residual(z).abs().max() < 1e-10
     assert (z @ spread.T).abs().max() < 2e-4
 
 
 def test_pixart_names_a_missing_and_a_left_over_tensor(tmp_path):
-    tensors = {name.removeprefix("official."): tensor for name, tensor in load_file(GOLDEN / "pixart.safetensors").items()
-               if name.startswith("official.")}
+    tensors = {
+        name.removeprefix("official."): tensor
+        for name, tensor in load_file(GOLDEN / "pixart.safetensors").items()
+        if name.startswith("official.")
+    }
     path = tmp_path / "p.safetensors"
     save_file(tensors | {"blocks.0.lora": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="blocks.0.lora"):
@@ -129,7 +152,7 @@ def test_a_grid_in_single_image_mode_is_four_base_forwards():
     grid = model(images, t, text)
     assert torch.equal(grid, base(images, t, text))
     assert torch.equal(grid, model(images, t, text, control=torch.zeros(4, 1, 6, 8, 8)))
-    alone = torch.cat([base(images[k:k + 1], t[:1], text[:1]) for k in range(4)])
+    alone = torch.cat([base(images[k : k + 1], t[:1], text[:1]) for k in range(4)])
     assert torch.allclose(grid, alone, rtol=0, atol=1e-12)
 
 
@@ -150,7 +173,7 @@ def test_text_matters_and_padding_does_not():
     short, padded = text[:, :5], torch.cat([text[:, :5], torch.zeros(2, 6, dtype=torch.long)], 1)
     assert torch.allclose(model(x, t, short), model(x, t, padded), atol=1e-5)
     assert (model(x, t, short) - model(x, t, text)).abs().max() > 1e-4
-    assert (model(x, t, text.flip(1)) - model(x, t, text)).abs().max() > 1e-4        # word order is read
+    assert (model(x, t, text.flip(1)) - model(x, t, text)).abs().max() > 1e-4  # word order is read
 
 
 @torch.no_grad()
@@ -159,7 +182,9 @@ def test_output_skip_is_its_formula():
     bare = DiT(replace(TINY, output_skip=False))
     bare.load_state_dict(model.state_dict())
     alpha_bar = alphas_cumprod[t].float().view(-1, 1, 1, 1, 1)
-    assert torch.allclose(model(x, t, text), (1 - alpha_bar).sqrt() * x + alpha_bar.sqrt() * bare(x, t, text), atol=1e-6)
+    assert torch.allclose(
+        model(x, t, text), (1 - alpha_bar).sqrt() * x + alpha_bar.sqrt() * bare(x, t, text), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 3])
@@ -185,10 +210,17 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-@pytest.mark.parametrize("name, change", [
-    ("control", dict(control=torch.zeros(2, 4, 3, 8, 8))), ("view", dict(view=torch.zeros(2, 3, dtype=torch.long))),
-    ("shift", dict(shift=torch.zeros(3, 2, 16))), ("x", dict(x=torch.zeros(2, 4, 3, 8, 4))),
-    ("frozen_blocks", dict(frozen_blocks=5)), ("text", dict(text=torch.ones(2, 17, dtype=torch.long)))])
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("control", dict(control=torch.zeros(2, 4, 3, 8, 8))),
+        ("view", dict(view=torch.zeros(2, 3, dtype=torch.long))),
+        ("shift", dict(shift=torch.zeros(3, 2, 16))),
+        ("x", dict(x=torch.zeros(2, 4, 3, 8, 4))),
+        ("frozen_blocks", dict(frozen_blocks=5)),
+        ("text", dict(text=torch.ones(2, 17, dtype=torch.long))),
+    ],
+)
 def test_a_wrong_shape_is_named(name, change):
     x, t, text = random_inputs()
     with pytest.raises(ValueError, match=name):
@@ -212,7 +244,7 @@ def test_add_noise_and_its_moments():
     x = add_noise(x0, noise, t)
     for k in range(3):
         alpha_bar = float(alphas_cumprod[t[k]])
-        assert torch.allclose(x[k], alpha_bar ** 0.5 * x0[k] + (1 - alpha_bar) ** 0.5 * noise[k], atol=1e-6)
+        assert torch.allclose(x[k], alpha_bar**0.5 * x0[k] + (1 - alpha_bar) ** 0.5 * noise[k], atol=1e-6)
 
 
 def test_epsilon_loss_and_its_bins():
@@ -251,7 +283,7 @@ def test_bad_checkpoints_are_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match=r"another configuration: .*depth 4 \(expected 10\)"):
         load_model(path, config=PRESETS["toy"])
     whole = path.read_bytes()
-    for damaged in (whole[:len(whole) // 2], whole[:4], b"", b"not a checkpoint at all, but text"):
+    for damaged in (whole[: len(whole) // 2], whole[:4], b"", b"not a checkpoint at all, but text"):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="not a readable safetensors file"):
             load_model(path)

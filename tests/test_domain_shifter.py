@@ -1,4 +1,5 @@
 """domain_shifter.py: the shifter's formula, and the tables that say which block runs in which domain."""
+
 from collections import Counter
 
 import pytest
@@ -6,8 +7,19 @@ import torch
 from conftest import TINY, random_inputs, random_model
 
 from dit import PRESETS, save_model
-from domain_shifter import (REAL, SYN, DomainShifters, ShiftedDiT, block_count, draw_frozen_blocks,
-                            draw_reassigned_blocks, load_shifters, reassigned_domains, shifted_domains, uniform_domains)
+from domain_shifter import (
+    REAL,
+    SYN,
+    DomainShifters,
+    ShiftedDiT,
+    block_count,
+    draw_frozen_blocks,
+    draw_reassigned_blocks,
+    load_shifters,
+    reassigned_domains,
+    shifted_domains,
+    uniform_domains,
+)
 from dit import seeded_generator
 
 
@@ -70,13 +82,15 @@ def test_reassigned_domains_by_hand():
 def test_shifted_domains_by_hand():
     t = torch.tensor([999, 950, 949, 0])
     assert shifted_domains(t, 5, B_max=0.4, t_max=950).tolist() == [[0, 0, 0, 0]] * 2 + [[0, 0, 1, 1]] * 3
-    assert shifted_domains(t, 3, B_max=0, t_max=1000).tolist() == [[1, 1, 1, 1]] * 3         # plain real mode
-    assert shifted_domains(t, 3, B_max=0, t_max=0).tolist() == [[0, 0, 0, 0]] * 3            # plain synthetic mode
+    assert shifted_domains(t, 3, B_max=0, t_max=1000).tolist() == [[1, 1, 1, 1]] * 3  # plain real mode
+    assert shifted_domains(t, 3, B_max=0, t_max=0).tolist() == [[0, 0, 0, 0]] * 3  # plain synthetic mode
     assert shifted_domains(t, 3, B_max=1, t_max=1000).tolist() == [[0, 0, 0, 0]] * 3
 
 
-@pytest.mark.parametrize("fraction, blocks, count", [(0.4, 28, 11), (0.3, 28, 8), (0.7, 10, 7), (0.3, 10, 3), (0, 10, 0),
-                                                     (1, 10, 10), (0.29, 100, 29)])
+@pytest.mark.parametrize(
+    "fraction, blocks, count",
+    [(0.4, 28, 11), (0.3, 28, 8), (0.7, 10, 7), (0.3, 10, 3), (0, 10, 0), (1, 10, 10), (0.29, 100, 29)],
+)
 def test_fractions_of_the_blocks_round_down(fraction, blocks, count):
     assert block_count(fraction, blocks) == count
 
@@ -87,15 +101,17 @@ def test_a_fraction_outside_0_to_1_is_an_error():
 
 
 def test_draws_are_uniform_over_0_to_tau_B_and_independent():
-    draws = [(draw_frozen_blocks(g, 10), draw_reassigned_blocks(g, 10)) for g in
-             (seeded_generator(3, 0, step) for step in range(5000))]
+    draws = [
+        (draw_frozen_blocks(g, 10), draw_reassigned_blocks(g, 10))
+        for g in (seeded_generator(3, 0, step) for step in range(5000))
+    ]
     frozen, reassigned = Counter(i for i, _ in draws), Counter(j for _, j in draws)
     assert sorted(frozen) == [0, 1, 2, 3, 4]
-    assert all(abs(count - 1000) < 150 for count in frozen.values())            # 5 deviations of a binomial
+    assert all(abs(count - 1000) < 150 for count in frozen.values())  # 5 deviations of a binomial
     assert sorted(reassigned) == [0, 1, 2, 3, 4]
-    assert all(abs(reassigned[j] - 100) < 50 for j in (1, 2, 3, 4))             # p_B / 5 each
+    assert all(abs(reassigned[j] - 100) < 50 for j in (1, 2, 3, 4))  # p_B / 5 each
     both = Counter(i for i, j in draws if j > 0)
-    assert len(both) == 5                                                       # i is not tied to j
+    assert len(both) == 5  # i is not tied to j
 
 
 def test_shifters_travel_alone_or_with_their_model(tmp_path):

@@ -1,4 +1,5 @@
 """Measures: against brute force, closed forms, independent libraries (tests/golden), and the oracle."""
+
 import json
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def consistency(images, maps):
 
 # ---- the oracle
 
+
 def test_perfect_views_have_the_right_silhouette(oracle):
     maps, photo, render = oracle
     for images in (photo, render):
@@ -42,23 +44,25 @@ def test_perfect_views_are_consistent(oracle):
 
 def test_inconsistent_views_score_low(oracle):
     maps, photo, _ = oracle
-    mixed = torch.cat([photo[:, :1], photo[:, 1:].roll(1, dims=0)], dim=1)     # the other views of another object
+    mixed = torch.cat([photo[:, :1], photo[:, 1:].roll(1, dims=0)], dim=1)  # the other views of another object
     assert consistency(mixed, maps)[0].nanmean() < 20
     tinted = photo.clone()
-    tinted[:, 0] = (tinted[:, 0] - 0.1).clamp(0, 1)                     # one view darker by 0.1: about 20 dB there
+    tinted[:, 0] = (tinted[:, 0] - 0.1).clamp(0, 1)  # one view darker by 0.1: about 20 dB there
     assert consistency(tinted, maps)[0].mean() < consistency(photo, maps)[0].mean() - 4
 
 
 def test_consistency_of_a_known_error(oracle):
     maps, photo, _ = oracle
-    views = torch.tensor([0., .1, 0., .1])[None, :, None, None, None]   # neighbours differ by 0.1, opposite views by 0
+    views = torch.tensor([0.0, 0.1, 0.0, 0.1])[
+        None, :, None, None, None
+    ]  # neighbours differ by 0.1, opposite views by 0
     psnr, _ = consistency(views.expand_as(photo), maps)
-    assert psnr.min() > 19.99 and psnr.max() < 30                       # 20 dB where a neighbour alone predicts
+    assert psnr.min() > 19.99 and psnr.max() < 30  # 20 dB where a neighbour alone predicts
 
 
 def test_consistency_reads_the_positions(oracle):
     maps, photo, _ = oracle
-    function = lambda p: 0.5 + 0.4 * torch.sin(4 * p)                   # colour as a smooth function of the 3D point
+    function = lambda p: 0.5 + 0.4 * torch.sin(4 * p)  # colour as a smooth function of the 3D point
     smooth = torch.where(maps.mask > 0, function(maps.position), torch.ones(()))
     assert consistency(smooth, maps)[0].nanmean() > 30
     assert consistency(smooth.flip(-1), maps)[0].nanmean() < 22
@@ -66,11 +70,12 @@ def test_consistency_reads_the_positions(oracle):
 
 # ---- silhouettes
 
+
 def test_silhouette_iou_by_brute_force():
     generator = torch.Generator().manual_seed(0)
     mask = torch.randint(0, 5, (3, 4, 1, 8, 8), generator=generator) / 4
-    image = torch.where(torch.rand(3, 4, 1, 8, 8, generator=generator) < 0.6, 0.85, 1.).repeat(1, 1, 3, 1, 1)
-    image[:, :, 1:] = 1.                                                # one channel is enough to be seen
+    image = torch.where(torch.rand(3, 4, 1, 8, 8, generator=generator) < 0.6, 0.85, 1.0).repeat(1, 1, 3, 1, 1)
+    image[:, :, 1:] = 1.0  # one channel is enough to be seen
     for k, value in enumerate(evaluate.silhouette_iou(image, mask)):
         both = either = 0
         for v in range(4):
@@ -84,11 +89,12 @@ def test_silhouette_iou_by_brute_force():
 
 
 def test_near_white_is_background_and_pale_is_not():
-    image = torch.tensor([1., .97, .85]).view(3, 1, 1, 1).repeat(1, 3, 1, 1)
+    image = torch.tensor([1.0, 0.97, 0.85]).view(3, 1, 1, 1).repeat(1, 3, 1, 1)
     assert evaluate.silhouette(image).flatten().tolist() == [False, False, True]
 
 
 # ---- distances
+
 
 @pytest.fixture(scope="module")
 def golden():
@@ -111,7 +117,7 @@ def test_golden_kernel_distance(golden):
 
 def test_frechet_distance_of_scaled_and_shifted_features():
     x = np.random.default_rng(0).standard_normal((500, 6))
-    shift = np.arange(6.)
+    shift = np.arange(6.0)
     assert evaluate.frechet_distance(x, x + shift) == pytest.approx((shift**2).sum(), rel=1e-9)
     trace = np.trace(np.cov(x.T))
     assert evaluate.frechet_distance(x, 3 * (x - x.mean(0)) + x.mean(0)) == pytest.approx(4 * trace, rel=1e-9)
@@ -125,6 +131,7 @@ def test_distances_need_two_images():
 
 
 # ---- the feature network
+
 
 def test_feature_net_learns_the_domain_and_is_kept(tmp_path, oracle):
     net = evaluate.train_feature_net(tmp_path, num=100, steps=60)
@@ -141,6 +148,7 @@ def test_feature_net_learns_the_domain_and_is_kept(tmp_path, oracle):
 
 # ---- the trained models
 
+
 def test_toy_table_of_untrained_models(tmp_path, tiny_run, monkeypatch, capsys):
     """The command as a whole: the oracle rows score nearly perfectly, models of three steps do not."""
     small_net = evaluate.train_feature_net
@@ -148,16 +156,41 @@ def test_toy_table_of_untrained_models(tmp_path, tiny_run, monkeypatch, capsys):
     photos = data.photo_set
     monkeypatch.setattr(data, "photo_set", lambda num, **options: photos(40, **options))
     model = str(tiny_run / "realiz3d_texturing.safetensors")
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "toy", "--num", "2", "--num_steps", "2", "--model", model, "--syn_only",
-                                     model, "--folder", str(tmp_path), "--out", str(tmp_path / "e.png"), "--threads", "1"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "evaluate.py",
+            "toy",
+            "--num",
+            "2",
+            "--num_steps",
+            "2",
+            "--model",
+            model,
+            "--syn_only",
+            model,
+            "--folder",
+            str(tmp_path),
+            "--out",
+            str(tmp_path / "e.png"),
+            "--threads",
+            "1",
+        ],
+    )
     evaluate.main()
     rows = json.loads((tmp_path / "e.json").read_text())["rows"]
-    assert list(rows) == ["oracle photos", "oracle renders", "syn_only", "realiz3d, synthetic mode", "realiz3d, real mode",
-                          "realiz3d, shifted"]
+    assert list(rows) == [
+        "oracle photos",
+        "oracle renders",
+        "syn_only",
+        "realiz3d, synthetic mode",
+        "realiz3d, real mode",
+        "realiz3d, shifted",
+    ]
     assert rows["oracle photos"]["iou"] >= 0.98 and rows["oracle renders"]["iou"] >= 0.98
     assert rows["oracle photos"]["psnr"] > 25 and rows["realiz3d, real mode"]["iou"] < 0.9
     assert rows["oracle renders"]["frechet"] > rows["oracle photos"]["frechet"] > 0
-    assert rows["syn_only"] == rows["realiz3d, real mode"]          # here both are the same model
+    assert rows["syn_only"] == rows["realiz3d, real mode"]  # here both are the same model
     assert (tmp_path / "e.png").exists() and "KD x1000" in capsys.readouterr().out
 
 

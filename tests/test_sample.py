@@ -1,7 +1,8 @@
 """sample.py: DDIM against diffusers and a closed form, guidance, domain modes, one generator per sample."""
+
 import pytest
 import torch
-from conftest import GOLDEN, TINY, random_model
+from conftest import GOLDEN, random_model
 from safetensors.torch import load_file
 from test_domain_shifter import trained_shifters
 
@@ -40,13 +41,15 @@ def test_ddim_refuses_nonsense():
 
 
 def test_gaussian_data_has_a_closed_form():
-    """For data N(0.5, 0.3^2) the perfect epsilon is linear in x; 50 leading steps end at these moments (golden/README)."""
+    """For data N(0.5, 0.3^2) the perfect epsilon is linear in x: 50 leading steps end at these moments."""
+
     def predict_noise(x, t):
         alpha_bar = alphas_cumprod[t]
-        variance = alpha_bar * 0.3 ** 2 + 1 - alpha_bar
+        variance = alpha_bar * 0.3**2 + 1 - alpha_bar
         return (1 - alpha_bar).sqrt() * (x - alpha_bar.sqrt() * 0.5) / variance
+
     ends = ddim_sample(predict_noise, torch.tensor([0.0, 1.0], dtype=torch.float64), 50, "leading")
-    mean, deviation = float(ends[0]), float(ends[1] - ends[0])          # the map from noise to image is affine
+    mean, deviation = float(ends[0]), float(ends[1] - ends[0])  # the map from noise to image is affine
     assert mean == pytest.approx(0.4989, abs=5e-5) and deviation == pytest.approx(0.2750, abs=5e-5)
 
 
@@ -81,8 +84,16 @@ def test_guidance_is_on_the_text_alone(network):
 
 def test_modes_differ_and_shifting_has_the_right_borders(network):
     _, text, _, inputs = some_inputs()
-    draw = lambda mode, **shift: sample_images(network, text, mode, 4, inputs["control"], num_steps=4,  # noqa: E731
-                                               cfg_scale=1, **shift)
+    draw = lambda mode, **shift: sample_images(
+        network,
+        text,
+        mode,
+        4,
+        inputs["control"],
+        num_steps=4,  # noqa: E731
+        cfg_scale=1,
+        **shift,
+    )
     real, syn, shifted = (draw(mode) for mode in ("real", "syn", "shifted"))
     assert min((a - b).abs().max() for a, b in ((real, syn), (real, shifted), (syn, shifted))) > 1e-3
     assert torch.equal(draw("shifted", B_max=0, t_max=1000), real)
@@ -98,11 +109,12 @@ def test_sample_k_does_not_depend_on_its_batch(network):
     one_by_one = sample_images(network, text, control=control, batch=1, **options)
     tail = sample_images(network, text[4:], control=control[4:], first=4, **options)
     assert torch.allclose(whole, one_by_one, atol=1e-5) and torch.allclose(whole[4:], tail, atol=1e-5)
-    assert (whole[0] - whole[2]).abs().max() > 1e-2            # same caption and control, another number
+    assert (whole[0] - whole[2]).abs().max() > 1e-2  # same caption and control, another number
 
 
 def test_real_set_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     from dit import PRESETS, DiT
+
     torch.manual_seed(0)
     base, whole, resumed = (str(tmp_path / name) for name in ("base.safetensors", "a.safetensors", "b.safetensors"))
     save_model(base, PRESETS["toy"], DiT(PRESETS["toy"]))
@@ -115,15 +127,16 @@ def test_real_set_resumes_to_the_same_bytes(tmp_path, monkeypatch):
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
+
     monkeypatch.setattr(sample, "sample_images", dies_at_the_second_chunk)
     with pytest.raises(KeyboardInterrupt):
         sample.write_real_set(resumed, base, **options)
     sample.write_real_set(resumed, base, **options)
-    assert calls == [0, 4, 4, 8]                               # the first chunk was kept, the second made again
+    assert calls == [0, 4, 4, 8]  # the first chunk was kept, the second made again
     assert open(whole, "rb").read() == open(resumed, "rb").read()
     tensors, _ = load_tensors(whole)
     assert tensors["image"].shape == (12, 1, 3, 32, 32) and tensors["text"].shape == (12, 14)
     sample.write_real_set(resumed, base, **options)
-    assert len(calls) == 4                                     # up to date: nothing is drawn
+    assert len(calls) == 4  # up to date: nothing is drawn
     sample.write_real_set(resumed, base, **(options | {"seed": 1}))
-    assert len(calls) == 7                                     # another seed: drawn again
+    assert len(calls) == 7  # another seed: drawn again

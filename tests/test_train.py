@@ -1,4 +1,5 @@
 """The training loop: pure order and draws, exact resume, freezing, two ranks against one, stage 2's plan."""
+
 import json
 import os
 import signal
@@ -41,7 +42,7 @@ def states(out):
 def test_every_epoch_visits_every_sample_once():
     order = data_indices(10, 0, 40, 7, 0)
     for epoch in range(4):
-        assert sorted(order[10 * epoch:10 * epoch + 10].tolist()) == list(range(10))
+        assert sorted(order[10 * epoch : 10 * epoch + 10].tolist()) == list(range(10))
     assert not torch.equal(order[:10], order[10:20])
     assert torch.equal(torch.cat([data_indices(10, first, 5, 7, 0) for first in range(0, 40, 5)]), order)
     assert not torch.equal(data_indices(10, 0, 40, 8, 0), order)
@@ -55,7 +56,7 @@ def test_noise_is_the_same_however_a_batch_is_split():
     t, noise, u = draw_noise((64,), 0, 6, 0, 4000, "cpu")
     assert t.min() >= 0 and t.max() < 1000 and abs(t.float().mean() - 499.5) < 25
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01 and abs(u.mean() - 0.5) < 0.03
-    assert noise.flatten().unique().numel() > 250_000          # no sample repeats another
+    assert noise.flatten().unique().numel() > 250_000  # no sample repeats another
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -71,19 +72,31 @@ def test_stage2_alternates_after_a_real_warm_up():
     steps = [plan(step) for step in range(2000)]
     assert [it.domain for it in steps[:8]] == ["real", "real", "real", "syn", "real", "syn", "real", "syn"]
     for domain in ("syn", "real"):
-        assert [it.visit for it in steps if it.domain == domain] == list(range(sum(it.domain == domain for it in steps)))
+        assert [it.visit for it in steps if it.domain == domain] == list(
+            range(sum(it.domain == domain for it in steps))
+        )
     assert all(it.frozen_blocks == it.reassigned_blocks == 0 for it in steps if it.domain == "syn")
     frozen = Counter(it.frozen_blocks for it in steps if it.domain == "real")
     assert sorted(frozen) == [0, 1, 2, 3, 4]
     reassigned = Counter(it.reassigned_blocks for it in steps if it.domain == "real")
-    assert 0.05 < 1 - reassigned[0] / sum(reassigned.values()) < 0.12          # p_B (4 of 5 draws of j are not 0)
+    assert 0.05 < 1 - reassigned[0] / sum(reassigned.values()) < 0.12  # p_B (4 of 5 draws of j are not 0)
     assert plan(77) == stage2_plan(args, 10)(77)
 
 
-@pytest.mark.parametrize("flag, holds", [
-    ("--no_freezing", lambda its: all(it.frozen_blocks == 0 for it in its) and any(it.reassigned_blocks for it in its)),
-    ("--no_reassignment", lambda its: all(it.reassigned_blocks == 0 for it in its) and any(it.frozen_blocks for it in its)),
-    ("--no_real_data", lambda its: all(it.domain == "syn" for it in its))])
+@pytest.mark.parametrize(
+    "flag, holds",
+    [
+        (
+            "--no_freezing",
+            lambda its: all(it.frozen_blocks == 0 for it in its) and any(it.reassigned_blocks for it in its),
+        ),
+        (
+            "--no_reassignment",
+            lambda its: all(it.reassigned_blocks == 0 for it in its) and any(it.frozen_blocks for it in its),
+        ),
+        ("--no_real_data", lambda its: all(it.domain == "syn" for it in its)),
+    ],
+)
 def test_each_ingredient_can_be_switched_off(flag, holds):
     plan = stage2_plan(train_stage2.parse_args([flag]), 10)
     assert holds([plan(step) for step in range(400)])
@@ -98,17 +111,28 @@ def test_the_loss_feeds_the_network_what_the_stage_says():
     """denoising_loss against the same thing written out: noise, dropped captions, domains, control."""
     network = ShiftedDiT(random_model(), trained_shifters())
     torch.manual_seed(0)
-    batch = {"image": torch.randint(256, (2, 4, 3, 8, 8), dtype=torch.uint8), "text": torch.randint(2, 50, (2, 14)),
-             "control": torch.randn(2, 4, 6, 8, 8), "view": torch.arange(4).expand(2, 4)}
+    batch = {
+        "image": torch.randint(256, (2, 4, 3, 8, 8), dtype=torch.uint8),
+        "text": torch.randint(2, 50, (2, 14)),
+        "control": torch.randn(2, 4, 6, 8, 8),
+        "view": torch.arange(4).expand(2, 4),
+    }
     null = {"text": torch.tensor([[1] + [0] * 13])}
     t, noise, u = draw_noise((4, 3, 8, 8), 0, 9, 0, 2, "cpu")
-    dropout = float(u.sort().values.mean())                     # between the two: drops exactly one caption
+    dropout = float(u.sort().values.mean())  # between the two: drops exactly one caption
     loss, _ = denoising_loss(network, batch, Iteration("syn", 0), null, 0, 9, 0, dropout)
     from dit import add_noise
+
     text = torch.where((u < dropout)[:, None], null["text"], batch["text"])
     x0 = batch["image"].float() / 127.5 - 1
-    expected = network.dit(add_noise(x0, noise, t), t, text, control=batch["control"], view=batch["view"],
-                           shift=network.shifters(torch.zeros(4, 2, dtype=torch.long)))
+    expected = network.dit(
+        add_noise(x0, noise, t),
+        t,
+        text,
+        control=batch["control"],
+        view=batch["view"],
+        shift=network.shifters(torch.zeros(4, 2, dtype=torch.long)),
+    )
     assert torch.allclose(loss, (expected - noise).square().mean(), rtol=1e-5)
 
 
@@ -116,14 +140,16 @@ def test_counted_operations_are_those_of_the_network():
     """iteration_macs against a count of every matrix product of a real forward and backward pass."""
     from torch.utils.flop_counter import FlopCounterMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
     config = TINY
     for frozen in (0, 2):
         model = random_model()
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(torch.randn(1, 1, 3, 8, 8), torch.zeros(1), torch.ones(1, 14, dtype=torch.long), frozen_blocks=frozen) \
-                .sum().backward()
+            model(
+                torch.randn(1, 1, 3, 8, 8), torch.zeros(1), torch.ones(1, 14, dtype=torch.long), frozen_blocks=frozen
+            ).sum().backward()
         counted = 2 * iteration_macs(config, 1, frozen, 14)
-        extra = 2 * 3 * (256 * 16 + 16 * 16 + 6 * 16 * 16 + 14 * (16 * 16 + 16 * 16))     # time and text embedders
+        extra = 2 * 3 * (256 * 16 + 16 * 16 + 6 * 16 * 16 + 14 * (16 * 16 + 16 * 16))  # time and text embedders
         assert counter.get_total_flops() == pytest.approx(counted + extra, rel=0.05)
 
 
@@ -142,18 +168,21 @@ def test_resume_after_kill_9_equals_not_having_stopped(tmp_path):
     process.kill()
     process.wait()
     assert states(tmp_path / "cut") and not (tmp_path / "cut" / "rank_0.safetensors").exists(), "killed too late"
-    newest = states(tmp_path / "cut")[-1]                       # the newest state is also cut off: the one before is taken
+    newest = states(tmp_path / "cut")[-1]  # the newest state is also cut off: the one before is taken
     if len(states(tmp_path / "cut")) > 1:
         os.truncate(newest, os.path.getsize(newest) // 2)
     done = script(*command[1:])
     assert done.returncode == 0, done.stderr
     whole, cut = (tensors(states(tmp_path / name)[-1]) for name in ("whole", "cut"))
-    assert sum(name.startswith("exp_avg.") for name in whole) > 20 and sum(name.startswith("ema.") for name in whole) > 20
+    assert (
+        sum(name.startswith("exp_avg.") for name in whole) > 20 and sum(name.startswith("ema.") for name in whole) > 20
+    )
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
     assert all(torch.equal(a, final(tmp_path / "cut")[name]) for name, a in final(tmp_path / "whole").items())
     logs = [[json.loads(line) for line in open(tmp_path / name / "tiny" / "log.jsonl")] for name in ("whole", "cut")]
-    assert [(line["step"], line["domain"], line["loss"]) for line in logs[0]] == \
-        [(line["step"], line["domain"], line["loss"]) for line in logs[1]]
+    assert [(line["step"], line["domain"], line["loss"]) for line in logs[0]] == [
+        (line["step"], line["domain"], line["loss"]) for line in logs[1]
+    ]
 
 
 def test_sigterm_writes_a_state_and_exits_cleanly(tmp_path):
@@ -177,7 +206,13 @@ def test_other_settings_are_not_resumed(tmp_path):
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path):
     done = script(WORKER, tmp_path, "bad", "--steps", 9, "--batch", 1, "--save_every", 2, "--log_every", 100)
-    one_line_error(done, 1, "tiny", "not finite at step 5", f"{stage2_plan(train_stage2.parse_args([]), TINY.depth)(5).domain} iteration")
+    one_line_error(
+        done,
+        1,
+        "tiny",
+        "not finite at step 5",
+        f"{stage2_plan(train_stage2.parse_args([]), TINY.depth)(5).domain} iteration",
+    )
     assert load_tensors(states(tmp_path)[-1])[1]["step"] == 4
     assert all(p.isfinite().all() for p in tensors(states(tmp_path)[-1]).values())
 
@@ -202,23 +237,49 @@ def test_two_ranks_with_half_the_batch_match_one_with_all_of_it(two_ranks, tmp_p
     done = script(WORKER, tmp_path, "mixed", "--steps", 20, "--batch", 2, "--real_warmup", 2, "--lr", 1e-3)
     assert done.returncode == 0, done.stderr
     one, two = final(tmp_path), final(two_ranks)
-    assert max((one[name] - two[name]).abs().max() for name in one) < 2e-5     # the steps themselves are up to 2e-2
+    assert max((one[name] - two[name]).abs().max() for name in one) < 2e-5  # the steps themselves are up to 2e-2
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_frozen_blocks_are_bit_identical_after_a_real_iteration(tmp_path, ranks):
-    done = script(WORKER, tmp_path, "frozen", "--steps", 4, "--batch", 1, "--save_every", 3, "--weight_decay", 0.1,
-                  "--lr", 1e-3, "--warmup", 0, "--ema", 0, torchrun=ranks)
+    done = script(
+        WORKER,
+        tmp_path,
+        "frozen",
+        "--steps",
+        4,
+        "--batch",
+        1,
+        "--save_every",
+        3,
+        "--weight_decay",
+        0.1,
+        "--lr",
+        1e-3,
+        "--warmup",
+        0,
+        "--ema",
+        0,
+        torchrun=ranks,
+    )
     assert done.returncode == 0, done.stderr
     before, after = (tensors(path) for path in states(tmp_path))
-    frozen = ("param.dit.x_embedder", "param.dit.control_embedder", "param.dit.view_encoding", "param.dit.blocks.0.",
-              "param.dit.blocks.1.")
+    frozen = (
+        "param.dit.x_embedder",
+        "param.dit.control_embedder",
+        "param.dit.view_encoding",
+        "param.dit.blocks.0.",
+        "param.dit.blocks.1.",
+    )
     for name in before:
         if name.startswith("param."):
             assert torch.equal(before[name], after[name]) == name.startswith(frozen), name
     for rank in range(ranks):
-        assert all(torch.equal(p, after[f"param.{name}"]) for name, p in final(tmp_path, rank).items()
-                   if f"param.{name}" in after)
+        assert all(
+            torch.equal(p, after[f"param.{name}"])
+            for name, p in final(tmp_path, rank).items()
+            if f"param.{name}" in after
+        )
 
 
 def test_more_processes_than_data_is_one_clear_line(tmp_path):

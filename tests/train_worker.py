@@ -5,6 +5,7 @@
 MODE "mixed": the plan of stage 2. "frozen": three synthetic steps, then a real one with two blocks frozen. "bad": the
 loss turns NaN at step 5. Writes OUT/rank_R.safetensors, the parameters each rank ends with.
 """
+
 import sys
 
 from conftest import TINY, random_model  # noqa: F401  (also puts the project on the path)
@@ -26,14 +27,22 @@ def main():
     generator = torch.Generator().manual_seed(5)
     pixels = lambda *shape: torch.randint(256, shape, generator=generator, dtype=torch.uint8)  # noqa: E731
     words = lambda n: torch.randint(2, 50, (n, 14), generator=generator)  # noqa: E731
-    syn = {"image": pixels(6, 4, 3, 8, 8), "text": words(6), "view": torch.arange(4).expand(6, 4),
-           "control": torch.randn(6, 4, 6, 8, 8, generator=generator).half()}
+    syn = {
+        "image": pixels(6, 4, 3, 8, 8),
+        "text": words(6),
+        "view": torch.arange(4).expand(6, 4),
+        "control": torch.randn(6, 4, 6, 8, 8, generator=generator).half(),
+    }
     real = {"image": pixels(24, 1, 3, 8, 8), "text": words(24)}
     network = ShiftedDiT(random_model(), trained_shifters().requires_grad_(False))
     plan = train_stage2.stage2_plan(args, TINY.depth)
     if mode == "frozen":
-        plan = lambda step: (train_stage1.Iteration("syn", step) if step < 3 else  # noqa: E731
-                             train_stage1.Iteration("real", 0, frozen_blocks=2))
+        plan = lambda step: (
+            train_stage1.Iteration("syn", step)
+            if step < 3
+            # noqa: E731
+            else train_stage1.Iteration("real", 0, frozen_blocks=2)
+        )
     if mode == "bad":
         original = train_stage1.epsilon_loss
 
@@ -41,6 +50,7 @@ def main():
             loss, bins = original(*inputs)
             nan_at_step_5.calls += 1
             return (loss * float("nan") if nan_at_step_5.calls == 6 else loss), bins
+
         nan_at_step_5.calls = 0
         train_stage1.epsilon_loss = nan_at_step_5
     null = {"text": torch.tensor([[1] + [0] * 13])}
