@@ -173,13 +173,13 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
                 print(f"{args.name}: stopped by SIGTERM at step {step + 1}; the same command goes on from there")
             raise SystemExit(0)
         if preview and rank == 0 and (step + 1) % args.sample_every == 0 and not last:
-            with swapped(params, ema), torch.compiler.set_stance("force_eager"):    # sampling is not worth a compilation
+            with swapped(params, ema), torch.compiler.set_stance("force_eager"):  # not worth a compilation
                 preview(f"{out}/samples_{step + 1:07d}.png")
     for name, average in ema.items():
         params[name].data.copy_(average)
     if preview and rank == 0:
         with torch.compiler.set_stance("force_eager"):
-            preview(f"{out}/samples.png")
+            preview(f"{out}.png")
     return log.finish()
 
 
@@ -250,8 +250,8 @@ def swapped(params, ema):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training states: parameters that train, their averages and AdamW's moments. Noise and data order need no state.
 
-NOT_SETTINGS = ("log_every", "save_every", "sample_every", "compile", "grad_checkpointing", "threads", "benchmark",
-                "rounds")
+NOT_SETTINGS = ("log_every", "save_every", "sample_every", "picture_steps", "compile", "grad_checkpointing", "threads",
+                "benchmark", "rounds")
 
 
 def settings(args):
@@ -398,8 +398,8 @@ def training_arguments(parser):
                              "warm-up"), ("weight_decay", float, "AdamW's"), ("ema", float, "decay of the weights' "
                              "running average, 0 = none")):
         add(f"--{flag}", type=kind, help=f"{text} (default by preset and stage)")
-    add("--loss", choices=("epsilon", "even"), help="plain epsilon loss as in the paper (default at full), or divided by "
-        "alpha_bar so that all noise levels weigh alike (default at toy and small: pixels at low resolution)")
+    add("--loss", choices=("epsilon", "even"), help="plain epsilon loss as in the paper (default at full), or "
+        "divided by alpha_bar so that all noise levels weigh alike (default at toy and small: few pixels)")
     add("--control_lr", type=float, help="learning rate of the control and view weights, which start at zero, as a "
         "multiple of --lr (default 10 at toy and small, 1 at full)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
@@ -412,6 +412,7 @@ def training_arguments(parser):
     add("--log_every", type=int, default=20, help="steps between lines of log.jsonl")
     add("--save_every", type=int, default=250, help="steps between states to resume from")
     add("--sample_every", type=int, default=500, help="steps between pictures of samples")
+    add("--picture_steps", type=int, default=25, help="DDIM steps for those pictures")
 
 
 def fill_defaults(args, stage, device):
@@ -456,7 +457,8 @@ def train_base(args, launched):
                  "cartoon of a green spotted snowman", "photo of a pink marble teapot, sunset background"]
 
     def preview(path):
-        images = sample.sample_images(network, data.tokenize(captions).repeat_interleave(6, 0), num_steps=20)
+        images = sample.sample_images(network, data.tokenize(captions).repeat_interleave(6, 0),
+                                      num_steps=args.picture_steps)
         sample.save_picture(path, [(c, data.to_uint8(i)[:, 0]) for c, i in zip(captions, images.unflatten(0, (-1, 6)))])
     null = {"text": data.tokenize([""])}
     losses = train(network, {"base": base}, null, lambda step: Iteration("base", step), args, f"{args.out}/{args.name}",
@@ -493,8 +495,9 @@ def domain_preview(network, args):
     text = data.tokenize(data.asset_captions(data.sample_assets(12, data.SEEDS["validation"])))
 
     def preview(path):
-        sample.save_picture(path, [(mode, data.to_uint8(sample.sample_images(network, text, mode, num_steps=20))[:, 0])
-                                   for mode in ("syn", "real")])
+        images = {mode: sample.sample_images(network, text, mode, num_steps=args.picture_steps)
+                  for mode in ("syn", "real")}
+        sample.save_picture(path, [(mode, data.to_uint8(image)[:, 0]) for mode, image in images.items()])
     return preview
 
 
@@ -567,7 +570,7 @@ def finish(path, network, args, losses, launched, keep_model=True):
         model = network.dit if keep_model else None
         save_model(path, network.dit.config, model, network.shifters, dtype=torch.float16, **made)
         print(f"{args.name}: done, loss {', '.join(f'{k} {v:.4f}' for k, v in losses.items())} -> {path}; "
-              f"log and pictures in {args.out}/{args.name}", flush=True)
+              f"picture {args.out}/{args.name}.png, log in {args.out}/{args.name}", flush=True)
     if launched[2] > 1:
         torch.distributed.barrier()
     return path

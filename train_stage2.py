@@ -89,7 +89,8 @@ def stage1_path(args, launched):
         raise FileNotFoundError(f"no shifters at {path}: train them with train_stage1.py --preset {args.preset}, or "
                                 "name a file with --shifters")
     flags = ("preset", "out", "base", "synthetic", "real", "num_assets", "real_steps", "rank", "seed", "batch", "dtype",
-             "loss", "threads", "log_every")
+             "loss", "threads", "log_every",
+             "picture_steps")
     argv = [f"--{flag}={getattr(args, flag)}" for flag in flags if getattr(args, flag) is not None]
     argv += [f"--steps={args.stage1_steps}"] if args.stage1_steps else []
     if launched[1] == 0:
@@ -254,14 +255,12 @@ def main():
     objects = data.evaluation_set(3, size=config.image_size, folder=f"{args.out}/sets") if config.vocab_size else None
 
     def preview(path):
-        sample.object_sheet(path, network, objects, task=args.task, num_steps=20)
+        sample.object_sheet(path, network, objects, args.task, num_steps=args.picture_steps)
     losses = train(network, sets, null, stage2_plan(args, config.depth), args, f"{args.out}/{args.name}", launched,
                    preview if objects else None)
     path = finish(f"{args.out}/{args.name}.safetensors", network, args, losses, launched)
-    if objects and rank == 0:
-        picture = f"{args.out}/{args.name}.png"
-        sample.object_sheet(picture, network, objects, task=args.task)
-        print(f"picture: {picture}; more with python sample.py --model {path}")
+    if rank == 0:
+        print(f"to draw more: python sample.py --model {path}")
 
 
 if __name__ == "__main__":

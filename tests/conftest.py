@@ -82,7 +82,8 @@ def tiny_run(tmp_path_factory):
     """A run folder with a base model, shifters and a stage-2 model of the toy preset, each trained for two steps."""
     out = tmp_path_factory.mktemp("run")
     done = script(
-        "train_stage1.py", "--stage", "base", "--num_base_images", 16, "--steps", 2, "--batch", 4, "--out", out
+        "train_stage1.py", "--stage", "base", "--num_base_images", 16, "--steps", 2, "--batch", 4, "--out", out,
+        "--picture_steps", 1,
     )
     assert done.returncode == 0, done.stderr
     done = script("train_stage2.py", "--out", out, *TINY_STAGE2)
@@ -104,5 +105,7 @@ TINY_STAGE2 = (
     "--real_warmup",
     1,
     "--log_every",
+    1,
+    "--picture_steps",
     1,
 )

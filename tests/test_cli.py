@@ -32,8 +32,8 @@ def test_the_whole_pipeline_leaves_models_logs_and_pictures(tiny_run):
     for picture, width in (
         ("realiz3d_texturing.png", 12 * 98),
         ("realiz3d_texturing/loss.png", 600),
-        ("stage1/samples.png", 12 * 98),
-        ("base/samples.png", 6 * 98),
+        ("stage1.png", 12 * 98),
+        ("base.png", 6 * 98),
     ):
         assert Image.open(tiny_run / picture).width > width
 
