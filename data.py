@@ -280,6 +280,7 @@ def tokenize(captions):
 # Objects.
 
 class Assets(NamedTuple):
+    """N objects: what decides their shape and their looks."""
     category: torch.Tensor              # (N,)   index into CATEGORIES
     color: torch.Tensor                 # (N,)   index into COLORS
     material: torch.Tensor              # (N,)   index into MATERIALS
@@ -448,6 +449,7 @@ def light_up(distance, p, normal, abc, light, forward):
 
 
 class Views(NamedTuple):
+    """N objects drawn in V views, with their maps."""
     rgb: torch.Tensor                   # (N, V, 3, H, W) in [0, 1]
     mask: torch.Tensor                  # (N, V, 1, H, W) share of the pixel's supersamples that hit, in [0, 1]
     normal: torch.Tensor                # (N, V, 3, H, W) unit, object's frame, 0 off the object, at the pixel centre

@@ -236,10 +236,8 @@ def measure(images, held, photos, net):
 
 
 def toy(args):
-    """Samples the held-out objects with each model and mode and prints the table; returns {row: measures}.
-
-    Base: single images of the same captions; it knows no control, so its shape measures mean nothing and are left out.
-    """
+    """Samples the held-out objects with syn_only and with realiz3d in each mode, prints the table beside the oracle's
+    rows, and writes it with a picture; returns {row: measures}."""
     device = launch(args.threads)[0]
     realiz3d = args.model or sample.default_model("toy", "texturing")
     syn_only = args.syn_only or sample.default_model("toy", "texturing", "syn_only")

@@ -570,7 +570,7 @@ def finish(path, network, args, losses, launched, keep_model=True):
         model = network.dit if keep_model else None
         save_model(path, network.dit.config, model, network.shifters, dtype=torch.float16, **made)
         print(f"{args.name}: done, loss {', '.join(f'{k} {v:.4f}' for k, v in losses.items())} -> {path}; "
-              f"picture {args.out}/{args.name}.png, log in {args.out}/{args.name}", flush=True)
+              f"log and pictures: {args.out}/{args.name}*", flush=True)
     if launched[2] > 1:
         torch.distributed.barrier()
     return path
