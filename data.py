@@ -672,10 +672,13 @@ def photo_set(num, seed=SEEDS["photos"], size=32, folder="runs/toy/sets", device
 
 def real_captions(assets):
     """What the base model is asked to draw for the real set (C.1), and what is trained on: lists of 4 N captions,
-    object by object, view by view; the second without the view phrase."""
+    object by object, view by view.
+
+    The second are the assets' own captions, as the renders have them: where "photo of" told the domain, e_real had
+    nothing to learn.
+    """
     four = Assets(*(field.repeat_interleave(4, dim=0) for field in assets))
-    views = list(VIEWS) * len(assets.category)
-    return asset_captions(four, "photo", views, "white"), asset_captions(four, "photo", None, "white")
+    return asset_captions(four, "photo", list(VIEWS) * len(assets.category), "white"), asset_captions(four)
 
 
 def main():

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 
@@ -454,6 +455,8 @@ def launch(threads=None):
                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if threads:
         torch.set_num_threads(threads)
+    # under bf16 autocast RMSNorm keeps its weight in fp32, which is what we want, and says so at length
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else
                           "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
     if device.type == "cuda":

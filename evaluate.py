@@ -84,6 +84,61 @@ def leave_one_out_psnr(image, position, normal, mask, azimuth=data.AZIMUTHS, ele
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Image against image: PSNR, SSIM, LPIPS of (..., 3, H, W) in [0, 1], one value per image
+
+
+def psnr(a, b, where=None):
+    """Peak signal-to-noise ratio in dB, (...,) float64; inf for equal images, NaN where nothing is counted.
+
+    where: (..., 1, H, W) bool, the pixels that count (default all).
+    """
+    error = (a.double() - b.double()).square().mean(dim=-3)                                         # (..., H, W)
+    count = torch.ones_like(error) if where is None else where.squeeze(-3).double()
+    return -10 * torch.log10((error * count).sum((-2, -1)) / count.sum((-2, -1)))
+
+
+def ssim(a, b, where=None):
+    """Structural similarity (Wang et al. 2004), (...,) float64: Gaussian window of sigma 1.5 (11 x 11), population
+    covariance, data range 1, averaged over channels and over the pixels whose whole window lies in the image.
+
+    where: (..., 1, H, W) bool, the window centres that count (default all). Raises ValueError below 11 x 11 pixels.
+    """
+    if min(a.shape[-2:]) < 11:
+        raise ValueError(f"SSIM needs images of at least 11 x 11 pixels, not {tuple(a.shape[-2:])}")
+    g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64)**2 / (2 * 1.5**2))
+    window = (g[:, None] * g / g.sum()**2)[None, None].to(a.device)
+    x, y = (z.double().reshape(-1, 1, *z.shape[-2:]) for z in (a, b))
+    mean = lambda z: F.conv2d(z, window).view(*a.shape[:-2], a.shape[-2] - 10, a.shape[-1] - 10)
+    mx, my = mean(x), mean(y)
+    vx, vy, vxy = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+    c1, c2 = 0.01**2, 0.03**2
+    s = ((2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean(dim=-3)
+    count = torch.ones_like(s) if where is None else where[..., 0, 5:-5, 5:-5].double()
+    return (s * count).sum((-2, -1)) / count.sum((-2, -1))
+
+
+LPIPS_LAYERS = (("net.slice1.0", 4, 2), ("net.slice2.3", 1, 2), ("net.slice3.6", 1, 1), ("net.slice4.8", 1, 1),
+                ("net.slice5.10", 1, 1))                    # AlexNet's convolutions: name, stride, padding
+
+
+def lpips(a, b, weights):
+    """Learned perceptual distance on AlexNet (Zhang et al. 2018), (...,). a, b (..., 3, H, W) in [0, 1], H, W >= 32.
+
+    weights: {name: tensor} of `lpips.LPIPS(net="alex").state_dict()`, from `load_weights`.
+    """
+    shift, scale = (torch.tensor(v).view(3, 1, 1).to(a) for v in ((-.030, -.088, -.188), (.458, .448, .450)))
+    x = torch.cat([((2 * z - 1 - shift) / scale).reshape(-1, *z.shape[-3:]) for z in (a, b)])       # both in [-1, 1]
+    total = 0
+    for k, (name, stride, padding) in enumerate(LPIPS_LAYERS):
+        x = F.max_pool2d(x, 3, 2) if k in (1, 2) else x
+        x = F.conv2d(x, weights[f"{name}.weight"].to(x), weights[f"{name}.bias"].to(x), stride, padding).relu()
+        unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+        difference = (unit[:len(x) // 2] - unit[len(x) // 2:]).square()
+        total = total + F.conv2d(difference, weights[f"lin{k}.model.1.weight"].to(x)).mean((1, 2, 3))
+    return total.view(a.shape[:-3])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Domain: a small network that knows photos from renders, and whose features the distances are taken on.
 
 class FeatureNet(nn.Module):
@@ -160,15 +215,14 @@ def train_feature_net(folder=FOLDER, num=3000, steps=1500, size=32, seed=11):
     return net.eval().requires_grad_(False)
 
 
-def frechet_distance(a, b):
+def fid(a, b):
     """Frechet distance of two Gaussians fitted to features (N, F) and (M, F); float64, any N and M above 1 (FID).
 
     The trace of the root of the product of the covariances is the nuclear norm of A B^T, A and B the centred features
     over sqrt(N - 1): no matrix root that could turn complex, and rank-deficient covariances are as good as others.
+    Raises ValueError for fewer than two images, features of two widths, or NaN.
     """
-    a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"Frechet distance of {len(a)} and {len(b)} images: give at least two of each")
+    a, b = check_features(a, b)
     gap = a.mean(axis=0) - b.mean(axis=0)
     a, b = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (a, b))
     spread = (a**2).sum() + (b**2).sum()
@@ -176,14 +230,39 @@ def frechet_distance(a, b):
     return float(gap @ gap + spread - 2 * np.linalg.svd(a @ b.T, compute_uv=False).sum())
 
 
-def kernel_distance(a, b):
-    """Unbiased squared MMD of features (N, F) and (M, F) with the kernel (x y / F + 1)^3; float64, all pairs (KID)."""
-    a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"kernel distance of {len(a)} and {len(b)} images: give at least two of each")
+def kid(a, b):
+    """Unbiased squared MMD of features (N, F) and (M, F) with the kernel (x y / F + 1)^3 (KID, Binkowski et al. 2018);
+    float64, all pairs, any N and M above 1; unlike FID it does not depend on their size. Raises as `fid`."""
+    a, b = check_features(a, b)
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1)**3
     own = lambda x: (kernel(x, x).sum() - np.trace(kernel(x, x))) / (len(x) * (len(x) - 1))
     return float(own(a) + own(b) - 2 * kernel(a, b).mean())
+
+
+def kid_spread(a, b, subset_size=100, num_subsets=100, seed=0):
+    """Mean and standard deviation of `kid` over random subsets, as is customary; subset_size shrinks to the sets."""
+    a, b = check_features(a, b)
+    size, rng = min(subset_size, len(a), len(b)), np.random.default_rng(seed)
+    values = [kid(a[rng.permutation(len(a))[:size]], b[rng.permutation(len(b))[:size]]) for _ in range(num_subsets)]
+    return float(np.mean(values)), float(np.std(values))
+
+
+def check_features(a, b):
+    """Both as float64 matrices. Raises ValueError: fewer than two rows, other widths, or a value that is not finite."""
+    a, b = (np.asarray(x, dtype=np.float64) for x in (a, b))
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"a distance between sets of {len(a)} and {len(b)} images: give at least two of each")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"features must be (N, F) and (M, F), not {a.shape} and {b.shape}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("features hold values that are not finite")
+    return a, b
+
+
+def clip_score(image, text):
+    """Cosine of each image's and its caption's embedding, (N, F) and (N, F) -> (N,) float64 (Sec. 5: CLIP)."""
+    image, text = image.double(), text.double()
+    return F.cosine_similarity(image, text, dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,8 +291,8 @@ def oracle(folder=FOLDER, num=64):
         if head == "material":
             right[1] = float("nan")                                     # renders do not show it
         rows[f"{head} read right"] = (*right, ">= 0.99" if head == "domain" else "")
-    rows["Frechet distance to photos"] = (*(frechet_distance(features[0], x) for x in features[1:]), "small, large")
-    rows["kernel distance x1000"] = (*(1000 * kernel_distance(features[0], x) for x in features[1:]), "~ 0, large")
+    rows["Frechet distance to photos"] = (*(fid(features[0], x) for x in features[1:]), "small, large")
+    rows["kernel distance x1000"] = (*(1000 * kid(features[0], x) for x in features[1:]), "~ 0, large")
     return rows
 
 
@@ -232,12 +311,12 @@ def measure(images, held, photos, net):
     features = net.features(flat)
     return dict(iou=silhouette_iou(images, mask).mean().item(), psnr=psnr.nanmean().item(),
                 photo=(net.photo_probability(flat) > 0.5).float().mean().item(),
-                frechet=frechet_distance(photos, features), kernel=1000 * kernel_distance(photos, features))
+                frechet=fid(photos, features), kernel=1000 * kid(photos, features))
 
 
 def toy(args):
-    """Samples the held-out objects with syn_only and with realiz3d in each mode, prints the table beside the oracle's
-    rows, and writes it with a picture; returns {row: measures}."""
+    """Samples the held-out objects with syn_only and with realiz3d in each mode, prints the table beside the rows of
+    the oracle and of the base model, which knows no control, and writes it with a picture; returns {row: measures}."""
     device = launch(args.threads)[0]
     realiz3d = args.model or sample.default_model("toy", "texturing")
     syn_only = args.syn_only or sample.default_model("toy", "texturing", "syn_only")
@@ -246,20 +325,26 @@ def toy(args):
     net = train_feature_net(args.folder)
     world = data.photo_set(1000, folder=args.folder, device=device)["image"][:, 0] / 255
     photos = net.features(world)
-    options = dict(seed=args.seed, num_steps=args.num_steps, views=4, control=held["control"])
-    runs = [("syn_only", sample.load_network(syn_only, device), "real"), ("realiz3d, synthetic mode", network, "syn"),
-            ("realiz3d, real mode", network, "real"), ("realiz3d, shifted", network, "shifted")]
+    options = dict(seed=args.seed, num_steps=args.num_steps, cfg_scale=args.cfg_scale)
+    grids = dict(text=held["text"], views=4, control=held["control"])
+    captions, _ = data.real_captions(data.sample_assets(args.num, data.SEEDS["evaluation"]))
+    base = sample.load_network(args.base or sample.default_base(), device)
+    runs = [("base model, no control", base, "real", dict(text=data.tokenize(captions))),
+            ("syn_only", sample.load_network(syn_only, device), "real", grids),
+            ("realiz3d, synthetic mode", network, "syn", grids), ("realiz3d, real mode", network, "real", grids),
+            ("realiz3d, shifted", network, "shifted", grids)]
     images = {"oracle photos": held["photo"] / 255, "oracle renders": held["image"] / 255}
-    with tqdm(total=len(runs) * args.num, desc="sampling", bar_format=sample.BAR) as progress:
-        for name, model, mode in runs:
-            drawn = sample.sample_images(model, held["text"], mode, progress=progress, batch=16, **options)
-            images[name] = data.to_uint8(drawn) / 255
+    with tqdm(total=len(runs) * args.num * 4, desc="sampling", bar_format=sample.BAR) as progress:
+        for name, model, mode, inputs in runs:
+            drawn = sample.sample_images(model, mode=mode, progress=progress, batch=16, **inputs, **options)
+            images[name] = data.to_uint8(drawn).view(held["image"].shape) / 255
     rows = {name: measure(grids, held, photos, net) for name, grids in images.items()}
     print(f"{args.num} held-out objects, four views, {args.num_steps} steps, seed {args.seed}; {realiz3d}, {syn_only}")
-    print(f"{'':28}{'IoU':>8}{'LOO dB':>8}{'photo':>8}{'FD':>8}{'KD x1000':>10}")
+    rows["base model, no control"].update(iou=None, psnr=None)      # free shapes, not views of one
+    print(f"{'':28}{'IoU':>10}{'LOO dB':>10}{'photo':>10}{'FD':>10}{'KD x1000':>10}")
     for name, row in rows.items():
-        print(f"{name:28}{row['iou']:8.3f}{row['psnr']:8.2f}{row['photo']:8.3f}{row['frechet']:8.3f}"
-              f"{row['kernel']:10.1f}")
+        print(f"{name:28}" + "".join(f"{'-' if value is None else format(value, f'.{digits}f'):>10}"
+                                     for value, digits in zip(row.values(), (3, 2, 3, 1, 0))))
     print("IoU: silhouette with the control mask; LOO: leave-one-out consistency; photo: share called a photo; FD, KD: "
           f"to {len(world)} held-out photos")
     out = args.out.removesuffix(".png")
@@ -293,7 +378,9 @@ def main():
     sub.add_argument("--folder", default=FOLDER, help="where sets and the feature net are kept")
     sub.add_argument("--model", help="realiz3d checkpoint (default: the run folder's, else the shipped one)")
     sub.add_argument("--syn_only", help="checkpoint of python train_stage2.py --method syn_only (default likewise)")
+    sub.add_argument("--base", help="base model (default likewise)")
     sub.add_argument("--num_steps", type=int, default=50, help="DDIM steps")
+    sub.add_argument("--cfg_scale", type=float, default=sample.CFG_SCALE, help="guidance on the text, 1 = none")
     sub.add_argument("--seed", type=int, default=0, help="decides the noise")
     sub.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     sub.add_argument("--out", default="runs/toy/evaluate.png", help="picture to write; its numbers: .json")

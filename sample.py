@@ -96,9 +96,9 @@ def guided_noise(network, text, null_text, domains, cfg_scale, **inputs):
 
 
 def ticking(predict_noise, progress, share):
-    """predict_noise that moves a progress bar on by `share` of each sample."""
+    """predict_noise that moves a progress bar on by `share` of each image in x (B, V, C, H, W)."""
     def tick(x, t):
-        progress.update(share * len(x))
+        progress.update(share * x.shape[0] * x.shape[1])
         return predict_noise(x, t)
     return tick
 
@@ -143,7 +143,7 @@ def load_network(path, device="cpu", config=None, shifters=None):
 # The real set: what the base model itself draws (Sec. 5, C.1)
 
 
-def write_real_set(path, base, num_assets, seed=0, num_steps=20, cfg_scale=CFG_SCALE, chunk=64, launched=None):
+def write_real_set(path, base, num_assets, seed=0, num_steps=20, cfg_scale=1.0, chunk=64, launched=None):
     """Draws four images a caption with the base model and writes the real set of stage 1 and 2, over all ranks.
 
     path: the safetensors to write: {"image": uint8 (N, 1, 3, H, W), "text": (N, L)}, N = 4 num_assets, the captions
@@ -254,6 +254,20 @@ def save_plot(path, curves, x_label, y_label, log_y=False, size=(640, 360)):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def default_base(preset="toy", folder=None):
+    """Path of the base model: the run folder's, else the one that comes with the repository.
+
+    Raises FileNotFoundError, saying how to get one.
+    """
+    here = os.path.dirname(os.path.abspath(__file__))
+    for path in (f"{folder or f'runs/{preset}'}/base.safetensors", f"{here}/weights/{preset}_base.safetensors"):
+        if os.path.isfile(path):
+            return path
+    how = ("name a PixArt-alpha safetensors file with --base" if preset == "full" else
+           f"pretrain one with python train_stage1.py --stage base --preset {preset}, or name one with --base")
+    raise FileNotFoundError(f"preset {preset} has no base model yet: {how}")
+
+
 def default_model(preset="toy", task="texturing", method="realiz3d"):
     """Path of the newest trained model: the run folder's, else the one that comes with the repository."""
     here = os.path.dirname(os.path.abspath(__file__))
@@ -277,7 +291,8 @@ def object_sheet(path, network, objects, task="texturing", modes=tuple(MODES), *
     """
     control, views = objects["control"] if task == "texturing" else None, 4 if task else 1
     modes = modes if network.shifters is not None else ("real",)
-    with tqdm(total=len(modes) * len(objects["text"]), desc="sampling", unit="object", bar_format=BAR) as progress:
+    total = len(modes) * len(objects["text"]) * views
+    with tqdm(total=total, desc="sampling", unit="image", bar_format=BAR) as progress:
         images = {mode: sample_images(network, objects["text"], mode, views, control, progress=progress, **options)
                   for mode in modes}
     rows = [] if control is None else [("normals", control[:, :, :3]), ("positions", control[:, :, 3:])]
@@ -307,7 +322,7 @@ def parse_args(argv=None):
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--out", help="picture to write (default runs/PRESET/sample.png)")
     add("--real_set", metavar="FILE", help="draw the real set of stages 1 and 2 with the base model, instead")
-    add("--num_assets", type=int, default=320, help="real set: assets, four images each")
+    add("--num_assets", type=int, default=640, help="real set: assets, four images each")
     return parser, parser.parse_args(argv)
 
 
@@ -315,10 +330,8 @@ def main():
     parser, args = parse_args()
     launched = device, rank, _ = launch(args.threads)
     if args.real_set:
-        here = os.path.dirname(os.path.abspath(__file__))
-        base = args.model or f"{here}/weights/{args.preset}_base.safetensors"
-        write_real_set(args.real_set, base, args.num_assets, args.seed, args.num_steps, args.cfg_scale,
-                       launched=launched)
+        base = args.model or default_base(args.preset)
+        write_real_set(args.real_set, base, args.num_assets, args.seed, args.num_steps, args.cfg_scale, launched=launched)
         print(f"wrote {args.real_set}")
         return
     try:

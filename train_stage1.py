@@ -38,8 +38,8 @@ ORDER, NOISE, DRAWS = 1, 2, 3           # first key of each family of generators
 #                            steps  batch  lr    warmup  weight decay  EMA
 DEFAULTS = {
     ("toy", "base"):        (3000,    64, 1e-3,    200,         0.01, 0.998),
-    ("toy", "stage1"):      ( 300,     8, 2e-3,     20,          0.0,   0.0),
-    ("toy", "stage2"):      ( 900,     8, 5e-4,     50,         0.01,  0.99),
+    ("toy", "stage1"):      ( 600,     4, 2e-3,     40,          0.0,   0.0),
+    ("toy", "stage2"):      (2400,     4, 5e-4,     50,         0.01,  0.99),
     ("small", "base"):      (100000, 256, 3e-4,   1000,         0.01, 0.9999),
     ("small", "stage1"):    (2000,    16, 5e-4,    100,          0.0,   0.0),
     ("small", "stage2"):    (20000,   16, 5e-5,    200,         0.01, 0.999),
@@ -391,8 +391,8 @@ def training_arguments(parser):
                        "the one shipped in weights/)")
     add("--synthetic", help="synthetic set, a safetensors file (toy, small: default is to render it)")
     add("--real", help="real set, a safetensors file (toy, small: default is to let the base model draw it)")
-    add("--num_assets", type=int, default=320, help="assets of the synthetic set the toy world renders")
-    add("--real_steps", type=int, default=16, help="DDIM steps for the images of the real set")
+    add("--num_assets", type=int, default=640, help="assets of the synthetic set the toy world renders")
+    add("--real_steps", type=int, default=10, help="DDIM steps for the images of the real set")
     for flag, kind, text in (("steps", int, "training steps"), ("batch", int, "per process: grids of four views; base: "
                              "images"), ("lr", float, "learning rate after warm-up"), ("warmup", int, "steps of linear "
                              "warm-up"), ("weight_decay", float, "AdamW's"), ("ema", float, "decay of the weights' "
@@ -401,7 +401,7 @@ def training_arguments(parser):
     add("--loss", choices=("epsilon", "even"), help="plain epsilon loss as in the paper (default at full), or "
         "divided by alpha_bar so that all noise levels weigh alike (default at toy and small: few pixels)")
     add("--control_lr", type=float, help="learning rate of the control and view weights, which start at zero, as a "
-        "multiple of --lr (default 10 at toy and small, 1 at full)")
+        "multiple of --lr (default 40 at toy and small, 1 at full)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--text_dropout", type=float, default=0.1, help="how often the caption is dropped, for guidance")
     add("--seed", type=int, default=0, help="decides initial weights, data order, noise and draws")
@@ -425,7 +425,7 @@ def fill_defaults(args, stage, device):
     args.out = args.out or f"runs/{args.preset}"
     args.name = args.name or stage
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    args.control_lr = args.control_lr or (10.0 if PRESETS[args.preset].output_skip else 1.0)
+    args.control_lr = args.control_lr or (40.0 if PRESETS[args.preset].output_skip else 1.0)
     args.loss = args.loss or ("even" if PRESETS[args.preset].output_skip else "epsilon")
     args.images_per_sample = 1 if stage == "base" else 4
     for name in ("steps", "batch", "log_every", "save_every", "sample_every", "num_assets"):
@@ -448,7 +448,7 @@ def train_base(args, launched):
     base = on_rank_0_first(world, rank, lambda: data.base_set(args.num_base_images, size=config.image_size,
                                                               folder=folder, device=device))
     torch.manual_seed(args.seed)
-    network = ShiftedDiT(DiT(config)).to(device)
+    network = ShiftedDiT(load_base(args, device) if args.base else DiT(config).to(device))
     for p in (network.dit.control_embedder.weight, network.dit.view_encoding):
         p.requires_grad_(False)                                     # nothing to learn from: the base sees no control
     captions = [f"photo of a {c}, white background" for c in
@@ -507,15 +507,9 @@ def domain_preview(network, args):
 
 def base_path(args):
     """The base model: --base, else the run folder's, else the shipped one. Raises FileNotFoundError."""
-    shipped = os.path.join(os.path.dirname(os.path.abspath(__file__)), "weights", f"{args.preset}_base.safetensors")
-    for path in [args.base] if args.base else [f"{args.out}/base.safetensors", shipped]:
-        if os.path.isfile(path):
-            return path
-    if args.base:
+    if args.base and not os.path.isfile(args.base):
         raise FileNotFoundError(f"no such file: {args.base} (--base)")
-    how = ("name a PixArt-alpha safetensors file with --base" if args.preset == "full" else
-           f"pretrain one with python train_stage1.py --stage base --preset {args.preset}, or name one with --base")
-    raise FileNotFoundError(f"preset {args.preset} has no base model yet: {how}")
+    return args.base or sample.default_base(args.preset, args.out)
 
 
 def load_base(args, device):
@@ -528,11 +522,14 @@ def load_base(args, device):
     return model.to(device)
 
 
-def training_sets(args, launched):
-    """(synthetic, real, empty caption): from --synthetic and --real, or the toy world and the base model (C.1)."""
+def training_sets(args, launched, needs_real=True):
+    """(synthetic, real, empty caption): from --synthetic and --real, or the toy world and the base model (C.1).
+
+    needs_real: False leaves the real set undrawn, and None in its place.
+    """
     device, rank, world = launched
     config, folder = PRESETS[args.preset], f"{args.out}/sets"
-    if not config.vocab_size and not (args.synthetic and args.real):
+    if not config.vocab_size and not (args.synthetic and (args.real or not needs_real)):
         raise FileNotFoundError(f"preset {args.preset} needs --synthetic FILE and --real FILE: safetensors with image "
                                 "(N, 4, C, H, W) and (N, 1, C, H, W), text (N, L, D), text_mask (N, L), and for the "
                                 "synthetic set control, null_text (1, L, D) and null_text_mask (1, L)")
@@ -542,10 +539,10 @@ def training_sets(args, launched):
         synthetic = on_rank_0_first(world, rank, lambda: data.synthetic_set(args.num_assets, size=config.image_size,
                                                                             folder=folder, device=device))
     path = args.real
-    if not path:
+    if needs_real and not path:
         path = f"{folder}/real_{args.num_assets}.safetensors"
         sample.write_real_set(path, base_path(args), args.num_assets, args.seed, args.real_steps, launched=launched)
-    real = load_tensors(path)[0]
+    real = load_tensors(path)[0] if needs_real else None
     if config.vocab_size:
         return synthetic, real, {"text": data.tokenize([""])}
     if "null_text" not in synthetic:

@@ -56,7 +56,7 @@ def stage2_plan(args, num_blocks):
 
 def stage2_sets(args, launched):
     """The sets as stage 2 takes them, with the empty caption: view indices join the renders, task text has no maps."""
-    synthetic, real, null = training_sets(args, launched)
+    synthetic, real, null = training_sets(args, launched, needs_real=not args.no_real_data)
     num, views = synthetic["image"].shape[:2]
     synthetic = {key: value for key, value in synthetic.items() if args.task == "texturing" or key != "control"}
     if args.task == "texturing" and "control" not in synthetic:
@@ -199,7 +199,7 @@ def announce(args, launched):
             wait(device)
         return (time.perf_counter() - start) / images
     with torch.no_grad():
-        draw = seconds(lambda: model(x, t, text)) * 2 * args.real_steps     # twice, for guidance
+        draw = seconds(lambda: model(x, t, text)) * args.real_steps         # without guidance: once a step
     step = seconds(lambda: model(x, t, text).square().mean().backward())
     render = seconds(lambda: data.render(data.sample_assets(images, 0), size=config.image_size, device=device))
     needs_shifters = args.method == "realiz3d" and not args.joint_shifters
@@ -207,7 +207,8 @@ def announce(args, launched):
     todo = []
     if not (args.synthetic or glob(f"{args.out}/sets/synthetic_{args.num_assets}_*")):
         todo.append(("render the assets", args.num_assets * render))
-    if not (args.real or os.path.isfile(f"{args.out}/sets/real_{args.num_assets}.safetensors")):
+    drawn = args.real or os.path.isfile(f"{args.out}/sets/real_{args.num_assets}.safetensors")
+    if not drawn and (needs_shifters or not args.no_real_data):
         todo.append(("draw the real set", args.num_assets * 4 * draw / world))
     if needs_shifters and not os.path.isfile(args.shifters or f"{args.out}/shifters.safetensors"):
         todo.append(("train stage 1", stage1_steps * args.batch * 4 * step))

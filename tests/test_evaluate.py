@@ -101,33 +101,99 @@ def golden():
     return load_file(GOLDEN / "metrics.safetensors"), json.loads((GOLDEN / "metrics.json").read_text())
 
 
-def test_golden_frechet_distance(golden):
+def test_golden_fid(golden):
     tensors, values = golden
-    assert evaluate.frechet_distance(tensors["fid.a"], tensors["fid.b"]) == pytest.approx(values["fid"], rel=1e-8)
-    deficient = evaluate.frechet_distance(tensors["fid.c"], tensors["fid.d"])
+    assert evaluate.fid(tensors["fid.a"], tensors["fid.b"]) == pytest.approx(values["fid"], rel=1e-8)
+    deficient = evaluate.fid(tensors["fid.c"], tensors["fid.d"])
     assert deficient == pytest.approx(values["fid_rank_deficient"], rel=1e-5)
 
 
-def test_golden_kernel_distance(golden):
+def test_golden_kid(golden):
     tensors, values = golden
     a, b = tensors["fid.a"], tensors["fid.b"]
-    assert evaluate.kernel_distance(a[:100], b) == pytest.approx(values["kid_100"], rel=1e-8)
-    assert evaluate.kernel_distance(a, b) == pytest.approx(values["kid_unequal"], rel=1e-8)
+    assert evaluate.kid(a[:100], b) == pytest.approx(values["kid_100"], rel=1e-8)
+    assert evaluate.kid(a, b) == pytest.approx(values["kid_unequal"], rel=1e-8)
 
 
-def test_frechet_distance_of_scaled_and_shifted_features():
+def test_fid_of_scaled_and_shifted_features():
     x = np.random.default_rng(0).standard_normal((500, 6))
     shift = np.arange(6.0)
-    assert evaluate.frechet_distance(x, x + shift) == pytest.approx((shift**2).sum(), rel=1e-9)
+    assert evaluate.fid(x, x + shift) == pytest.approx((shift**2).sum(), rel=1e-9)
     trace = np.trace(np.cov(x.T))
-    assert evaluate.frechet_distance(x, 3 * (x - x.mean(0)) + x.mean(0)) == pytest.approx(4 * trace, rel=1e-9)
+    assert evaluate.fid(x, 3 * (x - x.mean(0)) + x.mean(0)) == pytest.approx(4 * trace, rel=1e-9)
 
 
 def test_distances_need_two_images():
     with pytest.raises(ValueError, match="at least two"):
-        evaluate.frechet_distance(np.zeros((1, 3)), np.zeros((5, 3)))
+        evaluate.fid(np.zeros((1, 3)), np.zeros((5, 3)))
     with pytest.raises(ValueError, match="at least two"):
-        evaluate.kernel_distance(np.zeros((5, 3)), np.zeros((1, 3)))
+        evaluate.kid(np.zeros((5, 3)), np.zeros((1, 3)))
+
+
+def test_kid_over_subsets_spreads_around_the_full_estimate(golden):
+    a, b = golden[0]["fid.a"], golden[0]["fid.b"]
+    mean, deviation = evaluate.kid_spread(a, b, subset_size=60, num_subsets=200)
+    assert mean == pytest.approx(evaluate.kid(a, b), abs=4 * deviation / 200**0.5) and deviation > 0
+    assert evaluate.kid_spread(a, b, 60, 5, seed=1) == evaluate.kid_spread(a, b, 60, 5, seed=1)
+    assert evaluate.kid_spread(a[:100], b, subset_size=1000, num_subsets=2)[1] == pytest.approx(0, abs=1e-12)
+
+
+def test_features_must_fit_and_be_finite():
+    with pytest.raises(ValueError, match=r"\(5, 3\) and \(5, 4\)"):
+        evaluate.fid(np.zeros((5, 3)), np.zeros((5, 4)))
+    with pytest.raises(ValueError, match="finite"):
+        evaluate.kid(np.full((5, 3), np.nan), np.zeros((5, 3)))
+
+
+def test_clip_score_is_a_cosine():
+    image, text = torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([[2.0, 0.0], [0.0, -5.0]])
+    assert evaluate.clip_score(image, text).tolist() == pytest.approx([1, -(0.5**0.5)])
+
+
+# ---- image against image
+
+
+def test_golden_psnr_and_ssim(golden):
+    tensors, values = golden
+    a, b = tensors["images.a"] / 2 + 0.5, tensors["images.b"] / 2 + 0.5
+    assert evaluate.psnr(a, b).tolist() == pytest.approx(values["psnr_per_image"], rel=1e-8)
+    assert evaluate.ssim(a, b).mean().item() == pytest.approx(values["ssim_mean"], rel=1e-8)
+
+
+def test_psnr_and_ssim_of_equal_images_and_of_some_pixels():
+    a = torch.rand(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    b, left = a.clone(), torch.zeros(2, 4, 1, 16, 16, dtype=torch.bool)
+    b[..., 8:] += 0.1
+    left[..., :8] = True
+    assert evaluate.psnr(a, a).isinf().all() and torch.allclose(evaluate.ssim(a, a), torch.ones(2, 4).double())
+    assert evaluate.psnr(a, b, left).isinf().all()
+    assert torch.allclose(evaluate.psnr(a, b, ~left), torch.full((2, 4), 20.0).double(), atol=1e-4)
+    here = torch.zeros(1, 16, 16, dtype=torch.bool)
+    here[..., 5, 5] = True  # its window ends with column 10, so the whole image agrees where b is changed beyond that
+    c = a.clone()
+    c[..., 11:] = 0
+    assert torch.allclose(evaluate.ssim(a, c, here.expand(2, 4, 1, 16, 16)), torch.ones(2, 4).double())
+    with pytest.raises(ValueError, match="11 x 11"):
+        evaluate.ssim(a[..., :8], a[..., :8])
+
+
+def test_golden_lpips(golden):
+    tensors, values = golden
+    shapes = {n: s for n, s in values["lpips_alex_shapes"].items() if n.startswith(("lin", "net"))}
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name in sorted(shapes):
+        shape = shapes[name]
+        if name.startswith("lin"):
+            weights[name] = torch.rand(shape, generator=generator)
+        elif len(shape) == 1:
+            weights[name] = 0.1 * torch.randn(shape, generator=generator)
+        else:
+            weights[name] = torch.randn(shape, generator=generator) * (2 / np.prod(shape[1:])) ** 0.5
+    a, b = tensors["images.a"] / 2 + 0.5, tensors["images.b"] / 2 + 0.5
+    assert evaluate.lpips(a, b, weights).tolist() == pytest.approx(values["lpips_alex"], abs=1e-6)
+    assert evaluate.lpips(a, a, weights).abs().max() == 0
+    assert evaluate.lpips(a[None], b[None], weights).shape == (1, 2)
 
 
 # ---- the feature network
@@ -143,7 +209,7 @@ def test_feature_net_learns_the_domain_and_is_kept(tmp_path, oracle):
     assert torch.allclose(features[:7], net.features(photo[:7], batch=3), atol=1e-5)
     assert net.photo_probability(photo).mean() - net.photo_probability(render).mean() > 0.3
     other = net.features(render)
-    assert evaluate.frechet_distance(features, other) > 2 * evaluate.frechet_distance(features[::2], features[1::2])
+    assert evaluate.fid(features, other) > 2 * evaluate.fid(features[::2], features[1::2])
 
 
 # ---- the trained models
@@ -169,6 +235,8 @@ def test_toy_table_of_untrained_models(tmp_path, tiny_run, monkeypatch, capsys):
             model,
             "--syn_only",
             model,
+            "--base",
+            str(tiny_run / "base.safetensors"),
             "--folder",
             str(tmp_path),
             "--out",
@@ -182,6 +250,7 @@ def test_toy_table_of_untrained_models(tmp_path, tiny_run, monkeypatch, capsys):
     assert list(rows) == [
         "oracle photos",
         "oracle renders",
+        "base model, no control",
         "syn_only",
         "realiz3d, synthetic mode",
         "realiz3d, real mode",
@@ -191,6 +260,7 @@ def test_toy_table_of_untrained_models(tmp_path, tiny_run, monkeypatch, capsys):
     assert rows["oracle photos"]["psnr"] > 25 and rows["realiz3d, real mode"]["iou"] < 0.9
     assert rows["oracle renders"]["frechet"] > rows["oracle photos"]["frechet"] > 0
     assert rows["syn_only"] == rows["realiz3d, real mode"]  # here both are the same model
+    assert rows["base model, no control"]["iou"] is None and rows["base model, no control"]["frechet"] > 0
     assert (tmp_path / "e.png").exists() and "KD x1000" in capsys.readouterr().out
 
 
