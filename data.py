@@ -630,8 +630,12 @@ def base_set(num, seed=SEEDS["base"], size=32, folder="runs/toy/sets", device="c
 
 
 def control_maps(views):
-    """Views -> (N, V, 6, H, W) in [-1, 1]: normals, then twice the positions; 0 off the object."""
-    return torch.cat([views.normal, 2 * views.position], dim=2)
+    """Views -> (N, V, 6, H, W) in [-1, 1]: normals, then twice the positions; 1 (white) off the object.
+
+    Not 0 there, as that is the empty control: real iterations teach that it allows an object anywhere.
+    """
+    background = (views.normal == 0).all(dim=2, keepdim=True)
+    return torch.cat([views.normal, 2 * views.position], dim=2).masked_fill(background, 1)
 
 
 def synthetic_set(num, seed=SEEDS["synthetic"], size=32, folder="runs/toy/sets", device="cpu"):

@@ -94,14 +94,17 @@ def epsilon_loss(prediction, noise, t, even=False):
 
     prediction, noise: (B, ...); t: (B,). even: divide by alpha_bar_t, which makes it the loss on v (Salimans & Ho
     2022) and lets every noise level weigh alike; the plain loss of a low-resolution image is all but blind to high
-    noise, where shape is decided. Returns the mean squared error (a scalar), and a detached (2, LOSS_BINS) of the sums
-    and counts of the plain loss by timestep bin, over samples.
+    noise, where shape is decided. Where the noise is too faint to see (variance below 1 / 50) it is weighed down, as
+    in min-SNR (Hang et al. 2023): telling it from the image is most of the loss and none of the picture.
+    Returns the mean squared error (a scalar), and a detached (2, LOSS_BINS) of the sums and counts of the plain loss by
+    timestep bin, over samples.
     """
     per_sample = (prediction.float() - noise.float()).square().flatten(1).mean(1)                   # (B,)
     bins = F.one_hot(t * LOSS_BINS // T, LOSS_BINS).float()                                         # (B, LOSS_BINS)
     parts = torch.stack([per_sample.detach() @ bins, bins.sum(0)])
     if even:
-        per_sample = per_sample / _signal_and_noise(t.device)[0][t].square()
+        alpha_bar = _signal_and_noise(t.device)[0][t].square()
+        per_sample = per_sample / alpha_bar * (50 * (1 - alpha_bar)).clamp(max=1)
     return per_sample.mean(), parts
 
 

@@ -36,16 +36,26 @@ class DomainShifters(nn.Module):
 
 
 class ShiftedDiT(nn.Module):
-    """A DiT and its Domain Shifters as one module, so that one forward (and one DDP wrapper) holds both."""
+    """A DiT and its Domain Shifters as one module, so that one forward (and one DDP wrapper) holds both.
 
-    def __init__(self, dit, shifters=None):
+    A baseline has an adapter from below in their place.
+    """
+
+    def __init__(self, dit, shifters=None, adapter=None):
         super().__init__()
-        self.dit, self.shifters = dit, shifters
+        self.dit, self.shifters, self.adapter, self.domains = dit, shifters, adapter, None
+        if adapter is not None:
+            adapter.attach(self)
 
     def forward(self, x, t, text, domains, **inputs):
         """As DiT.forward, with domains (N_B, B) in place of the shift; without shifters the domains change nothing."""
+        self.domains = domains                                      # read by DomainSwitcher
         shift = None if self.shifters is None else self.shifters(domains)
         return self.dit(x, t, text, shift=shift, **inputs)
+
+    def knows_domains(self):
+        """Whether the domain mode makes a difference."""
+        return self.shifters is not None or isinstance(self.adapter, DomainSwitcher)
 
 
 def block_count(fraction, num_blocks):
@@ -92,6 +102,86 @@ def shifted_domains(t, num_blocks, B_max=0.3, t_max=950):
     domains = reassigned_domains(block_count(B_max, num_blocks), num_blocks, len(t), t.device)
     domains[:, t >= t_max] = SYN
     return domains
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The baselines' adapters (Sec. 5). They hang on the network by hooks: dit.py knows none of them, and a network without
+# its adapter is exactly what was trained around it.
+
+
+class LowRank(nn.Module):
+    """x (..., d) -> W_left W_right x, `outputs` times (..., outputs d): zero before training."""
+
+    def __init__(self, width, rank, outputs=1):
+        super().__init__()
+        self.W_right = nn.Parameter(torch.randn(outputs, rank, width) / width ** 0.5)
+        self.W_left = nn.Parameter(torch.zeros(outputs, width, rank))
+
+    def forward(self, x):
+        low_rank = torch.einsum("...d,nrd->...nr", x, self.W_right)
+        return torch.einsum("...nr,ndr->...nd", low_rank, self.W_left).flatten(-2)
+
+
+class LoRA(nn.Module):
+    """Beside every attention projection W: W x + W_left W_right x (Hu et al. 2021; baselines 3 and 5)."""
+    OUTPUTS = {"attn.qkv": 3, "attn.proj": 1, "cross_attn.q": 1, "cross_attn.kv": 2, "cross_attn.proj": 1}
+
+    def __init__(self, config, rank):
+        super().__init__()
+        self.layers = nn.ModuleList(LowRank(config.width, rank, outputs)
+                                    for _ in range(config.depth) for outputs in self.OUTPUTS.values())
+
+    def attach(self, network):
+        projections = [block.get_submodule(name) for block in network.dit.blocks for name in self.OUTPUTS]
+        for projection, low_rank in zip(projections, self.layers):
+            projection.register_forward_hook(lambda _, inputs, out, low_rank=low_rank: out + low_rank(inputs[0]))
+
+
+class LinearAdapters(nn.Module):
+    """Before each block: X + W_left W_right X on every token (Still-Moving, Chefer et al. 2024; baselines 4 and 6)."""
+
+    def __init__(self, config, rank):
+        super().__init__()
+        self.layers = nn.ModuleList(LowRank(config.width, rank) for _ in range(config.depth))
+
+    def attach(self, network):
+        for block, low_rank in zip(network.dit.blocks, self.layers):
+            block.register_forward_pre_hook(
+                lambda _, inputs, low_rank=low_rank: (inputs[0] + low_rank(inputs[0]), *inputs[1:]))
+
+
+class DomainSwitcher(nn.Module):
+    """A vector per domain, added to the time embedding (Wonder3D, Long et al. 2024; baseline 7)."""
+
+    def __init__(self, config, rank=None):
+        super().__init__()
+        self.domain_embeddings = nn.Parameter(torch.zeros(2, config.width))                 # syn, real
+
+    def attach(self, network):
+        network.dit.t_embedder.register_forward_hook(                                       # all blocks in one domain
+            lambda _, inputs, out: out + self.domain_embeddings[network.domains[-1]].to(out.dtype))
+
+
+ADAPTERS = {"lora": LoRA, "linear": LinearAdapters, "switcher": DomainSwitcher}
+
+
+def load_adapter(path, device="cpu", config=None):
+    """The baseline's adapter in a checkpoint, or None where it has none. Raises as `load_shifters`."""
+    tensors, metadata = load_tensors(path)
+    found = read_config(path, metadata)
+    if config is not None:
+        require_config(path, found, config)
+    weights = {name.removeprefix("adapter."): tensor.float() for name, tensor in tensors.items()
+               if name.startswith("adapter.")}
+    if not weights:
+        return None
+    kind = metadata.get("adapter")
+    if kind not in ADAPTERS:
+        raise ValueError(f"{path} holds an adapter of unknown kind {kind!r}, must be one of {', '.join(ADAPTERS)}")
+    rank = next((tensor.shape[1] for name, tensor in weights.items() if name.endswith("W_right")), None)
+    adapter = ADAPTERS[kind](found, rank)
+    load_strictly(adapter, weights, path)
+    return adapter.to(device)
 
 
 def load_shifters(path, device="cpu", config=None):

@@ -39,7 +39,7 @@ ORDER, NOISE, DRAWS = 1, 2, 3           # first key of each family of generators
 DEFAULTS = {
     ("toy", "base"):        (3000,    64, 1e-3,    200,         0.01, 0.998),
     ("toy", "stage1"):      ( 600,     4, 2e-3,     40,          0.0,   0.0),
-    ("toy", "stage2"):      (2400,     4, 5e-4,     50,         0.01,  0.99),
+    ("toy", "stage2"):      (1600,     4, 5e-4,     50,         0.01,  0.99),
     ("small", "base"):      (100000, 256, 3e-4,   1000,         0.01, 0.9999),
     ("small", "stage1"):    (2000,    16, 5e-4,    100,          0.0,   0.0),
     ("small", "stage2"):    (20000,   16, 5e-5,    200,         0.01, 0.999),
@@ -124,7 +124,7 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
     device, rank, world = launched
     check_sets(sets, args, world)
     params = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameter_groups(params, args), betas=(0.9, 0.99), weight_decay=args.weight_decay,
+    optimizer = torch.optim.AdamW(params.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
                                   fused=device.type == "cuda")
     ema = {name: p.detach().clone() for name, p in params.items()} if args.ema else {}
     start = load_state(out, params, ema, optimizer, args)
@@ -143,7 +143,7 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
     for step in bar:
         iteration = plan(step)
         for group in optimizer.param_groups:
-            group["lr"] = group["times"] * learning_rate(step, args)
+            group["lr"] = learning_rate(step, args)
         dataset = sets[iteration.domain]
         rows = args.batch * args.images_per_sample // dataset["image"].shape[1]     # per rank
         first = rank * rows                                                         # this rank's place in the step
@@ -181,14 +181,6 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
         with torch.compiler.set_stance("force_eager"):
             preview(f"{out}.png")
     return log.finish()
-
-
-def parameter_groups(params, args):
-    """AdamW's groups. What is new to the base model, and starts at zero, learns --control_lr times as fast: at the
-    backbone's rate a short fine-tuning ends before the control weights have grown to the size of the others."""
-    new = [name for name in params if name.endswith(("control_embedder.weight", "view_encoding"))]
-    return [{"params": [p for name, p in params.items() if name not in new], "times": 1.0},
-            {"params": [params[name] for name in new], "times": args.control_lr}]
 
 
 def learning_rate(step, args):
@@ -399,9 +391,7 @@ def training_arguments(parser):
                              "running average, 0 = none")):
         add(f"--{flag}", type=kind, help=f"{text} (default by preset and stage)")
     add("--loss", choices=("epsilon", "even"), help="plain epsilon loss as in the paper (default at full), or "
-        "divided by alpha_bar so that all noise levels weigh alike (default at toy and small: few pixels)")
-    add("--control_lr", type=float, help="learning rate of the control and view weights, which start at zero, as a "
-        "multiple of --lr (default 40 at toy and small, 1 at full)")
+        "divided by alpha_bar so that noise levels weigh alike (default at toy and small: few pixels)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--text_dropout", type=float, default=0.1, help="how often the caption is dropped, for guidance")
     add("--seed", type=int, default=0, help="decides initial weights, data order, noise and draws")
@@ -425,7 +415,6 @@ def fill_defaults(args, stage, device):
     args.out = args.out or f"runs/{args.preset}"
     args.name = args.name or stage
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    args.control_lr = args.control_lr or (40.0 if PRESETS[args.preset].output_skip else 1.0)
     args.loss = args.loss or ("even" if PRESETS[args.preset].output_skip else "epsilon")
     args.images_per_sample = 1 if stage == "base" else 4
     for name in ("steps", "batch", "log_every", "save_every", "sample_every", "num_assets"):
