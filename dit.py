@@ -334,11 +334,13 @@ def load_tensors(path, device="cpu"):
         raise ValueError(f"{path} is not a readable safetensors file (cut off, or another type): {error}") from None
 
 
-def save_model(path, config, model=None, shifters=None, dtype=None, **metadata):
-    """Writes a model, its Domain Shifters, or both, which `load_model` and `load_shifters` read back."""
+def save_model(path, config, model=None, shifters=None, adapter=None, dtype=None, **metadata):
+    """Writes a model, its Domain Shifters or a baseline's adapter, or several, which `load_model`, `load_shifters` and
+    `load_adapter` read back."""
     tensors = {} if model is None else dict(model.state_dict())
-    if shifters is not None:
-        tensors |= {f"shifters.{name}": tensor for name, tensor in shifters.state_dict().items()}
+    for part, module in (("shifters", shifters), ("adapter", adapter)):
+        if module is not None:
+            tensors |= {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
     tensors = {name: tensor.to(dtype) if dtype else tensor for name, tensor in tensors.items()}
     save_tensors(path, tensors, config=asdict(config), **metadata)
 
@@ -369,9 +371,10 @@ def load_model(path, device="cpu", config=None):
     if config is not None:
         require_config(path, found, config)
     model = DiT(found)
-    weights = {name: tensor.float() for name, tensor in tensors.items() if not name.startswith("shifters.")}
+    weights = {name: tensor.float() for name, tensor in tensors.items()
+               if not name.startswith(("shifters.", "adapter."))}
     if not weights:
-        raise ValueError(f"{path} holds Domain Shifters only; a model is needed here")
+        raise ValueError(f"{path} holds Domain Shifters or an adapter only; a model is needed here")
     load_strictly(model, weights, path)
     return model.to(device)
 

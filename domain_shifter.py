@@ -7,6 +7,8 @@ One shifter stands before each DiT block and adds one vector to all of its token
 Most of the time every block runs in the sample's own domain. There are two exceptions, each a function that returns
 the (N_B, B) table of domains: `reassigned_domains` in training (Sec. 4.2) and `shifted_domains` in sampling (Sec. 4.3).
 """
+from contextlib import contextmanager
+
 import torch
 import torch.nn as nn
 
@@ -44,6 +46,7 @@ class ShiftedDiT(nn.Module):
     def __init__(self, dit, shifters=None, adapter=None):
         super().__init__()
         self.dit, self.shifters, self.adapter, self.domains = dit, shifters, adapter, None
+        self.adapter_on = True
         if adapter is not None:
             adapter.attach(self)
 
@@ -56,6 +59,13 @@ class ShiftedDiT(nn.Module):
     def knows_domains(self):
         """Whether the domain mode makes a difference."""
         return self.shifters is not None or isinstance(self.adapter, DomainSwitcher)
+
+    @contextmanager
+    def without_adapter(self):
+        """with network.without_adapter(): samples as the methods do that remove their adapter after training."""
+        self.adapter_on = False
+        yield
+        self.adapter_on = True
 
 
 def block_count(fraction, num_blocks):
@@ -124,6 +134,7 @@ class LowRank(nn.Module):
 
 class LoRA(nn.Module):
     """Beside every attention projection W: W x + W_left W_right x (Hu et al. 2021; baselines 3 and 5)."""
+    kind = "lora"
     OUTPUTS = {"attn.qkv": 3, "attn.proj": 1, "cross_attn.q": 1, "cross_attn.kv": 2, "cross_attn.proj": 1}
 
     def __init__(self, config, rank):
@@ -132,37 +143,57 @@ class LoRA(nn.Module):
                                     for _ in range(config.depth) for outputs in self.OUTPUTS.values())
 
     def attach(self, network):
+        def beside(low_rank):
+            return lambda _, inputs, out: out + low_rank(inputs[0]) if network.adapter_on else out
         projections = [block.get_submodule(name) for block in network.dit.blocks for name in self.OUTPUTS]
         for projection, low_rank in zip(projections, self.layers):
-            projection.register_forward_hook(lambda _, inputs, out, low_rank=low_rank: out + low_rank(inputs[0]))
+            projection.register_forward_hook(beside(low_rank))
 
 
 class LinearAdapters(nn.Module):
     """Before each block: X + W_left W_right X on every token (Still-Moving, Chefer et al. 2024; baselines 4 and 6)."""
+    kind = "linear"
 
     def __init__(self, config, rank):
         super().__init__()
         self.layers = nn.ModuleList(LowRank(config.width, rank) for _ in range(config.depth))
 
     def attach(self, network):
+        def before(low_rank):
+            return lambda _, inputs: (inputs[0] + low_rank(inputs[0]), *inputs[1:]) if network.adapter_on else None
         for block, low_rank in zip(network.dit.blocks, self.layers):
-            block.register_forward_pre_hook(
-                lambda _, inputs, low_rank=low_rank: (inputs[0] + low_rank(inputs[0]), *inputs[1:]))
+            block.register_forward_pre_hook(before(low_rank))
 
 
 class DomainSwitcher(nn.Module):
     """A vector per domain, added to the time embedding (Wonder3D, Long et al. 2024; baseline 7)."""
+    kind = "switcher"
 
     def __init__(self, config, rank=None):
         super().__init__()
         self.domain_embeddings = nn.Parameter(torch.zeros(2, config.width))                 # syn, real
 
     def attach(self, network):
-        network.dit.t_embedder.register_forward_hook(                                       # all blocks in one domain
-            lambda _, inputs, out: out + self.domain_embeddings[network.domains[-1]].to(out.dtype))
+        def join(_, inputs, out):                                   # here all blocks run in one domain
+            return out + self.domain_embeddings[network.domains[-1]].to(out.dtype) if network.adapter_on else out
+        network.dit.t_embedder.register_forward_hook(join)
 
 
-ADAPTERS = {"lora": LoRA, "linear": LinearAdapters, "switcher": DomainSwitcher}
+ADAPTERS = {adapter.kind: adapter for adapter in (LoRA, LinearAdapters, DomainSwitcher)}
+
+
+def adapter_rank(kind, config):
+    """Rank where none is given: the paper's 8 for the shifters; for the baselines its 32, scaled to the width."""
+    return round(32 * config.width / 1152) if kind in ("lora", "linear") else 8
+
+
+def with_adapter(dit, kind, rank, seed=0):
+    """ShiftedDiT with new shifters ("shifters"), a new adapter (a key of ADAPTERS), or neither (None)."""
+    device = dit.positions.device
+    torch.manual_seed(seed)
+    if kind == "shifters":
+        return ShiftedDiT(dit, DomainShifters(dit.config, rank).to(device))
+    return ShiftedDiT(dit, adapter=ADAPTERS[kind](dit.config, rank).to(device) if kind else None)
 
 
 def load_adapter(path, device="cpu", config=None):
@@ -175,7 +206,7 @@ def load_adapter(path, device="cpu", config=None):
                if name.startswith("adapter.")}
     if not weights:
         return None
-    kind = metadata.get("adapter")
+    kind = metadata.get("adapter_kind")
     if kind not in ADAPTERS:
         raise ValueError(f"{path} holds an adapter of unknown kind {kind!r}, must be one of {', '.join(ADAPTERS)}")
     rank = next((tensor.shape[1] for name, tensor in weights.items() if name.endswith("W_right")), None)

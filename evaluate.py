@@ -54,20 +54,22 @@ def bilinear(maps, column, row):
     return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def leave_one_out_psnr(image, position, normal, mask, azimuth=data.AZIMUTHS, elevation=data.ELEVATION):
-    """PSNR in dB per object (B,) of each view against its prediction from the other views, and the covered share (B,).
+def rerender(image, position, normal, mask, leave_one_out=False, azimuth=data.AZIMUTHS, elevation=data.ELEVATION):
+    """Back-projects the views on the surface and renders them again: what each view should be, by the views that see
+    the same surface (Sec. 5).
 
-    image (B, V, 3, H, W) in [0, 1]; position, normal (B, V, 3, H, W); mask (B, V, 1, H, W) coverage. A surface point
-    counts where a second view sees it: the other view's position map, read where the point falls, shows the same point.
-    Several views that see it are averaged with the squared cosine of the angle they see it under. NaN: nothing covered.
+    image (B, V, 3, H, W) in [0, 1]; position, normal (B, V, 3, H, W); mask (B, V, 1, H, W) coverage. A point counts as
+    seen where a view's position map, read where the point falls, shows the same point. Views are averaged with the
+    squared cosine of the angle they see it under; leave_one_out: without the view itself, else a pixel that only one
+    view sees renders perfectly. Returns images like `image` (0 where unseen) and seen (B, V, 1, H, W) bool.
     """
     views = image.shape[1]
     whole = (mask == 1).float()                                         # at an edge a pixel mixes two places
     near = 0.2 * 2 * data.EXTENT / image.shape[-1]                      # the same point: within a fifth of a pixel
-    error, count = torch.zeros(len(image)), torch.zeros(len(image))
+    again, seen = torch.zeros_like(image), torch.zeros_like(mask, dtype=torch.bool)
     for i in range(views):
         total, weights = 0, 0
-        for j in (j for j in range(views) if j != i):
+        for j in (j for j in range(views) if j != i or not leave_one_out):
             column, row, _ = data.project(position[:, i], azimuth[j], elevation)
             maps = torch.cat([image[:, j], position[:, j], whole[:, j]], dim=1)
             color, point, valid = bilinear(maps, column, row).split([3, 3, 1], dim=1)
@@ -76,11 +78,28 @@ def leave_one_out_psnr(image, position, normal, mask, azimuth=data.AZIMUTHS, ele
             same = (point - position[:, i]).norm(dim=1, keepdim=True) < near
             weight = (cosine.clamp(min=0)**2) * (cosine > 0.2) * same * (valid > 0.999) * whole[:, i]
             total, weights = total + weight * color, weights + weight
-        seen = (weights > 0).float()
-        difference = (total / weights.clamp(min=1e-9) - image[:, i])**2 * seen
-        error, count = error + difference.mean(dim=1).flatten(1).sum(dim=1), count + seen.flatten(1).sum(dim=1)
-    share = count / (mask == 1).flatten(1).sum(dim=1)
-    return -10 * torch.log10((error / count).clamp(min=1e-10)), share
+        again[:, i], seen[:, i] = total / weights.clamp(min=1e-9), weights > 0
+    return again, seen
+
+
+def pooled_psnr(a, b, where, limit=100.0):
+    """PSNR in dB per object (B,) over the pixels `where` (B, V, 1, H, W) of all its views, at most `limit`; NaN: none."""
+    error = (a.double() - b.double()).square().mean(dim=2, keepdim=True)
+    mean = (error * where).flatten(1).sum(1) / where.flatten(1).sum(1)
+    return -10 * torch.log10(mean.clamp(min=10**(-limit / 10)))
+
+
+def consistency(image, position, normal, mask):
+    """3D consistency per object (Sec. 5): dict of (B,) psnr and ssim of the views against their re-rendering, the
+    paper's form; psnr_loo leave-one-out, and covered, the share of the surface that it can judge. Inputs: `rerender`."""
+    again, seen = rerender(image, position, normal, mask)
+    other, twice = rerender(image, position, normal, mask, leave_one_out=True)
+    again = torch.where(seen, again, image)                             # SSIM's windows reach over the edge
+    where = seen[..., 5:-5, 5:-5].flatten(2).any(2)                     # views in which SSIM can judge the object
+    each = torch.where(where, ssim(again, image, seen).nan_to_num(), 0.0)
+    return dict(psnr=pooled_psnr(again, image, seen), ssim=each.sum(1) / where.sum(1),
+                psnr_loo=pooled_psnr(other, image, twice),
+                covered=twice.flatten(1).sum(1) / (mask == 1).flatten(1).sum(1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,12 +294,14 @@ def oracle(folder=FOLDER, num=64):
     mask = held["mask"] / 255
     pictures = {name: held[name] / 255 for name in ("photo", "image")}
     iou = [silhouette_iou(x, mask).mean().item() for x in pictures.values()]
-    psnr, share = zip(*(leave_one_out_psnr(x, held["position"], held["normal"], mask) for x in pictures.values()))
+    views = [consistency(x, held["position"], held["normal"], mask) for x in pictures.values()]
     real = data.photo_set(4 * num, folder=folder)["image"].flatten(0, 1) / 255
     features = [net.features(x.flatten(0, 1)) for x in (real[:, None], *pictures.values())]
     rows = {"silhouette IoU": (*iou, ">= 0.98"),
-            "leave-one-out PSNR (dB)": (*(x.nanmean().item() for x in psnr), ">= 30"),
-            "  surface seen twice (share)": (*(x.mean().item() for x in share), "")}
+            "re-rendered PSNR (dB)": (*(x["psnr"].nanmean().item() for x in views), ""),
+            "re-rendered SSIM": (*(x["ssim"].nanmean().item() for x in views), ""),
+            "leave-one-out PSNR (dB)": (*(x["psnr_loo"].nanmean().item() for x in views), ">= 30"),
+            "  surface seen twice (share)": (*(x["covered"].mean().item() for x in views), "")}
     labels = held["labels"].repeat_interleave(held["image"].shape[1], dim=0)
     for k, head in enumerate(FeatureNet.heads):
         right = []
@@ -307,9 +328,9 @@ def measure(images, held, photos, net):
     photo, Frechet and kernel distance to the photographs.
     """
     mask, flat = held["mask"] / 255, images.flatten(0, 1)
-    psnr, _ = leave_one_out_psnr(images, held["position"], held["normal"], mask)
+    views = consistency(images, held["position"], held["normal"], mask)
     features = net.features(flat)
-    return dict(iou=silhouette_iou(images, mask).mean().item(), psnr=psnr.nanmean().item(),
+    return dict(iou=silhouette_iou(images, mask).mean().item(), psnr=views["psnr_loo"].nanmean().item(),
                 photo=(net.photo_probability(flat) > 0.5).float().mean().item(),
                 frechet=fid(photos, features), kernel=1000 * kid(photos, features))
 

@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
-from dit import T, alphas_cumprod, launch, load_model, load_tensors, run_cli, save_tensors, seeded_generator
-from domain_shifter import REAL, SYN, ShiftedDiT, load_shifters, shifted_domains, uniform_domains
+from dit import (T, add_noise, alphas_cumprod, launch, load_model, load_tensors, run_cli, save_tensors,
+                 seeded_generator)
+from domain_shifter import REAL, SYN, ShiftedDiT, load_adapter, load_shifters, shifted_domains, uniform_domains
 
 CFG_SCALE = 1.0         # guidance on the text, 1 = none: more burns toy photos to flat colours that look rendered
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}]"
@@ -47,13 +48,14 @@ def ddim_timesteps(num_steps, spacing="trailing"):
     return steps.long()[:num_steps]
 
 
-def ddim_sample(predict_noise, x, num_steps=50, spacing="trailing", clip_x0=False):
+def ddim_sample(predict_noise, x, num_steps=50, spacing="trailing", clip_x0=False, t_start=T):
     """DDIM (Song et al. 2021, eq. 12 with sigma = 0): from noise x (B, ...) at t = T to an image of the same shape.
 
     predict_noise(x, t): epsilon like x, at t, a scalar integer tensor. clip_x0: keep the predicted image in [-1, 1],
-    which only makes sense where x is pixels.
+    which only makes sense where x is pixels. t_start: x is an image noised to this step; later ones are left out.
     """
-    for t in ddim_timesteps(num_steps, spacing):
+    steps = ddim_timesteps(num_steps, spacing)
+    for t in steps[steps <= t_start]:
         eps = predict_noise(x, t.to(x.device))
         previous = int(t) - T // num_steps
         alpha_bar = float(alphas_cumprod[t])
@@ -133,10 +135,31 @@ def sample_images(network, text, mode="real", views=1, control=None, seed=0, fir
     return torch.cat(images)
 
 
+@torch.no_grad()
+def sdedit(network, images, text, t=500, num_steps=50, cfg_scale=CFG_SCALE, seed=0, first=0):
+    """SDEdit (Meng et al. 2022; baseline 8): images noised to t, one noise for all views of a grid, and each view
+    denoised alone by the base model.
+
+    network: ShiftedDiT of the base model. images: (N, V, C, H, W) in [-1, 1], from syn_only. text: (N, L) ids; view v
+    of every grid has its caption, without a view index. Returns (N, V, C, H, W) in [-1, 1] on the CPU.
+    """
+    config, like, null_text = network.dit.config, network.dit.positions, data.tokenize([""])
+    steps = ddim_timesteps(num_steps)
+    start, done = steps[steps <= t].max(), []
+    for k, grid in enumerate(images):
+        noise = torch.randn(grid.shape[1:], generator=seeded_generator(SAMPLES, seed, first + k)).to(like)
+        x = add_noise(grid.to(like), noise.expand(grid.shape), start.expand(len(grid)).to(like.device))[:, None]
+        words = text[k].expand(len(grid), -1).to(like.device)                                       # (V, L)
+        predict = guided_noise(network, words, null_text.to(like.device), domain_mode("real", config.depth), cfg_scale)
+        done.append(ddim_sample(predict, x, num_steps, clip_x0=config.output_skip, t_start=int(start)).cpu()[:, 0])
+    return torch.stack(done)
+
+
 def load_network(path, device="cpu", config=None, shifters=None):
-    """ShiftedDiT from a checkpoint: its model, and its Domain Shifters or those of the file `shifters`, if any."""
+    """ShiftedDiT from a checkpoint: its model, its Domain Shifters (or those of the file `shifters`) and adapter."""
     model = load_model(path, device, config)
-    return ShiftedDiT(model, load_shifters(shifters or path, device, model.config)).eval()
+    return ShiftedDiT(model, load_shifters(shifters or path, device, model.config),
+                      load_adapter(path, device, model.config)).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,13 +313,13 @@ def object_sheet(path, network, objects, task="texturing", modes=tuple(MODES), *
     `sample_images`. Returns {mode: images (N, V, C, H, W) in [-1, 1]}.
     """
     control, views = objects["control"] if task == "texturing" else None, 4 if task else 1
-    modes = modes if network.shifters is not None else ("real",)
+    modes = modes if network.knows_domains() else ("real",)
     total = len(modes) * len(objects["text"]) * views
     with tqdm(total=total, desc="sampling", unit="image", bar_format=BAR) as progress:
         images = {mode: sample_images(network, objects["text"], mode, views, control, progress=progress, **options)
                   for mode in modes}
     rows = [] if control is None else [("normals", control[:, :, :3]), ("positions", control[:, :, 3:])]
-    rows += [(MODES[mode] if network.shifters is not None else "generated", images[mode]) for mode in modes]
+    rows += [(MODES[mode] if network.knows_domains() else "generated", images[mode]) for mode in modes]
     save_picture(path, [(label, data.to_uint8(row).flatten(0, 1)) for label, row in rows],
                  column_titles=data.VIEWS * len(objects["text"]) if task else ())
     return images
@@ -331,7 +354,8 @@ def main():
     launched = device, rank, _ = launch(args.threads)
     if args.real_set:
         base = args.model or default_base(args.preset)
-        write_real_set(args.real_set, base, args.num_assets, args.seed, args.num_steps, args.cfg_scale, launched=launched)
+        write_real_set(args.real_set, base, args.num_assets, args.seed, args.num_steps, args.cfg_scale,
+                       launched=launched)
         print(f"wrote {args.real_set}")
         return
     try:
@@ -342,7 +366,7 @@ def main():
         parser.error(f"--object must be 0 or more, not {min(args.object)}")
     path = args.model or default_model(args.preset, args.task or "texturing")
     network = load_network(path, device, shifters=args.shifters)
-    config, shifters = network.dit.config, network.shifters
+    config = network.dit.config
     if not config.vocab_size:
         raise ValueError(f"{path} is a latent model: it has no pictures without a VAE")
     task = load_tensors(path)[1].get("settings", {}).get("task")    # None: a base model, one image a caption
@@ -350,7 +374,7 @@ def main():
         raise ValueError(f"{path} was trained for {task or 'no task (a base model)'}, not for {args.task}")
     if task == "texturing" and args.prompt:
         raise ValueError("a texturing model needs an object's maps: name one with --object, or use --task text")
-    if args.domain != "all" and shifters is None:
+    if args.domain != "all" and not network.knows_domains():
         raise ValueError(f"{path} has no Domain Shifters, so no --domain; add some with --shifters FILE")
     options = dict(seed=args.seed, cfg_scale=args.cfg_scale, num_steps=args.num_steps, spacing=args.spacing,
                    B_max=args.B_max, t_max=args.t_max)

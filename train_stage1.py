@@ -29,7 +29,7 @@ import data
 import sample
 from dit import (PRESETS, DiT, T, add_noise, epsilon_loss, launch, load_model, load_pixart, load_tensors,
                  require_config, run_cli, save_model, save_tensors, seeded_generator)
-from domain_shifter import REAL, SYN, DomainShifters, ShiftedDiT, uniform_domains
+from domain_shifter import ADAPTERS, REAL, SYN, ShiftedDiT, adapter_rank, uniform_domains, with_adapter
 
 DOMAINS = {"syn": SYN, "real": REAL}
 ORDER, NOISE, DRAWS = 1, 2, 3           # first key of each family of generators, so that none repeats another's numbers
@@ -413,7 +413,8 @@ def fill_defaults(args, stage, device):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or f"runs/{args.preset}"
-    args.name = args.name or stage
+    args.rank = args.rank or adapter_rank(args.adapter, PRESETS[args.preset])
+    args.name = args.name or (stage if args.adapter == "shifters" else f"{stage}_{args.adapter}_{args.rank}")
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     args.loss = args.loss or ("even" if PRESETS[args.preset].output_skip else "epsilon")
     args.images_per_sample = 1 if stage == "base" else 4
@@ -462,19 +463,23 @@ def train_base(args, launched):
 def train_shifters(args, launched):
     """Stage 1: the whole backbone frozen, the shifters learn both domains -> OUT/shifters.safetensors.
 
-    Empty control and single-image mode: the four views of an asset, without their maps, are four images.
+    Empty control and single-image mode: the four views of an asset, without their maps, are four images. A baseline's
+    --adapter is fitted in the same way, LoRA and linear ones to renders alone -> OUT/ADAPTER_RANK.safetensors.
     """
-    device, rank, world = launched
-    network = ShiftedDiT(load_base(args, device).requires_grad_(False))
-    torch.manual_seed(args.seed)
-    network.shifters = DomainShifters(network.dit.config, args.rank).to(device)
-    synthetic, real, null = training_sets(args, launched)
+    network = with_adapter(load_base(args, launched[0]).requires_grad_(False), args.adapter, args.rank, args.seed)
+    synthetic, real, null = training_sets(args, launched, needs_real=network.knows_domains())
     single = {"image": synthetic["image"].flatten(0, 1)[:, None]}   # (4 N, 1, C, H, W)
     single |= {key: synthetic[key].repeat_interleave(4, 0) for key in ("text", "text_mask") if key in synthetic}
-    sets = {"syn": single, "real": real}
-    losses = train(network, sets, null, lambda step: Iteration(("syn", "real")[step % 2], step // 2), args,
+    sets = {"syn": single, "real": real} if network.knows_domains() else {"syn": single}
+    turns = list(sets)
+    losses = train(network, sets, null, lambda step: Iteration(turns[step % len(turns)], step // len(turns)), args,
                    f"{args.out}/{args.name}", launched, domain_preview(network, args))
-    return finish(f"{args.out}/shifters.safetensors", network, args, losses, launched, keep_model=False)
+    return finish(stage1_file(args.out, args.adapter, args.rank), network, args, losses, launched, keep_model=False)
+
+
+def stage1_file(out, adapter, rank):
+    """Where stage 1 leaves its shifters, or a baseline's adapter."""
+    return f"{out}/{adapter}{'' if adapter == 'shifters' else f'_{rank}'}.safetensors"
 
 
 def domain_preview(network, args):
@@ -547,14 +552,15 @@ def on_rank_0_first(world, rank, make):
     return made if rank == 0 else make()
 
 
-def finish(path, network, args, losses, launched, keep_model=True):
+def finish(path, network, args, losses, launched, keep_model=True, keep_adapter=True):
     """Writes the trained weights in 16 bits for use (the states keep 32), with how they were made; returns the path."""
     if launched[1] == 0:
         made = dict(name=args.name, command=" ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]),
                     loss=losses, torch=torch.__version__, settings=settings(args), machine=f"{platform.machine()}, "
                     f"{os.cpu_count()} cores, {launched[2]} process(es) on {launched[0]}")
-        model = network.dit if keep_model else None
-        save_model(path, network.dit.config, model, network.shifters, dtype=torch.float16, **made)
+        model, adapter = network.dit if keep_model else None, network.adapter if keep_adapter else None
+        made |= {"adapter_kind": adapter.kind} if adapter is not None else {}
+        save_model(path, network.dit.config, model, network.shifters, adapter, dtype=torch.float16, **made)
         print(f"{args.name}: done, loss {', '.join(f'{k} {v:.4f}' for k, v in losses.items())} -> {path}; "
               f"log and pictures: {args.out}/{args.name}*", flush=True)
     if launched[2] > 1:
@@ -566,7 +572,9 @@ def parse_args(argv=None):
     """The command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=("base", "stage1"), default="stage1", help="what to train (default stage1)")
-    parser.add_argument("--rank", type=int, default=8, help="r, rank of the Domain Shifters")
+    parser.add_argument("--adapter", choices=("shifters", *ADAPTERS), default="shifters", help="what stage 1 trains: "
+                        "Domain Shifters, or a baseline's adapter")
+    parser.add_argument("--rank", type=int, help="r of the Domain Shifters (default 8) or the adapter (32 at full)")
     parser.add_argument("--num_base_images", type=int, default=48000, help="images of the base model's world")
     training_arguments(parser)
     return parser.parse_args(argv)

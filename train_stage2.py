@@ -19,7 +19,9 @@ In the toy world, stage 1 and the sets it needs are made first where they are mi
 import argparse
 import os
 import time
+from contextlib import nullcontext
 from glob import glob
+from typing import NamedTuple
 
 import torch
 
@@ -28,9 +30,33 @@ import sample
 import train_stage1
 from dit import PRESETS, DiT, launch, run_cli, seeded_generator
 from domain_shifter import (DomainShifters, ShiftedDiT, block_count, draw_frozen_blocks, draw_reassigned_blocks,
-                            load_shifters)
-from train_stage1 import (DEFAULTS, DRAWS, Iteration, denoising_loss, fill_defaults, finish, load_base, train,
-                          train_shifters, training_arguments, training_sets)
+                            load_adapter, load_shifters, with_adapter)
+from train_stage1 import (DEFAULTS, DRAWS, Iteration, denoising_loss, fill_defaults, finish, load_base,
+                          stage1_file, train, train_shifters, training_arguments, training_sets)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Realiz3D and its baselines (Sec. 5)
+
+
+class Method(NamedTuple):
+    """What a row of the paper's tables trains."""
+    adapter: str | None         # "shifters", a key of domain_shifter.ADAPTERS, or None
+    stage1: bool                # whether that is trained alone first, then frozen (--joint: trained with the model)
+    backbone: bool              # whether the backbone trains; control and view weights always do
+    real_data: bool             # whether real iterations alternate with the synthetic ones
+    kept: bool = True           # whether the adapter stays for sampling
+
+METHODS = {
+    #                         adapter     stage1 backbone real   kept
+    "realiz3d":        Method("shifters", True,  True,  True),
+    "syn_only":        Method(None,       False, True,  False),
+    "syn_real":        Method(None,       False, True,  True),
+    "lora":            Method("lora",     False, False, False),
+    "linear_adapter":  Method("linear",   False, False, False),
+    "domain_adapter":  Method("lora",     True,  True,  False, kept=False),         # AnimateDiff, Guo et al. 2024
+    "spatial_adapter": Method("linear",   True,  True,  False, kept=False),         # Still-Moving
+    "domain_switcher": Method("switcher", True,  True,  True),                      # Wonder3D
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which iteration comes when (Sec. 4.2)
@@ -66,31 +92,32 @@ def stage2_sets(args, launched):
 
 
 def stage2_network(args, launched):
-    """The base model with the shifters of stage 1, frozen (trained along with --joint_shifters; none for syn_only)."""
-    device = launched[0]
-    network = ShiftedDiT(load_base(args, device))
-    config = network.dit.config
-    if args.joint_shifters:
-        torch.manual_seed(args.seed)
-        network.shifters = DomainShifters(config, args.rank).to(device)
-    elif args.method == "realiz3d":
-        network.shifters = load_shifters(stage1_path(args, launched), device, config).requires_grad_(False)
-    if args.task == "text" and network.dit.control_embedder is not None:
-        network.dit.control_embedder.requires_grad_(False)
+    """The base model with the shifters (or adapter) of stage 1, frozen, or with new ones that train along."""
+    device, method = launched[0], METHODS[args.method]
+    base = load_base(args, device)
+    if method.stage1 and not args.joint:
+        path = stage1_path(args, launched)
+        network = ShiftedDiT(base, load_shifters(path, device, base.config), load_adapter(path, device, base.config))
+        network.requires_grad_(False)
+    else:
+        network = with_adapter(base, method.adapter, args.rank, args.seed)
+    for name, p in base.named_parameters():
+        p.requires_grad_(method.backbone or name in ("control_embedder.weight", "view_encoding"))
+    if args.task == "text" and base.control_embedder is not None:
+        base.control_embedder.requires_grad_(False)
     return network
 
 
 def stage1_path(args, launched):
-    """The run folder's shifters, trained first where they are missing (toy and small)."""
-    path = args.shifters or f"{args.out}/shifters.safetensors"
+    """The run folder's shifters or adapter, trained first where they are missing (toy and small)."""
+    path = args.shifters or stage1_file(args.out, args.adapter, args.rank)
     if os.path.isfile(path):
         return path
     if args.preset == "full" or args.shifters:
         raise FileNotFoundError(f"no shifters at {path}: train them with train_stage1.py --preset {args.preset}, or "
                                 "name a file with --shifters")
-    flags = ("preset", "out", "base", "synthetic", "real", "num_assets", "real_steps", "rank", "seed", "batch", "dtype",
-             "loss", "threads", "log_every",
-             "picture_steps")
+    flags = ("preset", "out", "base", "synthetic", "real", "num_assets", "real_steps", "adapter", "rank", "seed",
+             "batch", "dtype", "loss", "threads", "log_every", "picture_steps")
     argv = [f"--{flag}={getattr(args, flag)}" for flag in flags if getattr(args, flag) is not None]
     argv += [f"--steps={args.stage1_steps}"] if args.stage1_steps else []
     if launched[1] == 0:
@@ -202,15 +229,16 @@ def announce(args, launched):
         draw = seconds(lambda: model(x, t, text)) * args.real_steps         # without guidance: once a step
     step = seconds(lambda: model(x, t, text).square().mean().backward())
     render = seconds(lambda: data.render(data.sample_assets(images, 0), size=config.image_size, device=device))
-    needs_shifters = args.method == "realiz3d" and not args.joint_shifters
+    stage1 = METHODS[args.method].stage1 and not args.joint and \
+        not os.path.isfile(args.shifters or stage1_file(args.out, args.adapter, args.rank))
     stage1_steps = args.stage1_steps or DEFAULTS[args.preset, "stage1"][0]
     todo = []
     if not (args.synthetic or glob(f"{args.out}/sets/synthetic_{args.num_assets}_*")):
         todo.append(("render the assets", args.num_assets * render))
     drawn = args.real or os.path.isfile(f"{args.out}/sets/real_{args.num_assets}.safetensors")
-    if not drawn and (needs_shifters or not args.no_real_data):
+    if not drawn and not (args.no_real_data and METHODS[args.method].adapter not in ("shifters", "switcher")):
         todo.append(("draw the real set", args.num_assets * 4 * draw / world))
-    if needs_shifters and not os.path.isfile(args.shifters or f"{args.out}/shifters.safetensors"):
+    if stage1:
         todo.append(("train stage 1", stage1_steps * args.batch * 4 * step))
     todo.append(("train stage 2", args.steps * args.batch * 4 * step))
     print(f"to do: {', '.join(f'{what} ({took / 60:.1f} min)' for what, took in todo)}; about "
@@ -224,16 +252,17 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--task", choices=("texturing", "text"), default="texturing", help="control by normal and position maps, or by "
         "the view alone")
-    add("--method", choices=("realiz3d", "syn_only"), default="realiz3d", help="syn_only: no shifters, renders alone")
+    add("--method", choices=METHODS, default="realiz3d", help="realiz3d or a baseline (Sec. 5)")
     add("--no_real_data", action="store_true", help="synthetic iterations only (Table 2, row 2)")
     add("--no_freezing", action="store_true", help="no layer-aware training")
     add("--no_reassignment", action="store_true", help="no domain reassignment")
-    add("--joint_shifters", action="store_true", help="skip stage 1, train shifters with the model (Table 2, row 1)")
+    add("--joint", action="store_true", help="skip stage 1, train shifters or domain switcher with the model (Table 2, "
+        "row 1)")
     add("--tau_B", type=float, default=0.4, help="deepest block that may be frozen or reassigned, as a share of N_B")
     add("--p_B", type=float, default=0.1, help="probability of domain reassignment on a real iteration")
     add("--real_warmup", type=int, default=20, help="real iterations before the domains alternate")
     add("--shifters", help="shifters of stage 1 (default OUT/shifters.safetensors)")
-    add("--rank", type=int, default=8, help="r, rank of the Domain Shifters")
+    add("--rank", type=int, help="r of the Domain Shifters (default 8) or of a baseline's adapter (32 at full)")
     add("--stage1_steps", type=int, help="steps of stage 1 where it is trained on the way")
     add("--benchmark", action="store_true", help="time synthetic and real iterations, then stop")
     add("--rounds", type=int, default=15, help="how often --benchmark times each kind of iteration")
@@ -243,10 +272,14 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     launched = device, rank, _ = launch(args.threads)
-    args.no_real_data |= args.method == "syn_only"
-    switches = [flag for flag in ("no_real_data", "no_freezing", "no_reassignment", "joint_shifters")
-                if getattr(args, flag) and not (args.method == "syn_only" and flag == "no_real_data")]
+    switches = [flag for flag in ("no_real_data", "no_freezing", "no_reassignment", "joint") if getattr(args, flag)]
+    switches += [f"rank{args.rank}"] if args.rank else []
     args.name = args.name or "-".join([f"{args.method}_{args.task}", *switches])
+    method = METHODS[args.method]
+    args.adapter = method.adapter
+    args.no_real_data |= not method.real_data
+    if args.method != "realiz3d":                       # layer-aware training and reassignment are Realiz3D's
+        args.no_freezing = args.no_reassignment = True
     fill_defaults(args, "stage2", device)
     if args.benchmark:
         return benchmark(args, launched)
@@ -256,10 +289,11 @@ def main():
     objects = data.evaluation_set(3, size=config.image_size, folder=f"{args.out}/sets") if config.vocab_size else None
 
     def preview(path):
-        sample.object_sheet(path, network, objects, args.task, num_steps=args.picture_steps)
+        with nullcontext() if method.kept else network.without_adapter():
+            sample.object_sheet(path, network, objects, args.task, num_steps=args.picture_steps)
     losses = train(network, sets, null, stage2_plan(args, config.depth), args, f"{args.out}/{args.name}", launched,
                    preview if objects else None)
-    path = finish(f"{args.out}/{args.name}.safetensors", network, args, losses, launched)
+    path = finish(f"{args.out}/{args.name}.safetensors", network, args, losses, launched, keep_adapter=method.kept)
     if rank == 0:
         print(f"to draw more: python sample.py --model {path}")
 

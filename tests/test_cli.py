@@ -8,8 +8,10 @@ from conftest import TINY_STAGE2, one_line_error, script
 from PIL import Image
 
 import data
+import train_stage2
 from dit import PRESETS, load_model, load_tensors
-from domain_shifter import load_shifters
+from domain_shifter import load_adapter, load_shifters
+from sample import load_network
 
 
 def test_the_whole_pipeline_leaves_models_logs_and_pictures(tiny_run):
@@ -115,12 +117,44 @@ def test_text_task_and_syn_only(tiny_run, tmp_path):
     assert script("train_stage2.py", "--method", "syn_only", *flags).returncode == 0
     assert load_shifters(str(tiny_run / "syn_only_texturing.safetensors")) is None
     assert all(json.loads(line)["domain"] == "syn" for line in open(tiny_run / "syn_only_texturing" / "log.jsonl"))
-    assert script("train_stage2.py", "--joint_shifters", *flags).returncode == 0
+    assert script("train_stage2.py", "--joint", *flags).returncode == 0
     joint, stage1 = (
         load_shifters(str(tiny_run / name))
-        for name in ("realiz3d_texturing-joint_shifters.safetensors", "shifters.safetensors")
+        for name in ("realiz3d_texturing-joint.safetensors", "shifters.safetensors")
     )
     assert joint.W_left.abs().max() > 0 and not torch.equal(joint.W_left, stage1.W_left)
+
+
+@pytest.mark.parametrize(
+    "method, domains, adapter",
+    [
+        ("syn_real", ["real", "syn"], None),
+        ("lora", ["syn"], "lora"),
+        ("linear_adapter", ["syn"], "linear"),
+        ("domain_adapter", ["syn"], None),  # removed at sampling
+        ("spatial_adapter", ["syn"], None),
+        ("domain_switcher", ["real", "syn"], "switcher"),
+    ],
+)
+def test_every_baseline_trains_what_it_should(tiny_run, monkeypatch, method, domains, adapter):
+    flags = ["--method", method, "--rank", "2", "--threads", "1", "--out", tiny_run, *TINY_STAGE2]
+    monkeypatch.setattr("sys.argv", ["train_stage2.py", *map(str, flags)])
+    train_stage2.main()
+    network = load_network(str(tiny_run / f"{method}_texturing-rank2.safetensors"))
+    assert getattr(network.adapter, "kind", None) == adapter and network.shifters is None
+    assert network.dit.control_embedder.weight.abs().max() > 0
+    base = load_model(str(tiny_run / "base.safetensors")).blocks[3].mlp[0].weight
+    assert torch.equal(network.dit.blocks[3].mlp[0].weight, base) == (method in ("lora", "linear_adapter"))
+    if adapter in ("lora", "linear"):
+        assert all(layer.W_left.abs().max() > 0 for layer in network.adapter.layers)
+    log = [json.loads(line) for line in open(tiny_run / f"{method}_texturing-rank2" / "log.jsonl")]
+    assert sorted({line["domain"] for line in log}) == domains
+    first_stage = {"domain_adapter": "lora_2", "spatial_adapter": "linear_2", "domain_switcher": "switcher_2"}
+    if method in first_stage:  # fitted first, and frozen then
+        assert load_adapter(str(tiny_run / f"{first_stage[method]}.safetensors")) is not None
+    if method == "domain_switcher":
+        fitted = load_adapter(str(tiny_run / "switcher_2.safetensors")).domain_embeddings
+        assert torch.equal(network.adapter.domain_embeddings, fitted) and fitted.abs().max() > 0
 
 
 def test_benchmark_prints_measured_beside_counted(tiny_run):

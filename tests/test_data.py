@@ -263,9 +263,12 @@ def test_evaluation_set_agrees_with_its_maps_captions_and_labels(tmp_path):
     got = data.evaluation_set(4, folder=tmp_path)
     assets = data.sample_assets(4, data.SEEDS["evaluation"])
     views = data.render(assets, style="render")
-    assert torch.equal(got["control"], torch.cat([got["normal"], 2 * got["position"]], dim=2).half())
+    on = got["normal"].norm(dim=2, keepdim=True) > 0.5
+    maps = torch.cat([got["normal"], 2 * got["position"]], dim=2).half()
+    assert torch.equal(got["control"], torch.where(on, maps, torch.ones_like(maps)))  # white, and not the empty control
     assert torch.equal(got["position"], views.position) and got["control"].abs().max() <= 1
-    assert (got["control"].abs().sum(dim=2)[got["mask"][:, :, 0] == 0] == 0).float().mean() > 0.999
+    assert (got["control"][(got["mask"] == 0).expand_as(maps)] == 1).float().mean() > 0.999
+    assert ((got["control"] == 1).all(dim=2)[got["mask"][:, :, 0] == 255]).float().mean() < 0.001
     assert torch.equal(got["mask"], (views.mask * 255).round().byte())
     assert (got["image"] - views.rgb * 255).abs().max() < 0.51
     want = [f"a {data.COLORS[c]} {data.MATERIALS[m]} {data.CATEGORIES[k]}" for k, c, m in got["labels"]]

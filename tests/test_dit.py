@@ -256,6 +256,17 @@ def test_epsilon_loss_and_its_bins():
     assert sums.tolist() == pytest.approx([each[0] + each[1], each[2], 0, each[3] + each[4]], rel=1e-5)
 
 
+def test_even_loss_is_the_error_of_x0_weighed_by_signal_to_noise():
+    x0, noise, prediction = (torch.randn(4, 1, 3, 4, 4, generator=seeded_generator(k)).double() for k in range(3))
+    t = torch.tensor([0, 10, 300, 900])
+    a = alphas_cumprod[t].view(-1, 1, 1, 1, 1)
+    x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
+    guess = (x_t - (1 - a).sqrt() * prediction) / a.sqrt()
+    weight = torch.minimum(a / (1 - a) + 1, torch.tensor(50.0))
+    want = (weight * (guess - x0) ** 2).mean()
+    assert float(epsilon_loss(prediction, noise, t, even=True)[0]) == pytest.approx(float(want), rel=1e-4)
+
+
 def test_generators_are_functions_of_their_key():
     draw = lambda *key: torch.rand((), generator=seeded_generator(*key)).item()  # noqa: E731
     assert draw(1, 2, 3) == draw(1, 2, 3)

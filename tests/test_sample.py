@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from test_domain_shifter import trained_shifters
 
 import sample
-from dit import alphas_cumprod, load_tensors, save_model
-from domain_shifter import ShiftedDiT
+from dit import alphas_cumprod, load_tensors, save_model, seeded_generator
+from domain_shifter import REAL, ShiftedDiT, uniform_domains
 from sample import ddim_sample, ddim_timesteps, domain_mode, guided_noise, sample_images
 
 
@@ -110,6 +110,31 @@ def test_sample_k_does_not_depend_on_its_batch(network):
     tail = sample_images(network, text[4:], control=control[4:], first=4, **options)
     assert torch.allclose(whole, one_by_one, atol=1e-5) and torch.allclose(whole[4:], tail, atol=1e-5)
     assert (whole[0] - whole[2]).abs().max() > 1e-2  # same caption and control, another number
+
+
+def test_sdedit_denoises_each_view_alone_from_one_noise(network):
+    """Against a loop over single views by hand; equal views stay equal, as all views of a grid share the noise."""
+    base, (c, size) = ShiftedDiT(network.dit), (3, network.dit.config.image_size)
+    images = torch.rand(2, 4, c, size, size, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    images[1] = images[1, :1]
+    text = torch.tensor([[5, 6, 1], [7, 8, 1]])
+    got = sample.sdedit(base, images, text, t=500, num_steps=10, seed=4)
+    assert (got[1] == got[1, :1]).all() and not torch.equal(got[0, 0], got[0, 1])
+    alone = sample.sdedit(base, images[1:], text[1:], t=500, num_steps=10, seed=4, first=1)
+    assert torch.equal(alone[0], got[1])
+    steps = ddim_timesteps(10)
+    steps = steps[steps <= 500]
+    assert steps[0] == 499
+    noise = torch.randn(c, size, size, generator=seeded_generator(sample.SAMPLES, 4, 0))
+    a = alphas_cumprod[499]
+    x = (a.sqrt() * images[0, 2] + (1 - a).sqrt() * noise).float()[None, None]
+    with torch.no_grad():
+        for t in steps:
+            eps = base(x, t.expand(1), text[:1], uniform_domains(REAL, base.dit.config.depth, 1))
+            a, b = alphas_cumprod[t], alphas_cumprod[t - 100] if t >= 100 else torch.tensor(1.0).double()
+            x0 = ((x - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-1, 1)
+            x = (b.sqrt() * x0 + (1 - b).sqrt() * (x - a.sqrt() * x0) / (1 - a).sqrt()).float()
+    assert torch.allclose(got[0, 2], x[0, 0], atol=1e-4)
 
 
 def test_real_set_resumes_to_the_same_bytes(tmp_path, monkeypatch):
