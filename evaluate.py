@@ -2,6 +2,7 @@
 
     python evaluate.py toy                          # the trained models beside the oracle: control, domain, leakage
     python evaluate.py oracle                       # perfect photos and perfect renders through every measure
+    python evaluate.py table1                       # the paper's Table 1 (table2, table3) on the toy world; hours on a CPU
 
 Each measure is a plain function of images in [0, 1], (B, V, 3, H, W). Distances are taken on the features of a small
 network trained here, so they are called Frechet and kernel distance, not FID and KID.
@@ -9,12 +10,16 @@ network trained here, so they are called Frechet and kernel distance, not FID an
 import argparse
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from scipy.stats import spearmanr
 from tqdm import tqdm
 
 import data
@@ -54,18 +59,20 @@ def bilinear(maps, column, row):
     return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def rerender(image, position, normal, mask, leave_one_out=False, azimuth=data.AZIMUTHS, elevation=data.ELEVATION):
+def rerender(image, position, normal, mask, leave_one_out=False, near=0.2, azimuth=data.AZIMUTHS,
+             elevation=data.ELEVATION):
     """Back-projects the views on the surface and renders them again: what each view should be, by the views that see
     the same surface (Sec. 5).
 
     image (B, V, 3, H, W) in [0, 1]; position, normal (B, V, 3, H, W); mask (B, V, 1, H, W) coverage. A point counts as
-    seen where a view's position map, read where the point falls, shows the same point. Views are averaged with the
-    squared cosine of the angle they see it under; leave_one_out: without the view itself, else a pixel that only one
-    view sees renders perfectly. Returns images like `image` (0 where unseen) and seen (B, V, 1, H, W) bool.
+    seen where a view's position map, read where the point falls, shows the same point to `near` pixels. Views are
+    averaged with the squared cosine of the angle they see it under; leave_one_out: without the view itself, else a
+    pixel that only one view sees renders perfectly. Returns images like `image` (0 where unseen) and seen
+    (B, V, 1, H, W) bool.
     """
     views = image.shape[1]
     whole = (mask == 1).float()                                         # at an edge a pixel mixes two places
-    near = 0.2 * 2 * data.EXTENT / image.shape[-1]                      # the same point: within a fifth of a pixel
+    near = near * 2 * data.EXTENT / image.shape[-1]                     # in the object's units
     again, seen = torch.zeros_like(image), torch.zeros_like(mask, dtype=torch.bool)
     for i in range(views):
         total, weights = 0, 0
@@ -83,23 +90,61 @@ def rerender(image, position, normal, mask, leave_one_out=False, azimuth=data.AZ
 
 
 def pooled_psnr(a, b, where, limit=100.0):
-    """PSNR in dB per object (B,) over the pixels `where` (B, V, 1, H, W) of all its views, at most `limit`; NaN: none."""
+    """PSNR in dB per object (B,) over the pixels `where` (B, V, 1, H, W) of all views, at most `limit`; NaN: none."""
     error = (a.double() - b.double()).square().mean(dim=2, keepdim=True)
     mean = (error * where).flatten(1).sum(1) / where.flatten(1).sum(1)
     return -10 * torch.log10(mean.clamp(min=10**(-limit / 10)))
 
 
-def consistency(image, position, normal, mask):
-    """3D consistency per object (Sec. 5): dict of (B,) psnr and ssim of the views against their re-rendering, the
-    paper's form; psnr_loo leave-one-out, and covered, the share of the surface that it can judge. Inputs: `rerender`."""
-    again, seen = rerender(image, position, normal, mask)
-    other, twice = rerender(image, position, normal, mask, leave_one_out=True)
+def consistency(image, position, normal, mask, near=0.2):
+    """3D consistency per object (Sec. 5), inputs as in `rerender`: dict of (B,) psnr and ssim of the views against
+    their re-rendering, the paper's form; psnr_loo leave-one-out, and covered, the share of the surface it can judge."""
+    again, seen = rerender(image, position, normal, mask, near=near)
+    other, twice = rerender(image, position, normal, mask, leave_one_out=True, near=near)
     again = torch.where(seen, again, image)                             # SSIM's windows reach over the edge
     where = seen[..., 5:-5, 5:-5].flatten(2).any(2)                     # views in which SSIM can judge the object
     each = torch.where(where, ssim(again, image, seen).nan_to_num(), 0.0)
     return dict(psnr=pooled_psnr(again, image, seen), ssim=each.sum(1) / where.sum(1),
                 psnr_loo=pooled_psnr(other, image, twice),
                 covered=twice.flatten(1).sum(1) / (mask == 1).flatten(1).sum(1))
+
+
+def visual_hull(seen, size=64, azimuth=data.AZIMUTHS, elevation=data.ELEVATION, steps=192):
+    """Lifts silhouettes to 3D for views that have no mesh (text to multiview): the largest shape that fits them all.
+
+    seen: (B, V, 1, H, W) bool, from `silhouette`. Carves a grid of size^3 points, then marches each pixel's ray to it.
+    Returns position, normal (B, V, 3, H, W) and mask (B, V, 1, H, W), 1 where the ray hits, as `consistency` takes
+    them. The paper lifts with a pretrained reconstruction network.
+    """
+    B, V, _, H, W = seen.shape
+    line = (torch.arange(size) + 0.5) / size - 0.5
+    x, y, z = torch.meshgrid(line, line, line, indexing="ij")
+    points = torch.stack([x, y, z]).view(3, size, size * size)                                      # a tall "image"
+    solid = torch.ones(B, 1, size, size * size)
+    for v in range(V):
+        right, up, _ = (axis.view(3, 1, 1) for axis in data.camera(azimuth[v], elevation))
+        place = torch.stack([(points * right).sum(0), -(points * up).sum(0)], -1) / data.EXTENT     # in [-1, 1]
+        solid *= F.grid_sample(seen[:, v].float(), place.expand(B, -1, -1, -1), align_corners=False)
+    solid = F.avg_pool3d(F.pad(solid.view(B, 1, size, size, size), (1,) * 6), 3, 1)                 # (B, 1, x, y, z)
+    slope = torch.stack(torch.gradient(solid[:, 0], dim=(1, 2, 3)), 1)                              # (B, 3, x, y, z)
+    read = lambda volume, p: F.grid_sample(volume, 2 * p.flip(-1), align_corners=False)             # p (B, D, H, W, 3)
+    column, row = (((torch.arange(n) + 0.5) / n * 2 - 1) * data.EXTENT for n in (W, H))
+    depth = torch.linspace(-0.87, 0.87, steps)
+    position, normal, mask = torch.zeros(B, V, 3, H, W), torch.zeros(B, V, 3, H, W), torch.zeros(B, V, 1, H, W)
+    for v in range(V):
+        right, up, forward = data.camera(azimuth[v], elevation)
+        plane = column[None, :, None] * right - row[:, None, None] * up                             # (H, W, 3)
+        ray = plane + depth[:, None, None, None] * forward                                          # (steps, H, W, 3)
+        inside = torch.cat([read(solid[b:b + 1], ray[None]) for b in range(B)])[:, 0]               # (B, steps, H, W)
+        k = (inside > 0.5).float().argmax(1, keepdim=True).clamp(min=1)                             # first hit
+        before, after = inside.gather(1, k - 1), inside.gather(1, k)
+        s = depth[k] - (depth[1] - depth[0]) * ((after - 0.5) / (after - before).clamp(min=1e-6)).clamp(0, 1)
+        p = plane + s[..., None] * forward                                                          # (B, 1, H, W, 3)
+        hit = (after > 0.5).float()
+        mask[:, v] = hit
+        position[:, v] = p[:, 0].movedim(-1, 1) * hit
+        normal[:, v] = -F.normalize(read(slope, p)[:, :, 0], dim=1) * hit
+    return position, normal, mask
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,19 +365,37 @@ def oracle(folder=FOLDER, num=64):
 # ---------------------------------------------------------------------------------------------------------------------
 # The trained models: does control hold, does the domain follow its switch, has the domain leaked?
 
-def measure(images, held, photos, net):
-    """Control and realism of grids of images.
+def measure(images, held, photos, net, base=None, task="texturing"):
+    """Control, consistency and realism of grids of images.
 
     images: (B, V, 3, H, W) in [0, 1], of the objects `held` (data.evaluation_set). photos: (N, F) features of held-out
-    photographs. Returns a dict of floats: silhouette IoU with the control mask, leave-one-out PSNR (dB), share called a
-    photo, Frechet and kernel distance to the photographs.
+    photographs; base: of the base model's images of the same prompts. task "text": there are no maps, so consistency
+    is taken on the visual hull. Returns a dict of floats: silhouette IoU with the control mask; PSNR (dB) and SSIM of
+    the views re-rendered, PSNR leave-one-out; share called a photo; Frechet and kernel (x 1000) distance to base and
+    to photos; caption, how surely the heads read category, colour and material off the image (in place of CLIP).
     """
     mask, flat = held["mask"] / 255, images.flatten(0, 1)
-    views = consistency(images, held["position"], held["normal"], mask)
-    features = net.features(flat)
-    return dict(iou=silhouette_iou(images, mask).mean().item(), psnr=views["psnr_loo"].nanmean().item(),
-                photo=(net.photo_probability(flat) > 0.5).float().mean().item(),
-                frechet=fid(photos, features), kernel=1000 * kid(photos, features))
+    if task == "text":
+        views = consistency(images, *visual_hull(silhouette(images)), near=0.5)
+    else:
+        views = consistency(images, held["position"], held["normal"], mask)
+    features, labels = net.features(flat), held["labels"].repeat_interleave(images.shape[1], dim=0)
+    with torch.no_grad():
+        heads = net(flat)
+    said = [heads[name].softmax(1).gather(1, labels[:, k:k + 1]) for k, name in enumerate(("category", "color",
+                                                                                           "material"))]
+    row = dict(iou=silhouette_iou(images, mask).mean().item() if task == "texturing" else None,
+               **{name: views[name].nanmean().item() for name in ("psnr", "ssim", "psnr_loo")},
+               photo=(net.photo_probability(flat) > 0.5).float().mean().item(), caption=torch.cat(said).mean().item())
+    for name, reference in (("B", base), ("I", photos)):
+        if reference is not None:
+            row |= {f"FD_{name}": fid(reference, features), f"KD_{name}": 1000 * kid(reference, features)}
+    return row
+
+
+def number(value, digits):
+    """A number for a table, "-" where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def toy(args):
@@ -361,22 +424,215 @@ def toy(args):
             images[name] = data.to_uint8(drawn).view(held["image"].shape) / 255
     rows = {name: measure(grids, held, photos, net) for name, grids in images.items()}
     print(f"{args.num} held-out objects, four views, {args.num_steps} steps, seed {args.seed}; {realiz3d}, {syn_only}")
-    rows["base model, no control"].update(iou=None, psnr=None)      # free shapes, not views of one
+    rows["base model, no control"].update(iou=None, psnr_loo=None)          # free shapes, not views of one object
+    columns = {"iou": 3, "psnr_loo": 2, "photo": 3, "FD_I": 1, "KD_I": 0}
     print(f"{'':28}{'IoU':>10}{'LOO dB':>10}{'photo':>10}{'FD':>10}{'KD x1000':>10}")
     for name, row in rows.items():
-        print(f"{name:28}" + "".join(f"{'-' if value is None else format(value, f'.{digits}f'):>10}"
-                                     for value, digits in zip(row.values(), (3, 2, 3, 1, 0))))
+        print(f"{name:28}" + "".join(f"{number(row[key], digits):>10}" for key, digits in columns.items()))
     print("IoU: silhouette with the control mask; LOO: leave-one-out consistency; photo: share called a photo; FD, KD: "
           f"to {len(world)} held-out photos")
     out = args.out.removesuffix(".png")
     sample.save_picture(f"{out}.png", [(name, (grids[:6] * 255).round().byte().flatten(0, 1)) for name, grids in
                                        images.items()], column_titles=data.VIEWS * min(6, args.num))
-    with open(f"{out}.json.tmp", "w") as file:
-        settings = {key: value for key, value in vars(args).items() if key != "run"}
-        json.dump(dict(settings=settings, rows=rows), file, indent=1)
-    os.replace(f"{out}.json.tmp", f"{out}.json")
+    write_json(f"{out}.json", dict(settings=settings(args), rows=rows))
     print(f"wrote {out}.png and {out}.json")
     return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's tables on the toy world: Table 1 (texturing), 2 (ablation), 3 (text to multiview)
+
+
+class Row(NamedTuple):
+    label: str
+    flags: str | None       # of train_stage2.py; None: the paper's numbers only
+    mode: str               # domain mode of sampling, or "sdedit"
+    paper: tuple            # PSNR, SSIM, LPIPS, FID_B, KID_B, FID_I, KID_I, CLIP
+
+
+# The paper's ranks 32 and 128 at width 1152 are 5 and 21 at the toy's 192.
+BASELINES = {
+    "syn only":                   ("--method syn_only", "real"),
+    "syn + real":                 ("--method syn_real", "real"),
+    "LoRA 32":                    ("--method lora --rank 5", "real"),
+    "LoRA 128":                   ("--method lora --rank 21", "real"),
+    "linear adapters 32":         ("--method linear_adapter --rank 5", "real"),
+    "linear adapters 128":        ("--method linear_adapter --rank 21", "real"),
+    "SDEdit":                     ("--method syn_only", "sdedit"),
+    "TRELLIS large":              (None, "real"),
+    "domain adapter 32":          ("--method domain_adapter --rank 5", "real"),
+    "domain adapter 128":         ("--method domain_adapter --rank 21", "real"),
+    "spatial adapter 32":         ("--method spatial_adapter --rank 5", "real"),
+    "spatial adapter 128":        ("--method spatial_adapter --rank 21", "real"),
+    "domain switcher, two-stage": ("--method domain_switcher", "real"),
+    "domain switcher, joint":     ("--method domain_switcher --joint", "real"),
+    "Realiz3D":                   ("", "shifted"),
+}
+PAPER1 = {
+    "syn only":                   (25.76, .9269, .0831, 168.21, .0240, 218.29, .0431, .2628),
+    "syn + real":                 (25.63, .9260, .0833, 164.37, .0226, 214.84, .0411, .2629),
+    "LoRA 32":                    (21.88, .9012, .1027, 151.97, .0157, 204.80, .0324, .2682),
+    "LoRA 128":                   (22.12, .9033, .1014, 155.65, .0168, 207.69, .0339, .2680),
+    "linear adapters 32":         (22.49, .9069, .0959, 154.16, .0186, 210.44, .0372, .2678),
+    "linear adapters 128":        (22.87, .9088, .0967, 156.07, .0189, 213.50, .0379, .2671),
+    "SDEdit":                     (22.21, .9013, .1169, 147.06, .0149, 204.35, .0327, .2672),
+    "domain adapter 32":          (25.61, .9266, .0843, 164.17, .0223, 215.80, .0408, .2610),
+    "domain adapter 128":         (25.60, .9264, .0848, 163.64, .0220, 215.28, .0398, .2608),
+    "spatial adapter 32":         (24.91, .9200, .0858, 155.71, .0197, 210.62, .0393, .2634),
+    "spatial adapter 128":        (24.86, .9198, .0863, 153.35, .0181, 208.64, .0343, .2636),
+    "domain switcher, two-stage": (24.94, .9193, .0888, 157.89, .0185, 210.18, .0350, .2644),
+    "domain switcher, joint":     (23.16, .9069, .0991, 145.48, .0156, 205.08, .0335, .2663),
+    "Realiz3D":                   (24.78, .9153, .0865, 141.90, .0121, 200.24, .0291, .2674),
+}
+PAPER3 = {
+    "syn only":                   (19.66, .8779, .0964, 168.60, .0204, 215.57, .0363, .2541),
+    "syn + real":                 (19.37, .8714, .1017, 164.44, .0192, 214.72, .0361, .2586),
+    "LoRA 32":                    (17.54, .8548, .1222, 153.89, .0125, 204.14, .0264, .2563),
+    "LoRA 128":                   (17.91, .8568, .1186, 154.11, .0131, 206.68, .0269, .2579),
+    "linear adapters 32":         (18.07, .8603, .1223, 152.21, .0127, 204.02, .0256, .2583),
+    "linear adapters 128":        (18.38, .8690, .1191, 155.40, .0150, 208.78, .0313, .2526),
+    "SDEdit":                     (18.46, .8431, .1232, 139.18, .0112, 199.67, .0263, .2609),
+    "TRELLIS large":              (None, None, None, 181.92, .0275, 224.22, .0441, .2495),
+    "domain adapter 32":          (19.27, .8655, .1076, 158.52, .0164, 212.00, .0308, .2607),
+    "domain adapter 128":         (19.02, .8621, .1082, 157.45, .0163, 210.67, .0313, .2601),
+    "spatial adapter 32":         (18.48, .8422, .1216, 132.48, .0072, 200.38, .0212, .2633),
+    "spatial adapter 128":        (18.36, .8350, .1234, 130.25, .0071, 199.46, .0205, .2638),
+    "domain switcher, two-stage": (18.56, .8481, .1134, 153.36, .0146, 208.14, .0303, .2587),
+    "domain switcher, joint":     (17.67, .8010, .1290, 129.56, .0061, 197.11, .0180, .2629),
+    "Realiz3D":                   (19.02, .8631, .1075, 122.01, .0056, 196.01, .0171, .2643),
+}
+PLAIN = "--no_freezing --no_reassignment"
+TABLES = {
+    "table1": ("texturing", [Row(label, *BASELINES[label], paper) for label, paper in PAPER1.items()]),
+    "table2": ("texturing", [
+        Row("1 joint", f"--joint {PLAIN}", "real",       (25.53, .9267, .0850, 166.93, .0234, 216.63, .0424, .2624)),
+        Row("2 no real data", "--no_real_data", "real",  (25.11, .9232, .0849, 162.02, .0220, 212.86, .0395, .2656)),
+        Row("3 real data", PLAIN, "real",                (23.97, .9123, .0897, 137.23, .0098, 198.44, .0258, .2695)),
+        Row("4 = 3, shifted", PLAIN, "shifted",          (24.25, .9128, .0883, 141.99, .0123, 202.07, .0293, .2679)),
+        Row("5 = 3 + reassignment", "--no_freezing", "real",
+            (24.18, .9125, .0877, 139.21, .0102, 198.71, .0265, .2678)),
+        Row("6 = 5, shifted", "--no_freezing", "shifted", (24.37, .9130, .0871, 141.08, .0117, 199.33, .0289, .2670)),
+        Row("7 = 5 + freezing", "", "real",              (24.52, .9141, .0870, 141.20, .0118, 199.39, .0290, .2675)),
+        Row("8 = 7, shifted", "", "shifted",             (24.78, .9153, .0865, 141.90, .0121, 200.24, .0291, .2674))]),
+    "table3": ("text", [Row(label, *BASELINES[label], paper) for label, paper in PAPER3.items()]),
+}
+
+
+def trained(row, task, args):
+    """Path of the row's model; train_stage2.py trains it first where it is missing, or goes on where it stopped."""
+    name = "-".join([task, *row.flags.replace("--", "").replace(" ", "_").split(), f"{args.steps}_steps"])
+    out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
+    path = f"{out}/{name}.safetensors"
+    if not os.path.isfile(path):
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train_stage2.py")
+        command = ["--task", task, *row.flags.split(), "--name", name, "--out", out, "--seed", args.seed, "--steps",
+                   args.steps, "--sample_every", args.steps + 1, *args.train_flags.split()]
+        command += ["--threads", args.threads] if args.threads else []
+        print(f"{row.label}: python train_stage2.py {' '.join(map(str, command))}", flush=True)
+        if subprocess.run([sys.executable, script, *map(str, command)]).returncode:
+            raise ValueError(f"the training of '{row.label}' stopped; the same command goes on from there")
+    return path
+
+
+def sampled(row, path, task, held, args, device):
+    """The row's grids of the held-out objects, uint8 (N, V, 3, H, W), kept beside the model."""
+    num = len(held["text"])
+    key = dict(model=sample.file_id(path), mode=row.mode, num=num, steps=args.num_steps, cfg=args.cfg_scale,
+               seed=args.seed)
+
+    def draw():
+        network, options = sample.load_network(path, device), dict(num_steps=args.num_steps, cfg_scale=args.cfg_scale)
+        with tqdm(total=4 * num, desc=row.label, unit="image", bar_format=sample.BAR) as progress:
+            images = sample.sample_images(network, held["text"], "real" if row.mode == "sdedit" else row.mode, 4,
+                                          held["control"] if task == "texturing" else None, seed=args.seed, batch=16,
+                                          progress=progress, **options)
+        if row.mode == "sdedit":
+            base = sample.load_network(sample.default_base("toy", args.folder), device)
+            images = sample.sdedit(base, images, held["text"], seed=args.seed, **options)
+        return dict(image=data.to_uint8(images))
+    return data.cached(Path(f"{path.removesuffix('.safetensors')}-{row.mode}.samples"), key, draw)["image"]
+
+
+def table(args):
+    """Trains what is missing, samples and measures every row of one of the paper's tables, and prints the toy's values
+    beside the paper's. Writes results/TABLE.json after each row, and two pictures at the end."""
+    device = launch(args.threads)[0]
+    task, rows = TABLES[args.command]
+    folder, net = f"{args.folder}/sets", train_feature_net(f"{args.folder}/sets")
+    held = data.evaluation_set(args.num, folder=folder, device=device)
+    photos = net.features(data.photo_set(1000, folder=folder, device=device)["image"][:, 0] / 255)
+    base = net.features(base_images(args, device) / 255)
+    out, results, grids = f"{args.results}/{args.command}", {}, {}
+    print(f"{len(rows)} rows, of which {sum(row.flags is not None for row in rows)} on {args.num} held-out objects, "
+          f"models of {args.steps} steps, seed {args.seed}; into {out}.json")
+    for row in rows:
+        results[row.label] = dict(paper=dict(zip(PAPER_COLUMNS, row.paper)))
+        if row.flags is None:
+            continue
+        grids[row.label] = sampled(row, trained(row, task, args), task, held, args, device)
+        toy = measure(grids[row.label] / 255, held, photos, net, base, task)
+        results[row.label] |= dict(flags=row.flags, mode=row.mode, toy=toy)
+        write_json(f"{out}.json", dict(settings=settings(args), commit=commit(), rows=results))
+    print_table(results)
+    points = {label: (row["toy"]["KD_I"], row["toy"]["psnr"]) for label, row in results.items() if "toy" in row}
+    sample.save_points(f"{out}.png", points, "kernel distance to photos x1000 (left: realistic)",
+                       "re-rendered PSNR (up: consistent)")
+    sample.save_picture(f"{out}_sheet.png", [("renders", held["image"][:6].flatten(0, 1))] + [
+        (label, images[:6].flatten(0, 1)) for label, images in grids.items()], column_titles=data.VIEWS * 6)
+    print(f"wrote {out}.json, {out}.png and {out}_sheet.png")
+
+
+PAPER_COLUMNS = ("PSNR", "SSIM", "LPIPS", "FID_B", "KID_B", "FID_I", "KID_I", "CLIP")
+
+
+def print_table(results):
+    """The toy's values, the paper's beside them, and how alike the two order the methods."""
+    columns = {"iou": 3, "psnr": 2, "psnr_loo": 2, "ssim": 4, "photo": 2, "FD_B": 1, "KD_B": 0, "FD_I": 1, "KD_I": 0,
+               "caption": 3}
+    digits = {"PSNR": 2, "SSIM": 4, "FID_B": 1, "FID_I": 1, "KID_I": 4}
+    print(f"{'':28}{''.join(f'{name:>9}' for name in columns)}  | paper {''.join(f'{name:>9}' for name in digits)}")
+    for label, row in results.items():
+        toy = row.get("toy", {})
+        print(f"{label:28}{''.join(f'{number(toy.get(name), d):>9}' for name, d in columns.items())}  |       "
+              + "".join(f"{number(row['paper'][name], d):>9}" for name, d in digits.items()))
+    both = [row for row in results.values() if "toy" in row]
+    for what, ours, theirs in (("consistency", "psnr", "PSNR"), ("realism", "KD_I", "KID_I")):
+        rho = spearmanr([row["toy"][ours] for row in both], [row["paper"][theirs] for row in both]).statistic
+        print(f"Spearman correlation of the order by {what} ({ours} here, {theirs} in the paper): {rho:.2f}")
+
+
+def base_images(args, device):
+    """The base model's images of the held-out objects' prompts, for FD_B and KD_B: uint8 (4 N, 3, H, W)."""
+    path = sample.default_base("toy", args.folder)
+    key = dict(model=sample.file_id(path), num=args.num, steps=args.num_steps, seed=args.seed)
+
+    def draw():
+        captions, _ = data.real_captions(data.sample_assets(args.num, data.SEEDS["evaluation"]))
+        with tqdm(total=4 * args.num, desc="base model", unit="image", bar_format=sample.BAR) as progress:
+            images = sample.sample_images(sample.load_network(path, device), data.tokenize(captions), cfg_scale=1.0,
+                                          num_steps=args.num_steps, seed=args.seed + 1, progress=progress)
+        return dict(image=data.to_uint8(images)[:, 0])
+    return data.cached(Path(f"{args.folder}/sets/base_images_{args.num}_{args.seed}.samples"), key, draw)["image"]
+
+
+def settings(args):
+    """The flags, for a results file."""
+    return {key: value for key, value in vars(args).items() if key != "run"}
+
+
+def commit():
+    """The repository's commit, None outside one."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    done = subprocess.run(["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def write_json(path, value):
+    """Writes to a temporary name and moves it into place."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(f"{path}.tmp", "w") as file:
+        json.dump(value, file, indent=1)
+    os.replace(f"{path}.tmp", path)
 
 
 def print_oracle(args):
@@ -405,6 +661,19 @@ def main():
     sub.add_argument("--seed", type=int, default=0, help="decides the noise")
     sub.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     sub.add_argument("--out", default="runs/toy/evaluate.png", help="picture to write; its numbers: .json")
+    for name, (task, rows) in TABLES.items():
+        sub = commands.add_parser(name, help=f"the paper's Table {name[-1]} on the toy world ({len(rows)} rows, task "
+                                  f"{task}): trains what is missing, about ten minutes a model; run again to go on")
+        sub.set_defaults(run=table)
+        sub.add_argument("--num", type=int, default=40, help="held-out objects")
+        sub.add_argument("--folder", default="runs/toy", help="run folder: sets, models, samples")
+        sub.add_argument("--results", default="results", help="where the table and its pictures go")
+        sub.add_argument("--steps", type=int, default=1600, help="training steps of every model")
+        sub.add_argument("--num_steps", type=int, default=50, help="DDIM steps")
+        sub.add_argument("--cfg_scale", type=float, default=sample.CFG_SCALE, help="guidance on the text, 1 = none")
+        sub.add_argument("--seed", type=int, default=0, help="decides training and noise")
+        sub.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+        sub.add_argument("--train_flags", default="", help="more flags for train_stage2.py, in quotes")
     args = parser.parse_args()
     args.run(args)
 

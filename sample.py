@@ -246,10 +246,13 @@ def save_image(path, image):
     image.save(f"{path}.tmp", "PNG")
     os.replace(f"{path}.tmp", path)
 
-def save_plot(path, curves, x_label, y_label, log_y=False, size=(640, 360)):
-    """Writes a line plot as PNG: curves = {name: [(x, y), ...]}."""
+
+COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
+
+
+def axes(points, x_label, y_label, log_y=False, size=(640, 360)):
+    """An empty plot that spans points [(x, y), ...]: the sheet, its pen, and place(x, y) -> pixels."""
     (width, height), left, bottom = size, 60, 36
-    points = [point for curve in curves.values() for point in curve]
     scale_y = (lambda y: math.log10(max(y, 1e-12))) if log_y else float
     (x0, x1), (y0, y1) = [(min(v), max(v) + (max(v) == min(v))) for v in
                           ([x for x, _ in points], [scale_y(y) for _, y in points])]
@@ -267,10 +270,25 @@ def save_plot(path, curves, x_label, y_label, log_y=False, size=(640, 360)):
         pen.text((4, place(x0, y)[1] - 6), f"{y:.3g}", "black")
     pen.text((width // 2, height - 16), x_label, "black")
     pen.text((left + 8, 16), y_label, "black")
+    return sheet, pen, place
+
+
+def save_plot(path, curves, x_label, y_label, log_y=False):
+    """Writes a line plot as PNG: curves = {name: [(x, y), ...]}."""
+    sheet, pen, place = axes([point for curve in curves.values() for point in curve], x_label, y_label, log_y)
     for k, (name, curve) in enumerate(sorted(curves.items())):
-        color = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")[k % 5]
-        pen.line([place(x, y) for x, y in sorted(curve)], color, 2)
-        pen.text((width - 100, 16 + 14 * k), name, color)
+        pen.line([place(x, y) for x, y in sorted(curve)], COLORS[k % 5], 2)
+        pen.text((sheet.width - 100, 16 + 14 * k), name, COLORS[k % 5])
+    save_image(path, sheet)
+
+
+def save_points(path, points, x_label, y_label):
+    """Writes a plot of labelled points as PNG: points = {label: (x, y)}."""
+    sheet, pen, place = axes(list(points.values()), x_label, y_label, size=(900, 560))
+    for k, (label, point) in enumerate(points.items()):
+        x, y = place(*point)
+        pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=COLORS[k % 5])
+        pen.text((x + 7 if x < 700 else x - 7 - 6 * len(label), y - 6), label, COLORS[k % 5])
     save_image(path, sheet)
 
 

@@ -39,7 +39,7 @@ ORDER, NOISE, DRAWS = 1, 2, 3           # first key of each family of generators
 DEFAULTS = {
     ("toy", "base"):        (3000,    64, 1e-3,    200,         0.01, 0.998),
     ("toy", "stage1"):      ( 600,     4, 2e-3,     40,          0.0,   0.0),
-    ("toy", "stage2"):      (1600,     4, 5e-4,     50,         0.01,  0.99),
+    ("toy", "stage2"):      (1600,     4, 2e-4,     50,         0.01,  0.99),
     ("small", "base"):      (100000, 256, 3e-4,   1000,         0.01, 0.9999),
     ("small", "stage1"):    (2000,    16, 5e-4,    100,          0.0,   0.0),
     ("small", "stage2"):    (20000,   16, 5e-5,    200,         0.01, 0.999),
