@@ -374,7 +374,7 @@ def load_model(path, device="cpu", config=None):
     weights = {name: tensor.float() for name, tensor in tensors.items()
                if not name.startswith(("shifters.", "adapter."))}
     if not weights:
-        raise ValueError(f"{path} holds Domain Shifters or an adapter only; a model is needed here")
+        raise ValueError(f"{path} holds Domain Shifters only (or an adapter); a model is needed here")
     load_strictly(model, weights, path)
     return model.to(device)
 

@@ -2,7 +2,7 @@
 
     python evaluate.py toy                          # the trained models beside the oracle: control, domain, leakage
     python evaluate.py oracle                       # perfect photos and perfect renders through every measure
-    python evaluate.py table1                       # the paper's Table 1 (table2, table3) on the toy world; hours on a CPU
+    python evaluate.py table1                       # Table 1 (table2, table3) on the toy world; hours on a CPU
 
 Each measure is a plain function of images in [0, 1], (B, V, 3, H, W). Distances are taken on the features of a small
 network trained here, so they are called Frechet and kernel distance, not FID and KID.

@@ -266,20 +266,21 @@ def parse_args(argv=None):
     add("--stage1_steps", type=int, help="steps of stage 1 where it is trained on the way")
     add("--benchmark", action="store_true", help="time synthetic and real iterations, then stop")
     add("--rounds", type=int, default=15, help="how often --benchmark times each kind of iteration")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    switches = [flag for flag in ("no_real_data", "no_freezing", "no_reassignment", "joint") if getattr(args, flag)]
+    switches += [f"rank{args.rank}"] if args.rank else []
+    args.name = args.name or "-".join([f"{args.method}_{args.task}", *switches])
+    args.adapter = METHODS[args.method].adapter
+    args.no_real_data |= not METHODS[args.method].real_data
+    if args.method != "realiz3d":                       # layer-aware training and reassignment are Realiz3D's
+        args.no_freezing = args.no_reassignment = True
+    return args
 
 
 def main():
     args = parse_args()
     launched = device, rank, _ = launch(args.threads)
-    switches = [flag for flag in ("no_real_data", "no_freezing", "no_reassignment", "joint") if getattr(args, flag)]
-    switches += [f"rank{args.rank}"] if args.rank else []
-    args.name = args.name or "-".join([f"{args.method}_{args.task}", *switches])
     method = METHODS[args.method]
-    args.adapter = method.adapter
-    args.no_real_data |= not method.real_data
-    if args.method != "realiz3d":                       # layer-aware training and reassignment are Realiz3D's
-        args.no_freezing = args.no_reassignment = True
     fill_defaults(args, "stage2", device)
     if args.benchmark:
         return benchmark(args, launched)

@@ -201,7 +201,7 @@ def test_sigterm_writes_a_state_and_exits_cleanly(tmp_path):
 def test_other_settings_are_not_resumed(tmp_path):
     assert script(WORKER, tmp_path, "mixed", "--steps", 2, "--batch", 1).returncode == 0
     again = script(WORKER, tmp_path, "mixed", "--steps", 2, "--batch", 1, "--lr", 0.5)
-    one_line_error(again, 1, "other settings", "lr 0.0005 (now 0.5)")
+    one_line_error(again, 1, "other settings", "lr 0.0002 (now 0.5)")
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path):
