@@ -6,6 +6,7 @@ One shifter stands before each DiT block and adds one vector to all of its token
 
 Most of the time every block runs in the sample's own domain. There are two exceptions, each a function that returns
 the (N_B, B) table of domains: `reassigned_domains` in training (Sec. 4.2) and `shifted_domains` in sampling (Sec. 4.3).
+At the end stand the adapters of the baselines that Realiz3D is compared with.
 """
 from contextlib import contextmanager
 
@@ -51,7 +52,7 @@ class ShiftedDiT(nn.Module):
             adapter.attach(self)
 
     def forward(self, x, t, text, domains, **inputs):
-        """As DiT.forward, with domains (N_B, B) in place of the shift; without shifters the domains change nothing."""
+        """As DiT.forward, with domains (N_B, B) in place of the shift; see `knows_domains`."""
         self.domains = domains                                      # read by DomainSwitcher
         shift = None if self.shifters is None else self.shifters(domains)
         return self.dit(x, t, text, shift=shift, **inputs)
@@ -198,15 +199,9 @@ def with_adapter(dit, kind, rank, seed=0):
 
 def load_adapter(path, device="cpu", config=None):
     """The baseline's adapter in a checkpoint, or None where it has none. Raises as `load_shifters`."""
-    tensors, metadata = load_tensors(path)
-    found = read_config(path, metadata)
-    if config is not None:
-        require_config(path, found, config)
-    weights = {name.removeprefix("adapter."): tensor.float() for name, tensor in tensors.items()
-               if name.startswith("adapter.")}
+    found, weights, kind = load_part(path, "adapter", config)
     if not weights:
         return None
-    kind = metadata.get("adapter_kind")
     if kind not in ADAPTERS:
         raise ValueError(f"{path} holds an adapter of unknown kind {kind!r}, must be one of {', '.join(ADAPTERS)}")
     rank = next((tensor.shape[1] for name, tensor in weights.items() if name.endswith("W_right")), None)
@@ -221,12 +216,7 @@ def load_shifters(path, device="cpu", config=None):
     Returns DomainShifters, or None where the checkpoint is of a model without any. Raises FileNotFoundError, or
     ValueError with one line: damaged, or of another configuration than `config`.
     """
-    tensors, metadata = load_tensors(path)
-    found = read_config(path, metadata)
-    if config is not None:
-        require_config(path, found, config)
-    weights = {name.removeprefix("shifters."): tensor.float() for name, tensor in tensors.items()
-               if name.startswith("shifters.")}
+    found, weights, _ = load_part(path, "shifters", config)
     if not weights:
         return None
     if "W_right" not in weights:
@@ -234,3 +224,14 @@ def load_shifters(path, device="cpu", config=None):
     shifters = DomainShifters(found, rank=weights["W_right"].shape[1])
     load_strictly(shifters, weights, path)
     return shifters.to(device)
+
+
+def load_part(path, part, config=None):
+    """A checkpoint's Config, what it holds of `part` ("shifters" or "adapter") in fp32, and the kind of its adapter."""
+    tensors, metadata = load_tensors(path)
+    found = read_config(path, metadata)
+    if config is not None:
+        require_config(path, found, config)
+    weights = {name.removeprefix(f"{part}."): tensor.float() for name, tensor in tensors.items()
+               if name.startswith(f"{part}.")}
+    return found, weights, metadata.get("adapter_kind")

@@ -89,13 +89,6 @@ def rerender(image, position, normal, mask, leave_one_out=False, near=0.2, azimu
     return again, seen
 
 
-def pooled_psnr(a, b, where, limit=100.0):
-    """PSNR in dB per object (B,) over the pixels `where` (B, V, 1, H, W) of all views, at most `limit`; NaN: none."""
-    error = (a.double() - b.double()).square().mean(dim=2, keepdim=True)
-    mean = (error * where).flatten(1).sum(1) / where.flatten(1).sum(1)
-    return -10 * torch.log10(mean.clamp(min=10**(-limit / 10)))
-
-
 def consistency(image, position, normal, mask, near=0.2):
     """3D consistency per object (Sec. 5), inputs as in `rerender`: dict of (B,) psnr and ssim of the views against
     their re-rendering, the paper's form; psnr_loo leave-one-out, and covered, the share of the surface it can judge."""
@@ -104,8 +97,9 @@ def consistency(image, position, normal, mask, near=0.2):
     again = torch.where(seen, again, image)                             # SSIM's windows reach over the edge
     where = seen[..., 5:-5, 5:-5].flatten(2).any(2)                     # views in which SSIM can judge the object
     each = torch.where(where, ssim(again, image, seen).nan_to_num(), 0.0)
-    return dict(psnr=pooled_psnr(again, image, seen), ssim=each.sum(1) / where.sum(1),
-                psnr_loo=pooled_psnr(other, image, twice),
+    joined = lambda views: views.transpose(1, 2).flatten(2, 3)          # an object's views as one tall image
+    return dict(psnr=psnr(joined(again), joined(image), joined(seen)).clamp(max=100), ssim=each.sum(1) / where.sum(1),
+                psnr_loo=psnr(joined(other), joined(image), joined(twice)).clamp(max=100),
                 covered=twice.flatten(1).sum(1) / (mask == 1).flatten(1).sum(1))
 
 
@@ -398,6 +392,19 @@ def number(value, digits):
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def base_images(path, num, folder, device, seed=0, num_steps=50, cfg_scale=1.0):
+    """The base model's images of the held-out prompts, view by view: uint8 (4 num, 3, H, W), kept in folder."""
+    key = dict(model=sample.file_id(path), num=num, steps=num_steps, cfg=cfg_scale, seed=seed)
+
+    def draw():
+        captions, _ = data.real_captions(data.sample_assets(num, data.SEEDS["evaluation"]))
+        with tqdm(total=4 * num, desc="base model", unit="image", bar_format=sample.BAR) as progress:
+            images = sample.sample_images(sample.load_network(path, device), data.tokenize(captions), seed=seed,
+                                          num_steps=num_steps, cfg_scale=cfg_scale, progress=progress)
+        return dict(image=data.to_uint8(images)[:, 0])
+    return data.cached(Path(folder) / f"base_images_{num}_{seed}.safetensors", key, draw)["image"]
+
+
 def toy(args):
     """Samples the held-out objects with syn_only and with realiz3d in each mode, prints the table beside the rows of
     the oracle and of the base model, which knows no control, and writes it with a picture; returns {row: measures}."""
@@ -410,18 +417,16 @@ def toy(args):
     world = data.photo_set(1000, folder=args.folder, device=device)["image"][:, 0] / 255
     photos = net.features(world)
     options = dict(seed=args.seed, num_steps=args.num_steps, cfg_scale=args.cfg_scale)
-    grids = dict(text=held["text"], views=4, control=held["control"])
-    captions, _ = data.real_captions(data.sample_assets(args.num, data.SEEDS["evaluation"]))
-    base = sample.load_network(args.base or sample.default_base(), device)
-    runs = [("base model, no control", base, "real", dict(text=data.tokenize(captions))),
-            ("syn_only", sample.load_network(syn_only, device), "real", grids),
-            ("realiz3d, synthetic mode", network, "syn", grids), ("realiz3d, real mode", network, "real", grids),
-            ("realiz3d, shifted", network, "shifted", grids)]
-    images = {"oracle photos": held["photo"] / 255, "oracle renders": held["image"] / 255}
+    runs = [("syn_only", sample.load_network(syn_only, device), "real"), ("realiz3d, synthetic mode", network, "syn"),
+            ("realiz3d, real mode", network, "real"), ("realiz3d, shifted", network, "shifted")]
+    base = base_images(args.base or sample.default_base(), args.num, args.folder, device, **options)
+    images = {"oracle photos": held["photo"] / 255, "oracle renders": held["image"] / 255,
+              "base model, no control": base.view(held["image"].shape) / 255}
     with tqdm(total=len(runs) * args.num * 4, desc="sampling", bar_format=sample.BAR) as progress:
-        for name, model, mode, inputs in runs:
-            drawn = sample.sample_images(model, mode=mode, progress=progress, batch=16, **inputs, **options)
-            images[name] = data.to_uint8(drawn).view(held["image"].shape) / 255
+        for name, model, mode in runs:
+            drawn = sample.sample_images(model, held["text"], mode, 4, held["control"], progress=progress, batch=16,
+                                         **options)
+            images[name] = data.to_uint8(drawn) / 255
     rows = {name: measure(grids, held, photos, net) for name, grids in images.items()}
     print(f"{args.num} held-out objects, four views, {args.num_steps} steps, seed {args.seed}; {realiz3d}, {syn_only}")
     rows["base model, no control"].update(iou=None, psnr_loo=None)          # free shapes, not views of one object
@@ -444,6 +449,7 @@ def toy(args):
 
 
 class Row(NamedTuple):
+    """A row of a table: how to train and sample it, and what the paper measured."""
     label: str
     flags: str | None       # of train_stage2.py; None: the paper's numbers only
     mode: str               # domain mode of sampling, or "sdedit"
@@ -561,7 +567,8 @@ def table(args):
     folder, net = f"{args.folder}/sets", train_feature_net(f"{args.folder}/sets")
     held = data.evaluation_set(args.num, folder=folder, device=device)
     photos = net.features(data.photo_set(1000, folder=folder, device=device)["image"][:, 0] / 255)
-    base = net.features(base_images(args, device) / 255)
+    base = net.features(base_images(sample.default_base("toy", args.folder), args.num, folder, device, args.seed,
+                                    args.num_steps) / 255)
     out, results, grids = f"{args.results}/{args.command}", {}, {}
     print(f"{len(rows)} rows, of which {sum(row.flags is not None for row in rows)} on {args.num} held-out objects, "
           f"models of {args.steps} steps, seed {args.seed}; into {out}.json")
@@ -599,20 +606,6 @@ def print_table(results):
     for what, ours, theirs in (("consistency", "psnr", "PSNR"), ("realism", "KD_I", "KID_I")):
         rho = spearmanr([row["toy"][ours] for row in both], [row["paper"][theirs] for row in both]).statistic
         print(f"Spearman correlation of the order by {what} ({ours} here, {theirs} in the paper): {rho:.2f}")
-
-
-def base_images(args, device):
-    """The base model's images of the held-out objects' prompts, for FD_B and KD_B: uint8 (4 N, 3, H, W)."""
-    path = sample.default_base("toy", args.folder)
-    key = dict(model=sample.file_id(path), num=args.num, steps=args.num_steps, seed=args.seed)
-
-    def draw():
-        captions, _ = data.real_captions(data.sample_assets(args.num, data.SEEDS["evaluation"]))
-        with tqdm(total=4 * args.num, desc="base model", unit="image", bar_format=sample.BAR) as progress:
-            images = sample.sample_images(sample.load_network(path, device), data.tokenize(captions), cfg_scale=1.0,
-                                          num_steps=args.num_steps, seed=args.seed + 1, progress=progress)
-        return dict(image=data.to_uint8(images)[:, 0])
-    return data.cached(Path(f"{args.folder}/sets/base_images_{args.num}_{args.seed}.samples"), key, draw)["image"]
 
 
 def settings(args):

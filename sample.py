@@ -169,9 +169,9 @@ def load_network(path, device="cpu", config=None, shifters=None):
 def write_real_set(path, base, num_assets, seed=0, num_steps=20, cfg_scale=1.0, chunk=64, launched=None):
     """Draws four images a caption with the base model and writes the real set of stage 1 and 2, over all ranks.
 
-    path: the safetensors to write: {"image": uint8 (N, 1, 3, H, W), "text": (N, L)}, N = 4 num_assets, the captions
-    without the view phrase that they were drawn with. Chunks of images are written on the way, each a pure function
-    of the base model, seed and its place, so that a run that was stopped goes on where it was.
+    path: the safetensors to write: {"image": uint8 (N, 1, 3, H, W), "text": (N, L)}, N = 4 num_assets, the text being
+    the captions to train on (data.real_captions). No guidance by default, see CFG_SCALE. Chunks of images are written
+    on the way, each a pure function of the base model, seed and its place, so that a run that was stopped goes on.
     """
     device, rank, world = launched or launch()
     network = load_network(base, device)

@@ -414,7 +414,7 @@ def fill_defaults(args, stage, device):
             setattr(args, name, value)
     args.out = args.out or f"runs/{args.preset}"
     args.rank = args.rank or adapter_rank(args.adapter, PRESETS[args.preset])
-    args.name = args.name or (stage if args.adapter == "shifters" else f"{stage}_{args.adapter}_{args.rank}")
+    args.name = args.name or stage.replace("stage1", f"stage1{stage1_suffix(args.adapter, args.rank)}")
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     args.loss = args.loss or ("even" if PRESETS[args.preset].output_skip else "epsilon")
     args.images_per_sample = 1 if stage == "base" else 4
@@ -479,7 +479,12 @@ def train_shifters(args, launched):
 
 def stage1_file(out, adapter, rank):
     """Where stage 1 leaves its shifters, or a baseline's adapter."""
-    return f"{out}/{adapter}{'' if adapter == 'shifters' else f'_{rank}'}.safetensors"
+    return f"{out}/{stage1_suffix(adapter, rank).removeprefix('_') or 'shifters'}.safetensors"
+
+
+def stage1_suffix(adapter, rank):
+    """Tells stage 1 of anything but shifters of rank 8, the paper's, from that: "_lora_32"."""
+    return "" if (adapter, rank) == ("shifters", 8) else f"_{adapter}_{rank}"
 
 
 def domain_preview(network, args):

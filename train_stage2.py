@@ -46,6 +46,7 @@ class Method(NamedTuple):
     real_data: bool             # whether real iterations alternate with the synthetic ones
     kept: bool = True           # whether the adapter stays for sampling
 
+
 METHODS = {
     #                         adapter     stage1 backbone real   kept
     "realiz3d":        Method("shifters", True,  True,  True),
@@ -114,8 +115,8 @@ def stage1_path(args, launched):
     if os.path.isfile(path):
         return path
     if args.preset == "full" or args.shifters:
-        raise FileNotFoundError(f"no shifters at {path}: train them with train_stage1.py --preset {args.preset}, or "
-                                "name a file with --shifters")
+        raise FileNotFoundError(f"no {args.adapter} at {path}: train with train_stage1.py --preset {args.preset} "
+                                f"--adapter {args.adapter} --rank {args.rank}, or name a file with --shifters")
     flags = ("preset", "out", "base", "synthetic", "real", "num_assets", "real_steps", "adapter", "rank", "seed",
              "batch", "dtype", "loss", "threads", "log_every", "picture_steps")
     argv = [f"--{flag}={getattr(args, flag)}" for flag in flags if getattr(args, flag) is not None]
@@ -235,8 +236,8 @@ def announce(args, launched):
     todo = []
     if not (args.synthetic or glob(f"{args.out}/sets/synthetic_{args.num_assets}_*")):
         todo.append(("render the assets", args.num_assets * render))
-    drawn = args.real or os.path.isfile(f"{args.out}/sets/real_{args.num_assets}.safetensors")
-    if not drawn and not (args.no_real_data and METHODS[args.method].adapter not in ("shifters", "switcher")):
+    needs_real = not args.no_real_data or stage1 and args.adapter in ("shifters", "switcher")
+    if needs_real and not (args.real or os.path.isfile(f"{args.out}/sets/real_{args.num_assets}.safetensors")):
         todo.append(("draw the real set", args.num_assets * 4 * draw / world))
     if stage1:
         todo.append(("train stage 1", stage1_steps * args.batch * 4 * step))
@@ -261,7 +262,7 @@ def parse_args(argv=None):
     add("--tau_B", type=float, default=0.4, help="deepest block that may be frozen or reassigned, as a share of N_B")
     add("--p_B", type=float, default=0.1, help="probability of domain reassignment on a real iteration")
     add("--real_warmup", type=int, default=20, help="real iterations before the domains alternate")
-    add("--shifters", help="shifters of stage 1 (default OUT/shifters.safetensors)")
+    add("--shifters", help="shifters, or a baseline's adapter, of stage 1 (default: in OUT)")
     add("--rank", type=int, help="r of the Domain Shifters (default 8) or of a baseline's adapter (32 at full)")
     add("--stage1_steps", type=int, help="steps of stage 1 where it is trained on the way")
     add("--benchmark", action="store_true", help="time synthetic and real iterations, then stop")
