@@ -392,14 +392,18 @@ def number(value, digits):
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def base_prompts(num):
+    """What the base model is asked for the held-out objects: (4 num, L) ids, view by view, as for the real set."""
+    return data.tokenize(data.real_captions(data.sample_assets(num, data.SEEDS["evaluation"]))[0])
+
+
 def base_images(path, num, folder, device, seed=0, num_steps=50, cfg_scale=1.0):
     """The base model's images of the held-out prompts, view by view: uint8 (4 num, 3, H, W), kept in folder."""
     key = dict(model=sample.file_id(path), num=num, steps=num_steps, cfg=cfg_scale, seed=seed)
 
     def draw():
-        captions, _ = data.real_captions(data.sample_assets(num, data.SEEDS["evaluation"]))
         with tqdm(total=4 * num, desc="base model", unit="image", bar_format=sample.BAR) as progress:
-            images = sample.sample_images(sample.load_network(path, device), data.tokenize(captions), seed=seed,
+            images = sample.sample_images(sample.load_network(path, device), base_prompts(num), seed=seed,
                                           num_steps=num_steps, cfg_scale=cfg_scale, progress=progress)
         return dict(image=data.to_uint8(images)[:, 0])
     return data.cached(Path(folder) / f"base_images_{num}_{seed}.safetensors", key, draw)["image"]
@@ -554,7 +558,7 @@ def sampled(row, path, task, held, args, device):
                                           progress=progress, **options)
         if row.mode == "sdedit":
             base = sample.load_network(sample.default_base("toy", args.folder), device)
-            images = sample.sdedit(base, images, held["text"], seed=args.seed, **options)
+            images = sample.sdedit(base, images, base_prompts(num).view(num, 4, -1), seed=args.seed, **options)
         return dict(image=data.to_uint8(images))
     return data.cached(Path(f"{path.removesuffix('.safetensors')}-{row.mode}.samples"), key, draw)["image"]
 

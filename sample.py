@@ -140,8 +140,8 @@ def sdedit(network, images, text, t=500, num_steps=50, cfg_scale=CFG_SCALE, seed
     """SDEdit (Meng et al. 2022; baseline 8): images noised to t, one noise for all views of a grid, and each view
     denoised alone by the base model.
 
-    network: ShiftedDiT of the base model. images: (N, V, C, H, W) in [-1, 1], from syn_only. text: (N, L) ids; view v
-    of every grid has its caption, without a view index. Returns (N, V, C, H, W) in [-1, 1] on the CPU.
+    network: ShiftedDiT of the base model. images: (N, V, C, H, W) in [-1, 1], from syn_only. text: (N, V, L) ids, what
+    the base model is asked for, view by view. Returns (N, V, C, H, W) in [-1, 1] on the CPU.
     """
     config, like, null_text = network.dit.config, network.dit.positions, data.tokenize([""])
     steps = ddim_timesteps(num_steps)
@@ -149,8 +149,8 @@ def sdedit(network, images, text, t=500, num_steps=50, cfg_scale=CFG_SCALE, seed
     for k, grid in enumerate(images):
         noise = torch.randn(grid.shape[1:], generator=seeded_generator(SAMPLES, seed, first + k)).to(like)
         x = add_noise(grid.to(like), noise.expand(grid.shape), start.expand(len(grid)).to(like.device))[:, None]
-        words = text[k].expand(len(grid), -1).to(like.device)                                       # (V, L)
-        predict = guided_noise(network, words, null_text.to(like.device), domain_mode("real", config.depth), cfg_scale)
+        predict = guided_noise(network, text[k].to(like.device), null_text.to(like.device),
+                               domain_mode("real", config.depth), cfg_scale)
         done.append(ddim_sample(predict, x, num_steps, clip_x0=config.output_skip, t_start=int(start)).cpu()[:, 0])
     return torch.stack(done)
 

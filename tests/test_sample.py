@@ -117,7 +117,7 @@ def test_sdedit_denoises_each_view_alone_from_one_noise(network):
     base, (c, size) = ShiftedDiT(network.dit), (3, network.dit.config.image_size)
     images = torch.rand(2, 4, c, size, size, generator=torch.Generator().manual_seed(3)) * 2 - 1
     images[1] = images[1, :1]
-    text = torch.tensor([[5, 6, 1], [7, 8, 1]])
+    text = torch.tensor([[[5, 6, v] for v in range(1, 5)], [[7, 8, 1]] * 4])
     got = sample.sdedit(base, images, text, t=500, num_steps=10, seed=4)
     assert (got[1] == got[1, :1]).all() and not torch.equal(got[0, 0], got[0, 1])
     alone = sample.sdedit(base, images[1:], text[1:], t=500, num_steps=10, seed=4, first=1)
@@ -130,7 +130,7 @@ def test_sdedit_denoises_each_view_alone_from_one_noise(network):
     x = (a.sqrt() * images[0, 2] + (1 - a).sqrt() * noise).float()[None, None]
     with torch.no_grad():
         for t in steps:
-            eps = base(x, t.expand(1), text[:1], uniform_domains(REAL, base.dit.config.depth, 1))
+            eps = base(x, t.expand(1), text[0, 2:3], uniform_domains(REAL, base.dit.config.depth, 1))
             a, b = alphas_cumprod[t], alphas_cumprod[t - 100] if t >= 100 else torch.tensor(1.0).double()
             x0 = ((x - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-1, 1)
             x = (b.sqrt() * x0 + (1 - b).sqrt() * (x - a.sqrt() * x0) / (1 - a).sqrt()).float()
