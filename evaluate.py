@@ -2,16 +2,21 @@
 
     python evaluate.py toy                          # the trained models beside the oracle: control, domain, leakage
     python evaluate.py oracle                       # perfect photos and perfect renders through every measure
+    python evaluate.py select                       # B_max and t_max of a model, for sample.py to find (Sec. 4.3)
     python evaluate.py table1                       # Table 1 (table2, table3) on the toy world; hours on a CPU
+    python evaluate.py findings                     # the paper's claims against the tables in results/
+    python evaluate.py folders OURS THEIRS --inception inception-2015-12-05.pt      # any images: FID, KID
+    python evaluate.py benchmark                    # FID by the nuclear norm against the square root of a matrix
 
-Each measure is a plain function of images in [0, 1], (B, V, 3, H, W). Distances are taken on the features of a small
-network trained here, so they are called Frechet and kernel distance, not FID and KID.
+Each measure is a plain function of images in [0, 1], (B, V, 3, H, W). In the toy world distances are taken on the
+features of a small network trained here, so they are called Frechet and kernel distance (FD, KD), not FID and KID.
 """
 import argparse
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +24,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
+from scipy.linalg import sqrtm
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
 import data
 import sample
-from dit import launch, run_cli
+from dit import T, launch, load_tensors, run_cli
 
 FOLDER = "runs/toy/sets"                                                # where the toy's sets are kept
 
@@ -89,18 +96,20 @@ def rerender(image, position, normal, mask, leave_one_out=False, near=0.2, azimu
     return again, seen
 
 
-def consistency(image, position, normal, mask, near=0.2):
+def consistency(image, position, normal, mask, near=0.2, lpips_weights=None, **cameras):
     """3D consistency per object (Sec. 5), inputs as in `rerender`: dict of (B,) psnr and ssim of the views against
-    their re-rendering, the paper's form; psnr_loo leave-one-out, and covered, the share of the surface it can judge."""
-    again, seen = rerender(image, position, normal, mask, near=near)
-    other, twice = rerender(image, position, normal, mask, leave_one_out=True, near=near)
+    their re-rendering, the paper's form (and lpips, given its weights); psnr_loo leave-one-out, and covered, the share
+    of the surface it can judge."""
+    again, seen = rerender(image, position, normal, mask, near=near, **cameras)
+    other, twice = rerender(image, position, normal, mask, leave_one_out=True, near=near, **cameras)
     again = torch.where(seen, again, image)                             # SSIM's windows reach over the edge
     where = seen[..., 5:-5, 5:-5].flatten(2).any(2)                     # views in which SSIM can judge the object
     each = torch.where(where, ssim(again, image, seen).nan_to_num(), 0.0)
     joined = lambda views: views.transpose(1, 2).flatten(2, 3)          # an object's views as one tall image
-    return dict(psnr=psnr(joined(again), joined(image), joined(seen)).clamp(max=100), ssim=each.sum(1) / where.sum(1),
-                psnr_loo=psnr(joined(other), joined(image), joined(twice)).clamp(max=100),
-                covered=twice.flatten(1).sum(1) / (mask == 1).flatten(1).sum(1))
+    row = dict(psnr=psnr(joined(again), joined(image), joined(seen)).clamp(max=100), ssim=each.sum(1) / where.sum(1),
+               psnr_loo=psnr(joined(other), joined(image), joined(twice)).clamp(max=100),
+               covered=twice.flatten(1).sum(1) / (mask == 1).flatten(1).sum(1))
+    return row | (dict(lpips=lpips(again, image, lpips_weights).mean(1)) if lpips_weights else {})
 
 
 def visual_hull(seen, size=64, azimuth=data.AZIMUTHS, elevation=data.ELEVATION, steps=192):
@@ -182,7 +191,7 @@ LPIPS_LAYERS = (("net.slice1.0", 4, 2), ("net.slice2.3", 1, 2), ("net.slice3.6",
 def lpips(a, b, weights):
     """Learned perceptual distance on AlexNet (Zhang et al. 2018), (...,). a, b (..., 3, H, W) in [0, 1], H, W >= 32.
 
-    weights: {name: tensor} of `lpips.LPIPS(net="alex").state_dict()`, from `load_weights`.
+    weights: {name: tensor} of `lpips.LPIPS(net="alex").state_dict()`, from `load_lpips`.
     """
     shift, scale = (torch.tensor(v).view(3, 1, 1).to(a) for v in ((-.030, -.088, -.188), (.458, .448, .450)))
     x = torch.cat([((2 * z - 1 - shift) / scale).reshape(-1, *z.shape[-3:]) for z in (a, b)])       # both in [-1, 1]
@@ -284,7 +293,7 @@ def fid(a, b):
     gap = a.mean(axis=0) - b.mean(axis=0)
     a, b = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (a, b))
     spread = (a**2).sum() + (b**2).sum()
-    a, b = (np.linalg.qr(x, mode="r") for x in (a, b))                  # (min(N, F), F): the rotation changes no norm
+    a, b = (np.linalg.qr(x, mode="r") if len(x) > x.shape[1] else x for x in (a, b))    # a rotation changes no norm
     return float(gap @ gap + spread - 2 * np.linalg.svd(a @ b.T, compute_uv=False).sum())
 
 
@@ -324,6 +333,216 @@ def clip_score(image, text):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Images on disk: any folder against any other. The networks are files that the user has; nothing is downloaded.
+
+
+def load_inception(path, device="cpu"):
+    """Everybody's FID network: images (N, 3, H, W) in [0, 1] -> features (N, 2048), resizing them itself.
+
+    path: inception-2015-12-05.pt, the TorchScript file that StyleGAN's repositories name.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no Inception network at {path}: get inception-2015-12-05.pt from nvlabs-fi-cdn.nvidia"
+                                ".com/stylegan2-ada-pytorch/pretrained/metrics/ and name it with --inception")
+    try:
+        net = torch.jit.load(path, map_location=device).eval()
+    except RuntimeError:
+        raise ValueError(f"{path} is not a TorchScript file; --inception wants inception-2015-12-05.pt") from None
+
+    @torch.no_grad()
+    def features(images):
+        return net((images * 255).round().byte().to(device), return_features=True).float().cpu()
+    return features
+
+
+def load_lpips(path):
+    """The weights `lpips` takes, from a file of torch.save or safetensors. Raises where one is missing."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no LPIPS weights at {path}: pip install lpips, then python -c \"import lpips, torch; "
+                                f"torch.save(lpips.LPIPS(net='alex').state_dict(), '{path}')\"")
+    if path.endswith(".safetensors"):
+        weights = load_tensors(path)[0]
+    else:
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:       # its unpickler raises whatever the bytes of another file lead it to
+            raise ValueError(f"{path} is not a readable file of torch.save") from None
+    names = [f"{name}.{part}" for name, _, _ in LPIPS_LAYERS for part in ("weight", "bias")]
+    missing = set(names + [f"lin{k}.model.1.weight" for k in range(5)]) - set(weights)
+    if missing:
+        raise ValueError(f"{path} lacks {min(missing)}: --lpips wants the state_dict of lpips.LPIPS(net='alex')")
+    return weights
+
+
+def load_clip(folder, device="cpu"):
+    """score(images (N, 3, H, W) in [0, 1], captions) -> (N,), `clip_score` of a CLIP model.
+
+    folder: as Hugging Face has it (openai/clip-vit-base-patch32: config.json, model.safetensors, tokenizer and
+    preprocessor files). Needs the transformers package.
+    """
+    if not os.path.isfile(f"{folder}/config.json"):
+        raise FileNotFoundError(f"no CLIP model in {folder}: get the files of huggingface.co/openai/clip-vit-base-"
+                                "patch32 into a folder and name it with --clip")
+    try:
+        from transformers import CLIPModel, CLIPProcessor
+    except ImportError:
+        raise ValueError("--clip needs the transformers package: pip install transformers") from None
+    model = CLIPModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+    processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+
+    @torch.no_grad()
+    def score(images, captions):
+        inputs = processor(text=captions, images=list((images * 255).round().byte()), return_tensors="pt", padding=True,
+                           truncation=True).to(device)
+        embedded = model(**inputs)
+        return clip_score(embedded.image_embeds, embedded.text_embeds).cpu()
+    return score
+
+
+def find_images(folder, pattern="*"):
+    """Paths of the images under a folder whose names fit, relative to it and sorted. Raises where there are none."""
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"no folder {folder}")
+    paths = [path for path in Path(folder).rglob(pattern) if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+    if not paths:
+        raise ValueError(f"{folder} holds no PNG, JPEG or WebP image called {pattern}")
+    return sorted(str(path.relative_to(folder)) for path in paths)
+
+
+def read_image(path):
+    """(3, H, W) in [0, 1]; what is transparent lies before white. Raises ValueError naming a file it cannot read."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGBA")
+    except OSError as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from None
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+def read_caption(path):
+    """The caption of an image: NAME.txt beside it, or "caption" in the meta.json of its folder."""
+    text, meta = os.path.splitext(path)[0] + ".txt", os.path.join(os.path.dirname(path), "meta.json")
+    if os.path.isfile(text):
+        with open(text) as file:
+            return file.read().strip()
+    if os.path.isfile(meta):
+        with open(meta) as file:
+            return json.load(file)["caption"]
+    raise FileNotFoundError(f"no caption for {path}: --clip wants {text}, or a 'caption' in {meta}")
+
+
+def in_batches(paths, work, size=64):
+    """torch.cat of work(images (n, 3, H, W), their paths) over the images of a folder, read a batch at a time."""
+    done, batch = [], []
+    for path in tqdm(paths, desc=os.path.dirname(paths[0]) or ".", unit="image", leave=False):
+        image = read_image(path)
+        if batch and (len(batch) == size or image.shape != batch[0][0].shape):
+            done.append(work(torch.stack([image for image, _ in batch]), [path for _, path in batch]))
+            batch = []
+        batch.append((image, path))
+    done.append(work(torch.stack([image for image, _ in batch]), [path for _, path in batch]))
+    return torch.cat(done)
+
+
+def surface_normals(position):
+    """Unit normals (..., 3, H, W) of position maps (..., 3, H, W) with NaN off the object, towards the camera: the
+    cross product of the mean differences to the neighbours below and above, right and left, those that are there."""
+    def slope(dim):
+        step = position.diff(dim=dim)
+        gap = torch.full_like(step.narrow(dim, 0, 1), torch.nan)
+        return torch.stack([torch.cat([step, gap], dim), torch.cat([gap, step], dim)]).nanmean(dim=0)
+    return F.normalize(torch.linalg.cross(slope(-2), slope(-1), dim=-3), dim=-3).nan_to_num()
+
+
+def folder_consistency(images, positions, azimuths, elevation, extent, lpips_weights=None):
+    """`consistency` of IMAGES/ID/color_000.png, .. on POSITIONS/ID/position_000.npy, .., a view per azimuth.
+
+    Positions (H, W, 3) lie in the object's frame (y up, see data.py), NaN off the object; an orthographic image spans
+    extent units to each side. Returns a dict of means over the objects. Raises ValueError where a map does not fit its
+    camera.
+    """
+    rows = []
+    for folder in tqdm(sorted(path for path in Path(positions).glob("*") if path.is_dir()), desc="consistency",
+                       leave=False):
+        image = torch.stack([read_image(f"{images}/{folder.name}/color_{v:03}.png") for v in range(len(azimuths))])
+        position = torch.stack([torch.from_numpy(np.load(folder / f"position_{v:03}.npy")).float().permute(2, 0, 1)
+                                for v in range(len(azimuths))]) * data.EXTENT / extent
+        if image.shape != position.shape:
+            raise ValueError(f"{folder} has maps of {tuple(position.shape[-2:])}, its images {tuple(image.shape[-2:])}")
+        mask = position.isfinite().all(dim=1, keepdim=True)
+        column, row, _ = data.project(position, torch.tensor(azimuths), elevation)
+        places = torch.meshgrid(*(torch.arange(n) + 0.5 for n in position.shape[-2:]), indexing="ij")
+        for v in range(len(azimuths)):
+            gap = torch.stack([row[v] - places[0], column[v] - places[1]]).norm(dim=0)[mask[v, 0]]
+            if len(gap) and gap.median() > 1:
+                raise ValueError(f"{folder}/position_{v:03}.npy lies {gap.median():.1f} pixels off its camera: see "
+                                 "--azimuths, --elevation and --extent")
+        normal = surface_normals(position)
+        rows.append(consistency(image[None], position.nan_to_num()[None], normal[None], mask[None].float(),
+                                lpips_weights=lpips_weights, azimuth=azimuths, elevation=elevation))
+    if not rows:
+        raise ValueError(f"{positions} has no folder of position maps, ID/position_000.npy, ..")
+    return {name: torch.cat([row[name] for row in rows]).nanmean().item() for name in rows[0]}
+
+
+def folders(args):
+    """Measures one folder of images against another and prints one line: distances of features always; PSNR, SSIM (and
+    LPIPS) where the two hold the same names; CLIP score and consistency of the first folder where asked for."""
+    device = launch(args.threads)[0]
+    ours, theirs = (find_images(folder, args.pattern) for folder in (args.ours, args.theirs))
+    weights = load_lpips(args.lpips) if args.lpips else None
+    if args.inception:
+        names, features = ("FID", "KID"), load_inception(args.inception, device)
+    else:
+        names, net = ("FD", "KD"), train_feature_net(args.folder)
+        features = lambda images: net.features(F.interpolate(images, 32, mode="bilinear", antialias=True))
+    paths = [[f"{folder}/{path}" for path in found] for folder, found in ((args.ours, ours), (args.theirs, theirs))]
+    a, b = (in_batches(found, lambda images, _: features(images)) for found in paths)
+    spread = kid_spread(a, b)
+    line = [f"{len(a)} images against {len(b)}:", f"{names[0]} {fid(a, b):.3f}",
+            f"{names[1]}x1000 {1000 * kid(a, b):.3f} (subsets {1000 * spread[0]:.3f} +- {1000 * spread[1]:.3f})"]
+    if ours == theirs:
+        metrics = {"PSNR": psnr, "SSIM": ssim} | ({"LPIPS": lambda x, y: lpips(x, y, weights)} if weights else {})
+
+        def compare(images, found):
+            others = [read_image(args.theirs + path.removeprefix(args.ours)) for path in found]
+            for path, image in zip(found, others):
+                if image.shape != images.shape[1:]:
+                    raise ValueError(f"{path} is of another size than its counterpart in {args.theirs}")
+            return torch.stack([metric(images, torch.stack(others)) for metric in metrics.values()], dim=1)
+        line += [f"{name} {value:.4f}" for name, value in zip(metrics, in_batches(paths[0], compare).mean(dim=0))]
+    if args.clip:
+        score = load_clip(args.clip, device)
+        line.append(f"CLIP {in_batches(paths[0], lambda x, found: score(x, [*map(read_caption, found)])).mean():.4f}")
+    if args.positions:
+        views = folder_consistency(args.ours, args.positions, args.azimuths, args.elevation, args.extent, weights)
+        line += ["re-rendered"] + [f"{name} {value:.4f}" for name, value in views.items()]
+    print(" ".join(line))
+
+
+def benchmark(args):
+    """Times `fid` against the route by the square root of a matrix, in turn, on the same features."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((args.num, args.width)) * scale + scale for scale in (1.0, 1.2))
+
+    def by_root(a, b):
+        (m1, c1), (m2, c2) = ((x.mean(axis=0), np.cov(x, rowvar=False)) for x in (a, b))
+        return (m1 - m2) @ (m1 - m2) + np.trace(c1 + c2 - 2 * np.real(sqrtm(c1 @ c2)))
+    print(f"FID of 2 x {args.num} images with {args.width} features each, {args.rounds} rounds in turn; a minute a "
+          "round at the default size", flush=True)
+    times, values = {fid: [], by_root: []}, {}
+    for _ in range(args.rounds):
+        for route in times:
+            start = time.perf_counter()
+            values[route] = route(a, b)
+            times[route].append(time.perf_counter() - start)
+    nuclear, root = (float(np.median(times[route])) for route in (fid, by_root))
+    print(f"nuclear norm {nuclear:.2f} s ({values[fid]:.6f}), scipy.linalg.sqrtm {root:.2f} s ({values[by_root]:.6f}): "
+          f"{nuclear / root:.3f} of the time")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The oracle: what perfect photos and perfect renders score.
 
 def oracle(folder=FOLDER, num=64):
@@ -359,27 +578,28 @@ def oracle(folder=FOLDER, num=64):
 # ---------------------------------------------------------------------------------------------------------------------
 # The trained models: does control hold, does the domain follow its switch, has the domain leaked?
 
-def measure(images, held, photos, net, base=None, task="texturing"):
+def measure(images, held, photos, net, base=None, task="texturing", lpips_weights=None):
     """Control, consistency and realism of grids of images.
 
     images: (B, V, 3, H, W) in [0, 1], of the objects `held` (data.evaluation_set). photos: (N, F) features of held-out
     photographs; base: of the base model's images of the same prompts. task "text": there are no maps, so consistency
     is taken on the visual hull. Returns a dict of floats: silhouette IoU with the control mask; PSNR (dB) and SSIM of
-    the views re-rendered, PSNR leave-one-out; share called a photo; Frechet and kernel (x 1000) distance to base and
-    to photos; caption, how surely the heads read category, colour and material off the image (in place of CLIP).
+    the views re-rendered (and LPIPS, given its weights), PSNR leave-one-out; share called a photo; Frechet and kernel
+    (x 1000) distance to base and to photos; caption, how surely the heads read category, colour and material off the
+    image (in place of CLIP).
     """
     mask, flat = held["mask"] / 255, images.flatten(0, 1)
     if task == "text":
-        views = consistency(images, *visual_hull(silhouette(images)), near=0.5)
+        views = consistency(images, *visual_hull(silhouette(images)), near=0.5, lpips_weights=lpips_weights)
     else:
-        views = consistency(images, held["position"], held["normal"], mask)
+        views = consistency(images, held["position"], held["normal"], mask, lpips_weights=lpips_weights)
     features, labels = net.features(flat), held["labels"].repeat_interleave(images.shape[1], dim=0)
     with torch.no_grad():
         heads = net(flat)
     said = [heads[name].softmax(1).gather(1, labels[:, k:k + 1]) for k, name in enumerate(("category", "color",
                                                                                            "material"))]
     row = dict(iou=silhouette_iou(images, mask).mean().item() if task == "texturing" else None,
-               **{name: views[name].nanmean().item() for name in ("psnr", "ssim", "psnr_loo")},
+               **{name: value.nanmean().item() for name, value in views.items() if name != "covered"},
                photo=(net.photo_probability(flat) > 0.5).float().mean().item(), caption=torch.cat(said).mean().item())
     for name, reference in (("B", base), ("I", photos)):
         if reference is not None:
@@ -443,9 +663,57 @@ def toy(args):
     out = args.out.removesuffix(".png")
     sample.save_picture(f"{out}.png", [(name, (grids[:6] * 255).round().byte().flatten(0, 1)) for name, grids in
                                        images.items()], column_titles=data.VIEWS * min(6, args.num))
-    write_json(f"{out}.json", dict(settings=settings(args), rows=rows))
+    write_json(f"{out}.json", dict(settings=settings(args) | dict(seed=args.seed), rows=rows))
     print(f"wrote {out}.png and {out}.json")
     return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How far to shift at sampling time (Sec. 4.3): once per model, on objects that are not evaluated on
+
+
+def select(args):
+    """Tries B_max over 0, 10, .. 40 % of the blocks, then t_max over 800, 850, .. 1000, on validation objects; of those
+    whose kernel distance to photos exceeds the unshifted model's by no more than the share --max_loss, the one with the
+    highest re-rendered PSNR wins. Writes the choice beside the model, for sample.py, and a picture of the trade-off."""
+    device = launch(args.threads)[0]
+    path = args.model or sample.default_model("toy", "texturing")
+    network = sample.load_network(path, device)
+    task = sample.trained_task(path)
+    if network.shifters is None or task is None:
+        raise ValueError(f"{path} is not a Realiz3D model of stage 2: there is no domain to shift")
+    held = data.evaluation_set(args.num, data.SEEDS["validation"], network.dit.config.image_size, args.folder, device)
+    net = train_feature_net(args.folder)
+    photos = net.features(data.photo_set(1000, folder=args.folder, device=device)["image"][:, 0] / 255)
+    tried = {}
+
+    def score(B_max, t_max):
+        images = sample.sample_images(network, held["text"], "shifted", 4, held["control"] if task == "texturing" else
+                                      None, seed=args.seed, num_steps=args.num_steps, cfg_scale=args.cfg_scale,
+                                      B_max=B_max, t_max=t_max, batch=16, progress=progress)
+        row = tried[B_max, t_max] = measure(data.to_uint8(images) / 255, held, photos, net, task=task)
+        progress.write(f"B_max {B_max:.1f}  t_max {t_max:4d}  " + "  ".join(
+            f"{name} {number(row[name], COLUMNS[name])}" for name in ("psnr", "psnr_loo", "iou", "photo", "KD_I")))
+
+    def best():
+        limit = tried[0.0, T]["KD_I"] * (1 + args.max_loss)
+        return max((shift for shift in tried if tried[shift]["KD_I"] <= limit), key=lambda shift: tried[shift]["psnr"])
+    with tqdm(total=9 * 4 * args.num, desc="select", unit="image", bar_format=sample.BAR) as progress:
+        for B_max in (0.0, 0.1, 0.2, 0.3, 0.4):
+            score(B_max, T)
+        by_layer, _ = best()
+        for t_max in (950, 900, 850, 800):
+            score(by_layer, t_max)
+    choice = dict(zip(("B_max", "t_max"), best()))
+    out = path.removesuffix(".safetensors")
+    points = {f"B_max {B_max:.1f}" + (f", t_max {t_max}" if t_max < T else ""): (row["KD_I"], row["psnr"])
+              for (B_max, t_max), row in tried.items()}
+    sample.save_points(f"{out}.shift.png", points, "kernel distance to photos x1000 (left: realistic)",
+                       "re-rendered PSNR (up: consistent)", limit=tried[0.0, T]["KD_I"] * (1 + args.max_loss))
+    write_json(f"{out}.shift.json", choice | dict(settings=settings(args) | dict(seed=args.seed), tried=[
+        dict(B_max=B_max, t_max=t_max, **row) for (B_max, t_max), row in tried.items()]))
+    print(f"B_max {choice['B_max']}, t_max {choice['t_max']} -> {out}.shift.json, where sample.py finds it; the "
+          f"trade-off: {out}.shift.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -529,9 +797,15 @@ TABLES = {
 
 
 def trained(row, task, args):
-    """Path of the row's model; train_stage2.py trains it first where it is missing, or goes on where it stopped."""
+    """Path of the row's model; train_stage2.py trains it first where it is missing, or goes on where it stopped.
+
+    Another seed trains stage 1 and 2 anew, on the same sets.
+    """
     name = "-".join([task, *row.flags.replace("--", "").replace(" ", "_").split(), f"{args.steps}_steps"])
     out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
+    if args.seed and not os.path.exists(f"{out}/sets"):
+        os.makedirs(out, exist_ok=True)
+        os.symlink(os.path.abspath(f"{args.folder}/sets"), f"{out}/sets")
     path = f"{out}/{name}.safetensors"
     if not os.path.isfile(path):
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train_stage2.py")
@@ -539,7 +813,7 @@ def trained(row, task, args):
                    args.steps, "--sample_every", args.steps + 1, *args.train_flags.split()]
         command += ["--threads", args.threads] if args.threads else []
         print(f"{row.label}: python train_stage2.py {' '.join(map(str, command))}", flush=True)
-        if subprocess.run([sys.executable, script, *map(str, command)]).returncode:
+        if subprocess.run([sys.executable, script, *map(str, command)]).returncode or not os.path.isfile(path):
             raise ValueError(f"the training of '{row.label}' stopped; the same command goes on from there")
     return path
 
@@ -565,56 +839,149 @@ def sampled(row, path, task, held, args, device):
 
 def table(args):
     """Trains what is missing, samples and measures every row of one of the paper's tables, and prints the toy's values
-    beside the paper's. Writes results/TABLE.json after each row, and two pictures at the end."""
+    beside the paper's. Writes results/TABLE.json after each row, and at the end TABLE.md and two pictures.
+
+    Other seeds than 0 add to the file: what is printed is the mean over the seeds of a row.
+    """
     device = launch(args.threads)[0]
     task, rows = TABLES[args.command]
-    folder, net = f"{args.folder}/sets", train_feature_net(f"{args.folder}/sets")
+    unknown = set(args.rows or []) - {row.label for row in rows}
+    if unknown:
+        raise ValueError(f"{args.command} has no row {', '.join(map(repr, unknown))}; its rows: "
+                         + ", ".join(repr(row.label) for row in rows))
+    out, folder = f"{args.results}/{args.command}", f"{args.folder}/sets"
+    results, grids = read_results(f"{out}.json", args), {}
+    results = {row.label: dict(paper=dict(zip(PAPER_COLUMNS, row.paper)), flags=row.flags, mode=row.mode,
+                               toy=results.get(row.label, {}).get("toy", {})) for row in rows}
+    net, weights = train_feature_net(folder), load_lpips(args.lpips) if args.lpips else None
     held = data.evaluation_set(args.num, folder=folder, device=device)
     photos = net.features(data.photo_set(1000, folder=folder, device=device)["image"][:, 0] / 255)
     base = net.features(base_images(sample.default_base("toy", args.folder), args.num, folder, device, args.seed,
-                                    args.num_steps) / 255)
-    out, results, grids = f"{args.results}/{args.command}", {}, {}
-    print(f"{len(rows)} rows, of which {sum(row.flags is not None for row in rows)} on {args.num} held-out objects, "
-          f"models of {args.steps} steps, seed {args.seed}; into {out}.json")
-    for row in rows:
-        results[row.label] = dict(paper=dict(zip(PAPER_COLUMNS, row.paper)))
-        if row.flags is None:
-            continue
+                                    args.num_steps, args.cfg_scale) / 255)
+    todo = [row for row in rows if row.flags is not None and row.label in (args.rows or results)]
+    print(f"{len(todo)} rows on {args.num} held-out objects, models of {args.steps} steps, seed {args.seed}; into "
+          f"{out}.json; about ten minutes a model of 1,600 steps where it is missing", flush=True)
+    for row in todo:
         grids[row.label] = sampled(row, trained(row, task, args), task, held, args, device)
-        toy = measure(grids[row.label] / 255, held, photos, net, base, task)
-        results[row.label] |= dict(flags=row.flags, mode=row.mode, toy=toy)
-        write_json(f"{out}.json", dict(settings=settings(args), commit=commit(), rows=results))
-    print_table(results)
-    points = {label: (row["toy"]["KD_I"], row["toy"]["psnr"]) for label, row in results.items() if "toy" in row}
+        toy = measure(grids[row.label] / 255, held, photos, net, base, task, weights)
+        results[row.label]["toy"][str(args.seed)] = toy | dict(commit=commit())
+        write_json(f"{out}.json", dict(settings=settings(args), rows=results))
+    lines = "\n".join(table_lines(results))
+    print(lines)
+    write_text(f"{out}.md", f"# {args.command.replace('table', 'Table ')} on the toy world, beside the paper's\n\n"
+               f"{lines}\n\n`python evaluate.py {args.command}` with {settings(args)}\n")
+    points = {label: [mean(row, name) for name in ("KD_I", "psnr")] for label, row in results.items() if row["toy"]}
     sample.save_points(f"{out}.png", points, "kernel distance to photos x1000 (left: realistic)",
                        "re-rendered PSNR (up: consistent)")
     sample.save_picture(f"{out}_sheet.png", [("renders", held["image"][:6].flatten(0, 1))] + [
         (label, images[:6].flatten(0, 1)) for label, images in grids.items()], column_titles=data.VIEWS * 6)
-    print(f"wrote {out}.json, {out}.png and {out}_sheet.png")
+    print(f"wrote {out}.json, {out}.md, {out}.png and {out}_sheet.png")
 
 
 PAPER_COLUMNS = ("PSNR", "SSIM", "LPIPS", "FID_B", "KID_B", "FID_I", "KID_I", "CLIP")
+COLUMNS = {"psnr": 2, "ssim": 4, "lpips": 4, "FD_B": 1, "KD_B": 0, "FD_I": 1, "KD_I": 0, "caption": 3, "iou": 3,
+           "psnr_loo": 2, "photo": 2}                                   # of the toy, with digits to print
 
 
-def print_table(results):
-    """The toy's values, the paper's beside them, and how alike the two order the methods."""
-    columns = {"iou": 3, "psnr": 2, "psnr_loo": 2, "ssim": 4, "photo": 2, "FD_B": 1, "KD_B": 0, "FD_I": 1, "KD_I": 0,
-               "caption": 3}
-    digits = {"PSNR": 2, "SSIM": 4, "FID_B": 1, "FID_I": 1, "KID_I": 4}
-    print(f"{'':28}{''.join(f'{name:>9}' for name in columns)}  | paper {''.join(f'{name:>9}' for name in digits)}")
+def read_results(path, args):
+    """The rows of a results file, {} where there is none. Raises ValueError if it was made with other settings."""
+    if not os.path.isfile(path):
+        return {}
+    with open(path) as file:
+        stored = json.load(file)
+    if stored["settings"] != settings(args):
+        raise ValueError(f"{path} was made with {stored['settings']}, not {settings(args)}: name another folder with "
+                         "--results")
+    return stored["rows"]
+
+
+def mean(row, name):
+    """A row's measure, averaged over its seeds; None where it has none."""
+    values = [toy[name] for toy in row["toy"].values() if toy.get(name) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def seed_noise(results, name):
+    """Standard deviation of a measure between seeds, pooled over the rows trained with two or more; None: no such."""
+    several = [[toy[name] for toy in row["toy"].values()] for row in results.values() if len(row["toy"]) > 1]
+    several = [values for values in several if None not in values]
+    return float(np.sqrt(np.mean([np.var(values, ddof=1) for values in several]))) if several else None
+
+
+def table_lines(results):
+    """The toy's values and the paper's beside them as lines of Markdown, then how alike the two order the methods."""
+    columns = {name: digits for name, digits in COLUMNS.items() if any(name in t for r in results.values() for t in
+                                                                        r["toy"].values())}
+    cells = [["", *columns, *(f"paper {name}" for name in PAPER_COLUMNS)]]
     for label, row in results.items():
-        toy = row.get("toy", {})
-        print(f"{label:28}{''.join(f'{number(toy.get(name), d):>9}' for name, d in columns.items())}  |       "
-              + "".join(f"{number(row['paper'][name], d):>9}" for name, d in digits.items()))
-    both = [row for row in results.values() if "toy" in row]
+        cells.append([label + (f" ({len(row['toy'])} seeds)" if len(row["toy"]) > 1 else ""),
+                      *(number(mean(row, name), digits) for name, digits in columns.items()),
+                      *(number(row["paper"][name], 4 if value < 10 else 2) for name, value in row["paper"].items())])
+    noise = [seed_noise(results, name) for name in columns]
+    if any(noise):
+        cells.append(["deviation between seeds", *(number(sd, digits) for sd, digits in zip(noise, columns.values())),
+                      *[""] * len(PAPER_COLUMNS)])
+    widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
+    lines = ["| " + " | ".join(cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(row, widths)))
+             + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if k else "-") for k, w in enumerate(widths)) + "|")
+    both = [row for row in results.values() if row["toy"]]
     for what, ours, theirs in (("consistency", "psnr", "PSNR"), ("realism", "KD_I", "KID_I")):
-        rho = spearmanr([row["toy"][ours] for row in both], [row["paper"][theirs] for row in both]).statistic
-        print(f"Spearman correlation of the order by {what} ({ours} here, {theirs} in the paper): {rho:.2f}")
+        rho = spearmanr([mean(row, ours) for row in both], [row["paper"][theirs] for row in both]).statistic
+        lines += ["", f"Spearman correlation of the order by {what} ({ours} here, {theirs} in the paper): {rho:.2f}"]
+    return lines
+
+
+# The paper's claims: the table, the measure, and the row that has less of it than the other
+FINDINGS = (
+    ("renders alone forget realism",               "table1", "KD_I", "Realiz3D", "syn only"),
+    ("mixing in real data softens that",           "table1", "KD_I", "syn + real", "syn only"),
+    ("... and only softens it",                    "table1", "KD_I", "Realiz3D", "syn + real"),
+    ("two stages are more realistic than joint",   "table2", "KD_I", "3 real data", "1 joint"),
+    ("real data in stage 2 gives realism",         "table2", "KD_I", "3 real data", "2 no real data"),
+    ("... and costs consistency",                  "table2", "psnr", "3 real data", "2 no real data"),
+    ("reassignment wins consistency back",         "table2", "psnr", "3 real data", "5 = 3 + reassignment"),
+    ("layer-aware training wins more back",        "table2", "psnr", "5 = 3 + reassignment", "7 = 5 + freezing"),
+    ("shifted sampling wins more back",            "table2", "psnr", "7 = 5 + freezing", "8 = 7, shifted"),
+)
+
+
+def findings(args):
+    """Prints each of the paper's claims with the toy's numbers, the noise between seeds and a verdict: confirmed where
+    the difference has the right sign and exceeds twice its noise."""
+    tables = {}
+    for name in ("table1", "table2", "table3"):
+        path = f"{args.results}/{name}.json"
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"no {path} yet: python evaluate.py {name} makes it")
+        with open(path) as file:
+            tables[name] = json.load(file)["rows"]
+    lines = ["| the paper's finding | measured | less | more | noise of the difference | verdict |",
+             "|---|---|---|---|---|---|"]
+    for claim, name, what, low, high in FINDINGS:
+        rows, digits = tables[name], COLUMNS[what]
+        a, b, noise = mean(rows[low], what), mean(rows[high], what), seed_noise(rows, what)
+        if a is None or b is None or noise is None:
+            raise ValueError(f"{name} lacks '{low}', '{high}' or a row of two seeds: run python evaluate.py {name}, and "
+                             "again with --seed 1 (and --rows for some)")
+        noise = noise * np.sqrt(1 / len(rows[low]["toy"]) + 1 / len(rows[high]["toy"]))
+        verdict = "confirmed" if b - a > 2 * noise else "not confirmed" if b - a < -2 * noise else "within the noise"
+        lines.append(f"| {claim} | {what} | {low}: {a:.{digits}f} | {high}: {b:.{digits}f} | {noise:.{digits}f} | "
+                     f"{verdict} |")
+    for name in ("table1", "table3"):
+        ours = [mean(tables[name]["Realiz3D"], what) for what in ("KD_I", "psnr")]
+        better = ", ".join(label for label, row in tables[name].items() if row["toy"] and mean(row, "KD_I") < ours[0]
+                           and mean(row, "psnr") > ours[1])
+        lines.append(f"| no baseline beats Realiz3D on both axes ({name}) | KD_I, psnr | | {better or 'none'} | | "
+                     f"{'not confirmed' if better else 'confirmed'} |")
+    print("\n".join(lines))
+    write_text(f"{args.results}/findings.md", "\n".join(lines) + "\n")
 
 
 def settings(args):
-    """The flags, for a results file."""
-    return {key: value for key, value in vars(args).items() if key != "run"}
+    """The flags that decide the numbers, for a results file; its seeds stand beside them."""
+    ignored = ("run", "command", "seed", "rows", "threads", "folder", "results", "out")
+    return {key: value for key, value in vars(args).items() if key not in ignored}
 
 
 def commit():
@@ -625,10 +992,15 @@ def commit():
 
 
 def write_json(path, value):
+    """Writes a value as JSON."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path, text):
     """Writes to a temporary name and moves it into place."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(f"{path}.tmp", "w") as file:
-        json.dump(value, file, indent=1)
+        file.write(text)
     os.replace(f"{path}.tmp", path)
 
 
@@ -639,38 +1011,65 @@ def print_oracle(args):
         print(f"{name:32}{photos:10.3f}{renders:10.3f}  {target}")
 
 
+FLAGS = {                                                               # that several commands share
+    "num": dict(type=int, default=40, help="objects"),
+    "model": dict(help="realiz3d checkpoint (default: the run folder's, else the shipped one)"),
+    "num_steps": dict(type=int, default=50, help="DDIM steps"),
+    "cfg_scale": dict(type=float, default=sample.CFG_SCALE, help="guidance on the text, 1 = none"),
+    "seed": dict(type=int, default=0, help="decides the noise (tables: and the training)"),
+    "threads": dict(type=int, help="CPU threads (default: PyTorch's choice)"),
+    "folder": dict(default=FOLDER, help="where the toy's sets and the feature net are kept"),
+    "results": dict(default="results", help="where the tables and their pictures are"),
+    "lpips": dict(metavar="FILE", help="state_dict of lpips.LPIPS(net='alex'), to measure LPIPS too"),
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("oracle", help="perfect photos and renders through every toy measure")
-    sub.set_defaults(run=print_oracle)
-    sub.add_argument("--num", type=int, default=64, help="held-out objects")
-    sub.add_argument("--folder", default=FOLDER, help="where sets and the feature net are kept")
-    sub = commands.add_parser("toy", help="control, domain and leakage of the trained models")
-    sub.set_defaults(run=toy)
-    sub.add_argument("--num", type=int, default=40, help="held-out objects")
-    sub.add_argument("--folder", default=FOLDER, help="where sets and the feature net are kept")
-    sub.add_argument("--model", help="realiz3d checkpoint (default: the run folder's, else the shipped one)")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, run, what, *flags):
+        sub = commands.add_parser(name, help=what, description=run.__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.set_defaults(run=run)
+        for flag in flags:
+            sub.add_argument(f"--{flag}", **FLAGS[flag])
+        return sub
+    command("oracle", print_oracle, "perfect photos and renders through every toy measure", "num", "folder")
+    sampling = ("num", "num_steps", "cfg_scale", "seed", "threads")
+    sub = command("toy", toy, "control, domain and leakage of the trained models", "model", *sampling, "folder")
     sub.add_argument("--syn_only", help="checkpoint of python train_stage2.py --method syn_only (default likewise)")
     sub.add_argument("--base", help="base model (default likewise)")
-    sub.add_argument("--num_steps", type=int, default=50, help="DDIM steps")
-    sub.add_argument("--cfg_scale", type=float, default=sample.CFG_SCALE, help="guidance on the text, 1 = none")
-    sub.add_argument("--seed", type=int, default=0, help="decides the noise")
-    sub.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     sub.add_argument("--out", default="runs/toy/evaluate.png", help="picture to write; its numbers: .json")
+    sub = command("select", select, "how far to shift: B_max and t_max of a model, kept where sample.py finds them",
+                  "model", *sampling, "folder")
+    sub.set_defaults(num=20)
+    sub.add_argument("--max_loss", type=float, default=0.25, help="share by which the kernel distance may grow")
     for name, (task, rows) in TABLES.items():
-        sub = commands.add_parser(name, help=f"the paper's Table {name[-1]} on the toy world ({len(rows)} rows, task "
-                                  f"{task}): trains what is missing, about ten minutes a model; run again to go on")
-        sub.set_defaults(run=table)
-        sub.add_argument("--num", type=int, default=40, help="held-out objects")
+        sub = command(name, table, f"the paper's Table {name[-1]} on the toy world ({len(rows)} rows, task {task}): "
+                      "trains what is missing, about ten minutes a model; run again to go on", *sampling, "results",
+                      "lpips")
         sub.add_argument("--folder", default="runs/toy", help="run folder: sets, models, samples")
-        sub.add_argument("--results", default="results", help="where the table and its pictures go")
         sub.add_argument("--steps", type=int, default=1600, help="training steps of every model")
-        sub.add_argument("--num_steps", type=int, default=50, help="DDIM steps")
-        sub.add_argument("--cfg_scale", type=float, default=sample.CFG_SCALE, help="guidance on the text, 1 = none")
-        sub.add_argument("--seed", type=int, default=0, help="decides training and noise")
-        sub.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+        sub.add_argument("--rows", nargs="+", metavar="LABEL", help="only these rows (default all)")
         sub.add_argument("--train_flags", default="", help="more flags for train_stage2.py, in quotes")
+    command("findings", findings, "the paper's claims, confirmed by the tables or not", "results")
+    sub = command("folders", folders, "measure a folder of images against another", "lpips", "threads", "folder")
+    sub.add_argument("ours", help="folder of images to measure")
+    sub.add_argument("theirs", help="folder of images to measure them against")
+    sub.add_argument("--pattern", default="*", help="which files, as color_*")
+    sub.add_argument("--inception", metavar="FILE", help="TorchScript Inception, for FID and KID (without: the toy's "
+                     "own network, FD and KD)")
+    sub.add_argument("--clip", metavar="DIR", help="CLIP model as Hugging Face has it, for the caption score")
+    sub.add_argument("--positions", metavar="DIR", help="position maps DIR/ID/position_000.npy, .. of the views "
+                     "OURS/ID/color_000.png, .., for 3D consistency")
+    sub.add_argument("--azimuths", type=float, nargs="+", default=data.AZIMUTHS, help="of the views, degrees")
+    sub.add_argument("--elevation", type=float, default=data.ELEVATION, help="of the views, degrees")
+    sub.add_argument("--extent", type=float, default=data.EXTENT, help="half the width of a view in the maps' units")
+    sub = command("benchmark", benchmark, "time FID against scipy.linalg.sqrtm")
+    sub.add_argument("--num", type=int, default=1000, help="images a set")
+    sub.add_argument("--width", type=int, default=2048, help="features an image")
+    sub.add_argument("--rounds", type=int, default=3, help="how often each is timed")
     args = parser.parse_args()
     args.run(args)
 

@@ -9,10 +9,12 @@
 The picture has a row for the control maps and one for each domain mode, with the four views side by side.
 """
 import argparse
+import json
 import math
 import os
 import shutil
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -282,9 +284,12 @@ def save_plot(path, curves, x_label, y_label, log_y=False):
     save_image(path, sheet)
 
 
-def save_points(path, points, x_label, y_label):
-    """Writes a plot of labelled points as PNG: points = {label: (x, y)}."""
-    sheet, pen, place = axes(list(points.values()), x_label, y_label, size=(900, 560))
+def save_points(path, points, x_label, y_label, limit=None):
+    """Writes a plot of labelled points as PNG: points = {label: (x, y)}; limit: draws a vertical line at this x."""
+    corners = list(points.values()) + ([(limit, next(iter(points.values()))[1])] if limit is not None else [])
+    sheet, pen, place = axes(corners, x_label, y_label, size=(900, 560))
+    if limit is not None:
+        pen.line([(place(limit, 0)[0], 12), (place(limit, 0)[0], sheet.height - 36)], "gray")
     for k, (label, point) in enumerate(points.items()):
         x, y = place(*point)
         pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=COLORS[k % 5])
@@ -320,6 +325,21 @@ def default_model(preset="toy", task="texturing", method="realiz3d"):
                             f"{flags}")
 
 
+def trained_task(path):
+    """The task a stage-2 model was trained for, None for a base model."""
+    return load_tensors(path)[1].get("settings", {}).get("task")
+
+
+def selected_shift(path):
+    """B_max and t_max that `evaluate.py select` left beside a model, the paper's 0.3 and 950 without (Sec. 4.3)."""
+    choice = f"{path.removesuffix('.safetensors')}.shift.json"
+    if not os.path.isfile(choice):
+        return 0.3, 950
+    with open(choice) as file:
+        stored = json.load(file)
+    return stored["B_max"], stored["t_max"]
+
+
 MODES = {"syn": "synthetic mode", "real": "real mode", "shifted": "shifted"}
 
 
@@ -343,6 +363,23 @@ def object_sheet(path, network, objects, task="texturing", modes=tuple(MODES), *
     return images
 
 
+def save_views(folder, images, objects, names):
+    """Writes each view as a file of its own: FOLDER/MODE/NAME/color_000.png, .., and the positions it shows, where the
+    objects have them, as FOLDER/positions/NAME/position_000.npy, float32 (H, W, 3), NaN off the object.
+
+    images: {mode: (N, V, 3, H, W) in [-1, 1]}. objects: from data.evaluation_set. names: N of them.
+    """
+    for mode, grids in images.items():
+        for name, grid in zip(names, data.to_uint8(grids)):
+            for v, image in enumerate(grid):
+                save_image(f"{folder}/{mode}/{name}/color_{v:03}.png", Image.fromarray(image.permute(1, 2, 0).numpy()))
+    for k, name in enumerate(names if "position" in objects else ()):
+        os.makedirs(f"{folder}/positions/{name}", exist_ok=True)
+        maps = objects["position"][k].masked_fill(objects["mask"][k] < 255, math.nan)
+        for v, position in enumerate(maps):
+            np.save(f"{folder}/positions/{name}/position_{v:03}.npy", position.permute(1, 2, 0).cpu().numpy())
+
+
 def parse_args(argv=None):
     """The command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -354,14 +391,17 @@ def parse_args(argv=None):
     add("--object", type=int, nargs="+", default=[0, 1, 2], help="numbers of held-out objects")
     add("--prompt", nargs="+", help="captions instead of objects: a base model or --task text")
     add("--domain", choices=("all", "real", "syn", "shifted"), default="all", help="domain mode (default: all three)")
-    add("--B_max", type=float, default=0.3, help="layer shift: share of the blocks that run in synthetic mode")
-    add("--t_max", type=int, default=950, help="time shift: steps t >= t_max run in synthetic mode; 1000 = none")
+    add("--B_max", type=float, help="layer shift: share of the blocks that run in synthetic mode (default: what "
+        "evaluate.py select found for this model, else 0.3)")
+    add("--t_max", type=int, help="time shift: steps t >= t_max run in synthetic mode; 1000 = none (default: likewise, "
+        "else 950)")
     add("--cfg_scale", type=float, default=CFG_SCALE, help="guidance on the text, 1 = none")
     add("--num_steps", type=int, default=50, help="DDIM steps")
     add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps")
     add("--seed", type=int, default=0, help="decides the noise")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--out", help="picture to write (default runs/PRESET/sample.png)")
+    add("--views", metavar="DIR", help="also write every view as its own file, as evaluate.py folders reads them")
     add("--real_set", metavar="FILE", help="draw the real set of stages 1 and 2 with the base model, instead")
     add("--num_assets", type=int, default=640, help="real set: assets, four images each")
     return parser, parser.parse_args(argv)
@@ -387,22 +427,25 @@ def main():
     config = network.dit.config
     if not config.vocab_size:
         raise ValueError(f"{path} is a latent model: it has no pictures without a VAE")
-    task = load_tensors(path)[1].get("settings", {}).get("task")    # None: a base model, one image a caption
+    task = trained_task(path)                                       # None: a base model, one image a caption
     if args.task not in (None, task):
         raise ValueError(f"{path} was trained for {task or 'no task (a base model)'}, not for {args.task}")
     if task == "texturing" and args.prompt:
         raise ValueError("a texturing model needs an object's maps: name one with --object, or use --task text")
     if args.domain != "all" and not network.knows_domains():
         raise ValueError(f"{path} has no Domain Shifters, so no --domain; add some with --shifters FILE")
+    B_max, t_max = selected_shift(path)
     options = dict(seed=args.seed, cfg_scale=args.cfg_scale, num_steps=args.num_steps, spacing=args.spacing,
-                   B_max=args.B_max, t_max=args.t_max)
+                   B_max=B_max if args.B_max is None else args.B_max, t_max=t_max if args.t_max is None else args.t_max)
     out = args.out or f"runs/{args.preset}/sample.png"
     modes = ("syn", "real", "shifted") if args.domain == "all" else (args.domain,)
     objects = data.evaluation_set(max(args.object) + 1, size=config.image_size, folder=f"runs/{args.preset}/sets")
     objects = {"text": text} if args.prompt else {key: value[args.object] for key, value in objects.items()}
     if rank == 0:
-        object_sheet(out, network, objects, task, modes, **options)
-        print(f"{path} -> {out}")
+        images = object_sheet(out, network, objects, task, modes, **options)
+        if args.views:
+            save_views(args.views, images, objects, range(len(text)) if args.prompt else args.object)
+        print(f"{path} -> {out}" + (f" and the single views in {args.views}" if args.views else ""))
 
 
 if __name__ == "__main__":

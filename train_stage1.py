@@ -540,7 +540,7 @@ def training_sets(args, launched, needs_real=True):
     path = args.real
     if needs_real and not path:
         path = f"{folder}/real_{args.num_assets}.safetensors"
-        sample.write_real_set(path, base_path(args), args.num_assets, args.seed, args.real_steps, launched=launched)
+        sample.write_real_set(path, base_path(args), args.num_assets, num_steps=args.real_steps, launched=launched)
     real = load_tensors(path)[0] if needs_real else None
     if config.vocab_size:
         return synthetic, real, {"text": data.tokenize([""])}

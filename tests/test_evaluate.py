@@ -293,6 +293,191 @@ def test_a_missing_model_names_the_command_that_makes_it(tmp_path, monkeypatch):
         evaluate.sample.default_model("small", "text", "syn_only")
 
 
+def test_select_picks_the_most_consistent_shift_within_the_loss(tmp_path, tiny_run, monkeypatch, capsys):
+    """With measures that are a known function of the shift, through the command and back into sample.py."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((tiny_run / "realiz3d_texturing.safetensors").read_bytes())
+    shifts = []
+
+    def sample_images(network, text, mode, views, control, B_max, t_max, **options):
+        shifts.append((B_max, t_max))
+        return torch.zeros(len(text), 4, 3, 32, 32)
+
+    def measure(images, *rest, **options):
+        B_max, t_max = shifts[-1]
+        return dict(KD_I=100 + 60 * B_max + (1000 - t_max) / 10, psnr=20 + 10 * B_max + (1000 - t_max) / 100) | dict(
+            psnr_loo=1.0, iou=1.0, photo=1.0
+        )
+
+    monkeypatch.setattr(evaluate, "train_feature_net", lambda folder: types.SimpleNamespace(features=lambda x: x))
+    monkeypatch.setattr(data, "photo_set", lambda num, **options: {"image": torch.zeros(2, 1, 3, 32, 32)})
+    monkeypatch.setattr(evaluate.sample, "sample_images", sample_images)
+    monkeypatch.setattr(evaluate, "measure", measure)
+    command = ["evaluate.py", "select", "--model", str(path), "--num", "2", "--folder", str(tmp_path), "--max_loss"]
+    assert evaluate.sample.selected_shift(str(path)) == (0.3, 950)
+    for max_loss, expected in (("0.25", (0.4, 1000)), ("0.3", (0.4, 950)), ("0", (0.0, 1000)), ("9", (0.4, 800))):
+        shifts.clear()
+        monkeypatch.setattr("sys.argv", [*command, max_loss])
+        evaluate.main()
+        assert evaluate.sample.selected_shift(str(path)) == expected
+        assert shifts[:5] == [(b, 1000) for b in (0.0, 0.1, 0.2, 0.3, 0.4)]
+        assert shifts[5:] == [(0.0 if max_loss == "0" else 0.4, t) for t in (950, 900, 850, 800)]
+    assert (tmp_path / "model.shift.png").exists() and "where sample.py finds it" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*command[:3], str(tiny_run / "base.safetensors")])
+    with pytest.raises(ValueError, match="no domain to shift"):
+        evaluate.main()
+
+
+# ---- folders of images
+
+
+class PatchMeans(torch.nn.Module):
+    """Called as the Inception file is: uint8 images in, features out."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        assert return_features and images.dtype == torch.uint8
+        return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_folders_of_views_measure_as_the_tensors_do(tmp_path, oracle, monkeypatch, capsys):
+    maps, photo, render = oracle
+    for name, images in (("photo", photo), ("render", render)):
+        objects = {"position": maps.position, "mask": data.to_uint8(maps.mask * 2 - 1)}
+        evaluate.sample.save_views(str(tmp_path), {name: images * 2 - 1}, objects, range(len(images)))
+    torch.jit.script(PatchMeans()).save(str(tmp_path / "inception.pt"))
+    command = [tmp_path / "photo", tmp_path / "render", "--inception", tmp_path / "inception.pt", "--positions"]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "folders", *map(str, command), str(tmp_path / "positions")])
+    evaluate.main()
+    line = capsys.readouterr().out.split()
+    value = lambda name: float(line[line.index(name) + 1])
+    a, b = (PatchMeans()((x.flatten(0, 1) * 255).round().byte(), True) for x in (photo, render))
+    assert line[:4] == ["96", "images", "against", "96:"]
+    assert value("FID") == pytest.approx(evaluate.fid(a, b), abs=6e-4)
+    assert value("KIDx1000") == pytest.approx(1000 * evaluate.kid(a, b), abs=6e-4)
+    assert value("PSNR") == pytest.approx(evaluate.psnr(photo, render).mean().item(), abs=6e-5)
+    assert value("SSIM") == pytest.approx(evaluate.ssim(photo, render).mean().item(), abs=6e-5)
+    direct = evaluate.consistency(photo, maps.position, maps.normal, maps.mask)
+    # the command has the normals from the positions' differences
+    assert value("psnr_loo") == pytest.approx(direct["psnr_loo"].nanmean().item(), abs=0.5)
+    assert value("covered") == pytest.approx(direct["covered"].mean().item(), abs=0.02)
+
+
+def test_normals_of_position_maps_are_those_of_the_surface(oracle):
+    maps = oracle[0]
+    normal = evaluate.surface_normals(maps.position.masked_fill(maps.mask < 1, torch.nan))
+    cosine = (normal * maps.normal).sum(2)[maps.mask[:, :, 0] == 1]
+    assert cosine.median() > 0.99 and (cosine > 0.9).float().mean() > 0.88  # 32 pixels: many edges
+
+
+def test_position_maps_of_another_camera_or_size_are_refused(tmp_path, oracle):
+    maps, photo, _ = oracle
+    objects = {"position": maps.position[:1], "mask": data.to_uint8(maps.mask[:1] * 2 - 1)}
+    evaluate.sample.save_views(str(tmp_path), {"photo": photo[:1] * 2 - 1}, objects, ["mug"])
+    cameras = (data.AZIMUTHS, data.ELEVATION, data.EXTENT)
+    folders = (str(tmp_path / "photo"), str(tmp_path / "positions"))
+    assert evaluate.folder_consistency(*folders, *cameras)["psnr"] > 30
+    with pytest.raises(ValueError, match="position_000.npy lies .* pixels off its camera"):
+        evaluate.folder_consistency(*folders, data.AZIMUTHS, -data.ELEVATION, data.EXTENT)
+    evaluate.sample.save_views(str(tmp_path), {"photo": photo[:1, ..., :16, :16] * 2 - 1}, {}, ["mug"])
+    with pytest.raises(ValueError, match="mug has maps of"):
+        evaluate.folder_consistency(*folders, *cameras)
+
+
+def test_images_of_any_kind_are_read_and_bad_ones_named(tmp_path):
+    half = evaluate.Image.new("RGBA", (4, 2), (255, 0, 0, 0))
+    half.paste((0, 0, 255, 255), (0, 0, 2, 2))
+    half.save(tmp_path / "a.png")
+    evaluate.Image.new("L", (4, 2), 51).save(tmp_path / "b.webp", lossless=True)
+    assert evaluate.find_images(tmp_path) == ["a.png", "b.webp"] and evaluate.find_images(tmp_path, "b*") == ["b.webp"]
+    image = evaluate.read_image(tmp_path / "a.png")
+    assert image[:, 0].T.tolist() == [[0, 0, 1], [0, 0, 1], [1, 1, 1], [1, 1, 1]]  # blue, then white, not red
+    assert evaluate.read_image(tmp_path / "b.webp").unique().tolist() == pytest.approx([0.2])
+    (tmp_path / "c.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="cannot read the image .*c.png"):
+        evaluate.read_image(tmp_path / "c.png")
+    with pytest.raises(ValueError, match="holds no PNG"):
+        evaluate.find_images(tmp_path, "z*")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        evaluate.find_images(tmp_path / "elsewhere")
+
+
+def test_batches_hold_images_of_one_size_and_keep_their_order(tmp_path):
+    for k, size in enumerate((3, 3, 5, 3, 3, 3)):
+        evaluate.Image.new("L", (size, size), 10 * k).save(tmp_path / f"{k}.png")
+    seen = []
+
+    def work(images, paths):
+        seen.append(len(paths))
+        return images.mean(dim=(1, 2, 3))
+
+    values = evaluate.in_batches([str(tmp_path / f"{k}.png") for k in range(6)], work, size=2)
+    assert seen == [2, 1, 2, 1] and (values * 255).tolist() == pytest.approx([0, 10, 20, 30, 40, 50])
+
+
+def test_captions_stand_beside_the_image_or_in_its_meta_json(tmp_path):
+    (tmp_path / "a.txt").write_text("a red mug\n")
+    assert evaluate.read_caption(str(tmp_path / "a.png")) == "a red mug"
+    with pytest.raises(FileNotFoundError, match="no caption for .*b.png"):
+        evaluate.read_caption(str(tmp_path / "b.png"))
+    (tmp_path / "meta.json").write_text(json.dumps({"caption": "a blue mug"}))
+    assert evaluate.read_caption(str(tmp_path / "b.png")) == "a blue mug"
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_missing_or_wrong_networks_say_what_to_get(tmp_path):
+    for load, words in (
+        (evaluate.load_inception, "inception-2015-12-05.pt"),
+        (evaluate.load_lpips, "pip install lpips"),
+        (evaluate.load_clip, "clip-vit-base-patch32"),
+    ):
+        with pytest.raises(FileNotFoundError, match=words):
+            load(str(tmp_path / "none"))
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ValueError, match="not a TorchScript file"):
+        evaluate.load_inception(str(tmp_path / "text"))
+    with pytest.raises(ValueError, match="not a readable file"):
+        evaluate.load_lpips(str(tmp_path / "text"))
+    torch.save({"lin0.model.1.weight": torch.zeros(1)}, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match="lacks lin1.model.1.weight"):
+        evaluate.load_lpips(str(tmp_path / "part.pt"))
+
+
+def test_clip_score_of_a_model_on_disk(tmp_path):
+    """A tiny random CLIP saved as Hugging Face does, against its own embeddings."""
+    transformers = pytest.importorskip("transformers")
+    words = ["!", "a</w>", "red</w>", "mug</w>", "re", "mu", *"redmug", "d</w>", "g</w>"]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\nm u\nmu g</w>\n")
+    part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=part | dict(vocab_size=16, max_position_embeddings=12, bos_token_id=14, eos_token_id=15),
+        vision_config=part | dict(image_size=32, patch_size=16), projection_dim=8))
+    model.save_pretrained(tmp_path)
+    tokenizer = transformers.CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    resize = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    transformers.CLIPProcessor(resize, tokenizer).save_pretrained(tmp_path)
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    captions = ["a red mug", "a mug", "a red mug"]
+    got = evaluate.load_clip(str(tmp_path))(images, captions)
+    pixels = ((images * 255).round() / 255 - torch.tensor(resize.image_mean)[:, None, None])
+    with torch.no_grad():
+        image = model.eval().get_image_features(pixels / torch.tensor(resize.image_std)[:, None, None])
+        each = [model.get_text_features(**tokenizer(caption, return_tensors="pt")) for caption in captions]
+    vector = lambda out: out if torch.is_tensor(out) else out.pooler_output
+    wanted = evaluate.clip_score(vector(image), torch.cat([vector(text) for text in each]))
+    assert got.tolist() == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+def test_fid_benchmark_agrees_on_the_value(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "benchmark", "--num", "60", "--width", "24", "--rounds", "1"])
+    evaluate.main()
+    values = [float(part.split(")")[0]) for part in capsys.readouterr().out.splitlines()[-1].split("(")[1:]]
+    assert values[0] == pytest.approx(values[1], abs=2e-6) and values[0] > 1
+
+
 # ---- lifting
 
 
@@ -343,13 +528,72 @@ def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, monkeyp
     evaluate.main()
     first = json.loads((tmp_path / "table2.json").read_text())["rows"]
     assert len(started) == 5 and len(first) == 8
-    assert first["8 = 7, shifted"]["paper"]["PSNR"] == 24.78 and first["1 joint"]["toy"]["FD_B"] > 0
+    assert first["8 = 7, shifted"]["paper"]["PSNR"] == 24.78 and first["1 joint"]["toy"]["0"]["FD_B"] > 0
     modes = [path.name.rsplit("-", 1)[1] for path in tiny_run.glob("texturing-*.samples")]
     assert sorted(modes) == ["real.samples"] * 5 + ["shifted.samples"] * 3
     assert (tmp_path / "table2.png").exists() and (tmp_path / "table2_sheet.png").exists()
     assert capsys.readouterr().out.count("Spearman") == 2
     evaluate.main()
     assert len(started) == 5 and json.loads((tmp_path / "table2.json").read_text())["rows"] == first
+    # another seed trains anew and stands beside the first
+    command = ["evaluate.py", "table2", *tiny, "--folder", str(tiny_run), "--train_flags", rest]
+    monkeypatch.setattr("sys.argv", [*command, "--seed", "1", "--rows", "3 real data", "4 = 3, shifted"])
+    evaluate.main()
+    both = json.loads((tmp_path / "table2.json").read_text())["rows"]
+    assert len(started) == 6 and "2 seeds" in (tmp_path / "table2.md").read_text()
+    row = both["3 real data"]["toy"]
+    assert row["0"] == first["3 real data"]["toy"]["0"] and row["1"]["KD_I"] != row["0"]["KD_I"]
+    assert list(both["1 joint"]["toy"]) == ["0"]
+    monkeypatch.setattr("sys.argv", [*command, "--rows", "9"])
+    with pytest.raises(ValueError, match="no row '9'"):
+        evaluate.main()
+    monkeypatch.setattr("sys.argv", [*command, "--steps", "4"])
+    with pytest.raises(ValueError, match="made with .*--results"):
+        evaluate.main()
+
+
+def some_results(**values):
+    """A table of rows with these (KD_I, psnr), a tuple of pairs for several seeds."""
+    rows = {}
+    for label, pairs in values.items():
+        pairs = pairs if isinstance(pairs[0], tuple) else (pairs,)
+        toy = {str(seed): dict(KD_I=kd, psnr=psnr) for seed, (kd, psnr) in enumerate(pairs)}
+        paper = dict.fromkeys(evaluate.PAPER_COLUMNS, 1.0) | dict(PSNR=float(len(rows)), KID_I=-float(len(rows)))
+        rows[label] = dict(paper=paper, toy=toy)
+    return rows
+
+
+def test_seed_noise_is_the_pooled_deviation_and_the_order_is_compared():
+    rows = some_results(a=((1.0, 5.0), (3.0, 5.5)), b=((4.0, 6.0), (8.0, 6.5)), c=(9.0, 6.1))
+    assert evaluate.mean(rows["a"], "KD_I") == 2 and evaluate.mean(rows["c"], "iou") is None
+    assert evaluate.seed_noise(rows, "KD_I") == pytest.approx(np.sqrt((2 + 8) / 2))  # variances 2 and 8
+    assert evaluate.seed_noise(some_results(a=(1.0, 2.0)), "KD_I") is None
+    lines = evaluate.table_lines(rows)
+    assert lines[0].split("|")[2].strip() == "psnr" and "a (2 seeds)" in lines[2] and "5.25" in lines[2]
+    assert lines[5].startswith("| deviation between seeds")
+    assert lines[-3].endswith(": 0.50") and lines[-1].endswith(": -1.00")
+
+
+def test_findings_hold_against_the_noise(tmp_path, monkeypatch, capsys):
+    """Differences beyond twice their noise are confirmed or not, smaller ones are neither."""
+    for name, (_, rows) in evaluate.TABLES.items():
+        values = {row.label: (500.0, 20.0) for row in rows}
+        values |= {"syn only": ((1000.0, 21.0), (1010.0, 21.0)), "syn + real": (1001.0, 21.0)}
+        values |= {"Realiz3D": (100.0, 22.0)}
+        values |= {"3 real data": ((100.0, 20.0), (101.0, 20.1)), "2 no real data": (50.0, 21.0)}
+        results = {label: row for label, row in some_results(**values).items()}
+        if name == "table3":
+            results["LoRA 32"] = some_results(x=(50.0, 23.0))["x"]
+        evaluate.write_json(f"{tmp_path}/{name}.json", dict(settings={}, rows=results))
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "findings", "--results", str(tmp_path)])
+    evaluate.main()
+    verdicts = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert verdicts[:3] == ["confirmed", "within the noise", "confirmed"]
+    assert verdicts[4] == "not confirmed" and verdicts[5] == "confirmed" and verdicts[9:] == ["confirmed", "not confirmed"]
+    assert (tmp_path / "findings.md").exists()
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "findings", "--results", str(tmp_path / "none")])
+    with pytest.raises(FileNotFoundError, match="python evaluate.py table1 makes it"):
+        evaluate.main()
 
 
 def test_the_papers_numbers_are_complete():
