@@ -962,8 +962,8 @@ def findings(args):
         rows, digits = tables[name], COLUMNS[what]
         a, b, noise = mean(rows[low], what), mean(rows[high], what), seed_noise(rows, what)
         if a is None or b is None or noise is None:
-            raise ValueError(f"{name} lacks '{low}', '{high}' or a row of two seeds: run python evaluate.py {name}, and "
-                             "again with --seed 1 (and --rows for some)")
+            raise ValueError(f"{name} lacks '{low}', '{high}' or a row of two seeds: run python evaluate.py {name}, "
+                             "and again with --seed 1 (and --rows for some)")
         noise = noise * np.sqrt(1 / len(rows[low]["toy"]) + 1 / len(rows[high]["toy"]))
         verdict = "confirmed" if b - a > 2 * noise else "not confirmed" if b - a < -2 * noise else "within the noise"
         lines.append(f"| {claim} | {what} | {low}: {a:.{digits}f} | {high}: {b:.{digits}f} | {noise:.{digits}f} | "

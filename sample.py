@@ -275,13 +275,19 @@ def axes(points, x_label, y_label, log_y=False, size=(640, 360)):
     return sheet, pen, place
 
 
-def save_plot(path, curves, x_label, y_label, log_y=False):
-    """Writes a line plot as PNG: curves = {name: [(x, y), ...]}."""
-    sheet, pen, place = axes([point for curve in curves.values() for point in curve], x_label, y_label, log_y)
+def draw_plot(curves, x_label, y_label, log_y=False, size=(640, 360), y_range=()):
+    """A line plot: curves = {name: [(x, y), ...]}, spanning y_range at least. Returns a PIL image."""
+    points = [point for curve in curves.values() for point in curve]
+    sheet, pen, place = axes(points + [(points[0][0], y) for y in y_range], x_label, y_label, log_y, size)
     for k, (name, curve) in enumerate(sorted(curves.items())):
         pen.line([place(x, y) for x, y in sorted(curve)], COLORS[k % 5], 2)
         pen.text((sheet.width - 100, 16 + 14 * k), name, COLORS[k % 5])
-    save_image(path, sheet)
+    return sheet
+
+
+def save_plot(path, curves, x_label, y_label, log_y=False):
+    """Writes `draw_plot` as PNG."""
+    save_image(path, draw_plot(curves, x_label, y_label, log_y))
 
 
 def save_points(path, points, x_label, y_label, limit=None):

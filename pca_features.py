@@ -1,0 +1,239 @@
+"""What the blocks of a model know, by depth and by timestep (Sec. A.1, Fig. 5).
+
+    python pca_features.py                                              # the shipped base model of the toy world
+    python pca_features.py --model runs/toy/base.safetensors --num 100  # another checkpoint, more prompts
+    python pca_features.py --model pixart.safetensors --text text.safetensors       # latents: captions as vectors
+
+Draws the paper's figure: the first three principal components of the tokens after the blocks at 0.2, 0.5 and 1 N_B, at
+four of 20 DDIM steps. Then, what the eye sees there as numbers: how much of an object's geometry and of its domain a
+linear map can read off the tokens, block by block.
+"""
+import argparse
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import sample
+from dit import add_noise, launch, load_tensors, run_cli, seeded_generator
+from domain_shifter import REAL, uniform_domains
+
+STEPS = (800, 700, 500, 200)                # t of the figure's four groups
+DEPTHS = (0.2, 0.5, 1.0)                    # of its three rows, as shares of N_B
+
+
+@contextmanager
+def recorded(dit):
+    """with recorded(dit) as features: a forward leaves features[k] (B, N, d), the tokens after k blocks, 0 <= k <= N_B."""
+    features = {}
+    keep = lambda k: lambda _, inputs, out: features.update({k: out.detach()})
+    handles = [block.register_forward_hook(keep(k)) for k, block in enumerate(dit.blocks, start=1)]
+    handles.append(dit.blocks[0].register_forward_pre_hook(lambda _, inputs: features.update({0: inputs[0].detach()})))
+    yield features
+    for handle in handles:
+        handle.remove()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fig. 5: the principal components of what the blocks hold while the model samples
+
+
+@torch.no_grad()
+def sampled_features(network, text, null_text, num_steps=20, spacing="trailing", cfg_scale=sample.CFG_SCALE, seed=0,
+                     **inputs):
+    """Samples one image a prompt and keeps the tokens at STEPS and DEPTHS (A.1).
+
+    network: ShiftedDiT. text (P, L) or (P, L, D), null_text (1, L, ..); inputs: text_mask. Returns images (P, C, H, W)
+    and {(t, block): (P, N, d)}: t is the visited step nearest to each of STEPS (with 20 trailing steps 799, 699, 499
+    and 199, with leading ones exactly 800, 700, 500 and 200), block how many blocks the tokens have passed.
+    """
+    config, like = network.dit.config, network.dit.positions
+    visited = sample.ddim_timesteps(num_steps, spacing)
+    steps = [int(visited[(visited - t).abs().argmin()]) for t in STEPS]
+    blocks = [max(1, round(depth * config.depth)) for depth in DEPTHS]
+    shape = (1, config.channels, config.image_size, config.image_size)
+    noise = torch.stack([torch.randn(shape, generator=seeded_generator(sample.SAMPLES, seed, k)) for k in
+                         range(len(text))])
+    predict_noise = sample.guided_noise(network, text, null_text, sample.domain_mode("real", config.depth), cfg_scale,
+                                        **inputs)
+    features, progress = {}, tqdm(total=num_steps, desc=f"{len(text)} prompts", unit="step")
+
+    def watched(x, t):
+        with recorded(network.dit) as found:
+            eps = predict_noise(x, t)
+        if int(t) in steps:                     # under guidance the first half of the batch has the text
+            features.update({(int(t), block): found[block][:len(x)].float().cpu() for block in blocks})
+        progress.update()
+        return eps
+    images = sample.ddim_sample(watched, noise.to(like), num_steps, spacing, clip_x0=config.output_skip)
+    progress.close()
+    return images[:, 0].cpu(), features
+
+
+def pca(x, num=3):
+    """Principal components of the rows of x (M, d): components (num, d), scores (M, num), and the share of the variance
+    that each explains (num,); float64. A component's sign makes its largest entry positive, so that runs agree."""
+    x = x.double() - x.double().mean(dim=0)
+    variance, vectors = torch.linalg.eigh(x.T @ x)                                          # ascending
+    components = vectors.flip(1)[:, :num].T
+    largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
+    components = components * largest.sign()
+    return components, x @ components.T, variance.flip(0)[:num] / variance.sum()
+
+
+def as_colors(scores, grid):
+    """Scores (P N, 3) of P maps of grid x grid tokens -> uint8 (P, 3, grid, grid): 1st to 99th percentile."""
+    low, high = (scores.quantile(q, dim=0) for q in (0.01, 0.99))
+    rgb = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return (rgb * 255).round().byte().view(-1, grid, grid, 3).permute(0, 3, 1, 2)
+
+
+def figure(path, images, features, shown=12):
+    """Writes Fig. 5: the images, then four groups by step of three rows by depth, a column for each prompt. Returns
+    {(t, block): share of the variance that the three components explain}."""
+    grid, size = round(next(iter(features.values())).shape[1] ** 0.5), images.shape[-1]
+    low, high = (-1, 1) if images.shape[1] == 3 else (images[:, :3].min(), images[:, :3].max())    # or: of latents
+    pictures = ((images[:shown, :3] - low) / (high - low) * 255).clamp(0, 255).round().byte()
+    rows, explained = [("generated", pictures)], {}
+    for (t, block), tokens in features.items():
+        _, scores, share = pca(tokens.flatten(0, 1))
+        explained[t, block] = float(share.sum())
+        maps = F.interpolate(as_colors(scores, grid)[:shown].float(), size, mode="nearest").byte()
+        rows.append((f"t {t}, block {block}: {share.sum():.0%}", maps))
+    sample.save_picture(path, rows, scale=max(1, 64 // size))
+    return explained
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be read off the tokens: the figure's claim, geometry early and domain late, as numbers
+
+
+def read_off(features, targets, fit):
+    """R^2 of ridge regressions from tokens (M, d) to targets (M, k): fitted on the tokens `fit` (M,) bool, tested on
+    the others."""
+    x, y = features.double(), targets.double()
+    mean_x, mean_y = x[fit].mean(dim=0), y[fit].mean(dim=0)
+    x, y = x - mean_x, y - mean_y
+    gram = x[fit].T @ x[fit]
+    weights = torch.linalg.solve(gram + 1e-3 * gram.diagonal().mean() * torch.eye(len(gram)), x[fit].T @ y[fit])
+    rest = ~fit
+    return float(1 - (y[rest] - x[rest] @ weights).square().sum() / (y[rest] - y[rest].mean(dim=0)).square().sum())
+
+
+@torch.no_grad()
+def readability(network, num=800, seed=0):
+    """R^2 with which silhouette, normals (as the camera sees them) and domain can be read off the tokens of noised
+    images, by step and depth.
+
+    The toy world knows the truth: `num` held-out objects, one view each, as photo and as render, noised to STEPS. The
+    captions are those of the training sets, the same for both domains, so the image alone tells the domain. One ridge
+    regression for all three: silhouette on all tokens, normals and domain on the object's; fitted on half the objects.
+    Returns {target: {t: [R^2 after k blocks, k = 0..N_B]}}.
+    """
+    config, device = network.dit.config, network.dit.positions.device
+    p, assets = config.patch_size, data.sample_assets(num, data.SEEDS["validation"])
+    azimuth = torch.tensor(data.AZIMUTHS)[torch.arange(num) % 4, None]
+    views = [data.render(assets, azimuth, style, size=config.image_size, seed=seed) for style in ("photo", "render")]
+    x0 = torch.cat([2 * view.rgb - 1 for view in views]).to(device)                             # (2 num, 1, 3, H, W)
+    text = data.tokenize(data.asset_captions(assets) * 2).to(device)
+    mask, normal = (torch.cat([getattr(view, name)[:, 0] for view in views]) for name in ("mask", "normal"))
+    axes = torch.stack(data.camera(azimuth[:, 0]), dim=1).repeat(2, 1, 1)                       # (2 num, 3 axes, 3)
+    normal = torch.einsum("nij,njhw->nihw", axes, normal)                                       # in the camera's frame
+    tokens = lambda maps: F.avg_pool2d(maps, p).flatten(2).transpose(1, 2).flatten(0, 1)            # (2 num N, c)
+    covered = tokens(mask)
+    per_image = len(covered) // (2 * num)
+    on = covered[:, 0] > 0.9
+    fit = (torch.arange(2 * num) % num < num // 2).repeat_interleave(per_image)
+    domain = (torch.arange(2 * num) < num).double().repeat_interleave(per_image)[:, None]
+    targets = {"silhouette": (covered, torch.ones_like(on)), "normals": (tokens(normal), on), "domain": (domain, on)}
+    noise = torch.stack([torch.randn(x0.shape[1:], generator=seeded_generator(sample.SAMPLES, seed, k)) for k in
+                         range(2 * num)]).to(device)
+    found = {name: {} for name in targets}
+    for t in tqdm(STEPS, desc="reading", unit="timestep"):
+        x_t, blocks = add_noise(x0, noise, torch.full((2 * num,), t, device=device)), {}
+        for part in torch.arange(2 * num).split(64):
+            with recorded(network.dit) as features:
+                network(x_t[part], torch.full((len(part),), t, device=device), text[part],
+                        uniform_domains(REAL, config.depth, len(part), device))
+            for k, h in features.items():
+                blocks.setdefault(k, []).append(h.float().cpu().flatten(0, 1))
+        for name, (target, where) in targets.items():
+            found[name][t] = [read_off(torch.cat(blocks[k])[where], target[where], fit[where]) for k in sorted(blocks)]
+    return found
+
+
+def print_readability(found):
+    """Prints R^2 by depth and step, and what the claim is about: at which block and step each target is there."""
+    depth = len(found["domain"][STEPS[0]]) - 1
+    print("R^2 of a linear map from the tokens to what they show, after k blocks (0: the patch embedding)")
+    print(f"{'':24}" + "".join(f"{k:6d}" for k in range(depth + 1)))
+    for name, by_step in found.items():
+        for t, values in by_step.items():
+            print(f"{name:12} t = {t:4d}    " + "".join(f"{value:6.2f}" for value in values))
+    print("blocks until 90 % of the best depth's R^2 (and that R^2)")
+    for name, by_step in found.items():
+        half = {t: next(k for k, value in enumerate(values) if value >= 0.9 * max(values)) for t, values in
+                by_step.items()}
+        print(f"{name:12}" + "   ".join(f"t {t}: {half[t]:2d} ({max(by_step[t]):.2f})" for t in by_step))
+
+
+def readability_plot(path, found):
+    """Writes R^2 by depth, a panel for each step."""
+    panels = [sample.draw_plot({name: list(enumerate(by_step[t])) for name, by_step in found.items()},
+                               "blocks passed", f"R^2 at t = {t}", size=(440, 330), y_range=(0, 1)) for t in STEPS]
+    sheet = Image.new("RGB", (2 * 440, 2 * 330), "white")
+    for k, panel in enumerate(panels):
+        sheet.paste(panel, (k % 2 * 440, k // 2 * 330))
+    sample.save_image(path, sheet)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="checkpoint (default: the base model of the toy's run folder, else the shipped one)")
+    add("--num", type=int, default=60, help="prompts, all of them in the PCA")
+    add("--text", metavar="FILE", help="safetensors of caption vectors text (N, L, D), text_mask (N, L) and null_text "
+        "(1, L, D), for a model of latents")
+    add("--num_steps", type=int, default=20, help="DDIM steps")
+    add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps")
+    add("--cfg_scale", type=float, default=sample.CFG_SCALE, help="guidance on the text, 1 = none")
+    add("--seed", type=int, default=0, help="decides prompts and noise")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--out", default="runs/toy/pca.png", help="the figure; the plot gets _readable before .png")
+    args = parser.parse_args()
+    device = launch(args.threads)[0]
+    network = sample.load_network(args.model or sample.default_base("toy"), device)
+    inputs = {}
+    if network.dit.config.vocab_size:
+        assets = data.sample_assets(args.num, 100 + args.seed)
+        styles = [data.STYLES[k] for k in torch.randint(len(data.STYLES), (args.num,),
+                                                        generator=torch.Generator().manual_seed(args.seed)).tolist()]
+        text, null_text = data.tokenize(data.asset_captions(assets, styles)), data.tokenize([""])
+    elif args.text:
+        stored = load_tensors(args.text)[0]
+        text, null_text = stored["text"][:args.num].float(), stored["null_text"].float()
+        inputs = {"text_mask": stored["text_mask"][:args.num].to(device)} if "text_mask" in stored else {}
+    else:
+        raise ValueError(f"{args.model} takes caption vectors: name a file of them with --text")
+    images, features = sampled_features(network, text.to(device), null_text.to(device), args.num_steps, args.spacing,
+                                        args.cfg_scale, args.seed, **inputs)
+    explained = figure(args.out, images, features)
+    print("variance explained by three components: "
+          + ", ".join(f"t {t} block {block} {share:.0%}" for (t, block), share in explained.items()))
+    written = [args.out]
+    if network.dit.config.vocab_size:
+        found = readability(network, seed=args.seed)
+        print_readability(found)
+        written.append(f"{args.out.removesuffix('.png')}_readable.png")
+        readability_plot(written[-1], found)
+    print(f"wrote {' and '.join(written)}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
