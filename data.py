@@ -663,6 +663,23 @@ def evaluation_set(num, seed=SEEDS["evaluation"], size=32, folder="runs/toy/sets
     return build_set("evaluation", num, seed, size, folder, device, draw)
 
 
+def selective_set(num, style, seed, size=32, folder="runs/toy/sets", device="cpu"):
+    """A set of layer-selective training (A.2), one view of each object -> image uint8 (N, 1, 3, H, W), text (N, L).
+
+    Renders lie before white and photos before anything else, under the same kind of caption ("a red wooden mug"): so
+    one sees from which of the two sets a model has the look of an object, and from which the background.
+    """
+    def draw(assets, first):
+        u = uniforms(len(assets.category), seed + 1000, 2, first)
+        others = BACKGROUNDS[1:]
+        background = ["white" if style == "render" else others[int(b * len(others))] for b in u[:, 0]]
+        view = 90. * (u[:, 1] * 4).long()
+        image = render(assets, view[:, None], style, background, size, geometry=False, seed=seed * 10**6 + first,
+                       device=device).rgb
+        return dict(image=to_uint8(2 * image - 1), text=tokenize(asset_captions(assets)))
+    return build_set(f"selective_{style}", num, seed, size, folder, device, draw)
+
+
 def photo_set(num, seed=SEEDS["photos"], size=32, folder="runs/toy/sets", device="cpu"):
     """Held-out photos before white, one view each -> image uint8 (N, 1, 3, H, W), text (N, L), labels int64 (N, 3)."""
     def draw(assets, first):

@@ -250,12 +250,14 @@ def disturb(images, generator):
     return (1 - (1 - images) * draw(.9, 1.1) + noise).clamp(0, 1)
 
 
-def train_feature_net(folder=FOLDER, num=3000, steps=1500, size=32, seed=11):
-    """FeatureNet trained on photos and renders of num objects (about two minutes on one core), kept in folder."""
+def train_feature_net(folder=FOLDER, num=3000, steps=1500, size=32, seed=11, backgrounds=("white",)):
+    """FeatureNet trained on photos and renders of num objects before these backgrounds (about two minutes on one core),
+    kept in folder."""
     def build():
         assets = data.sample_assets(num, seed)
         azimuth = 90. * torch.arange(num)[:, None].remainder(4)
-        images = torch.cat([data.render(assets, azimuth, style, size=size, geometry=False, seed=seed).rgb[:, 0]
+        behind = [backgrounds[k * 7 % len(backgrounds)] for k in range(num)]        # 7: not in step with the azimuths
+        images = torch.cat([data.render(assets, azimuth, style, behind, size, geometry=False, seed=seed).rgb[:, 0]
                             for style in ("render", "photo")])
         domain = torch.arange(2).repeat_interleave(num)
         labels = torch.stack([*(field.repeat(2) for field in assets[:3]), domain], dim=1)
@@ -277,8 +279,11 @@ def train_feature_net(folder=FOLDER, num=3000, steps=1500, size=32, seed=11):
             schedule.step()
         return net.state_dict()
     key = dict(kind="feature net", num=num, steps=steps, size=size, seed=seed, net=str(FeatureNet()))
+    name = f"features_{num}_{steps}_{size}_{seed}"
+    if len(backgrounds) > 1:
+        key, name = key | dict(backgrounds=list(backgrounds)), f"{name}_backgrounds"
     net = FeatureNet()
-    net.load_state_dict(data.cached(Path(folder) / f"features_{num}_{steps}_{size}_{seed}.safetensors", key, build))
+    net.load_state_dict(data.cached(Path(folder) / f"{name}.safetensors", key, build))
     return net.eval().requires_grad_(False)
 
 

@@ -27,7 +27,7 @@ DEPTHS = (0.2, 0.5, 1.0)                    # of its three rows, as shares of N_
 
 @contextmanager
 def recorded(dit):
-    """with recorded(dit) as features: a forward leaves features[k] (B, N, d), the tokens after k blocks, 0 <= k <= N_B."""
+    """with recorded(dit) as features: a forward leaves features[k] (B, N, d), the tokens after k blocks, k = 0..N_B."""
     features = {}
     keep = lambda k: lambda _, inputs, out: features.update({k: out.detach()})
     handles = [block.register_forward_hook(keep(k)) for k, block in enumerate(dit.blocks, start=1)]

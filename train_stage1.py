@@ -40,6 +40,7 @@ DEFAULTS = {
     ("toy", "base"):        (3000,    64, 1e-3,    200,         0.01, 0.998),
     ("toy", "stage1"):      ( 600,     4, 2e-3,     40,          0.0,   0.0),
     ("toy", "stage2"):      (1600,     4, 2e-4,     50,         0.01,  0.99),
+    ("toy", "selective"):   ( 300,     4, 2e-4,     20,         0.01,  0.98),    # layer-selective training (A.2)
     ("small", "base"):      (100000, 256, 3e-4,   1000,         0.01, 0.9999),
     ("small", "stage1"):    (2000,    16, 5e-4,    100,          0.0,   0.0),
     ("small", "stage2"):    (20000,   16, 5e-5,    200,         0.01, 0.999),
@@ -55,6 +56,8 @@ class Iteration:
     visit: int                  # how many steps before this one used that set: where its data order stands
     reassigned_blocks: int = 0  # j of domain reassignment (Sec. 4.2)
     frozen_blocks: int = 0      # i of layer-aware training (Sec. 4.2)
+    frozen_last_blocks: int = 0 # layer-selective training (A.2)
+    timesteps: tuple = (0, T)   # t is drawn from [first, last); timestep-selective training (A.2)
 
     def domains(self, num_blocks, batch, device):
         """The (N_B, B) table of domains in which the blocks run."""
@@ -75,15 +78,16 @@ def data_indices(num, first, count, *key):
     return torch.stack([orders[int(place) // num][place % num] for place in places])
 
 
-def draw_noise(shape, seed, step, first, count, device):
-    """For `count` samples from number `first` of this step: t (B,), noise (B, *shape) and u (B,) uniform in [0, 1).
+def draw_noise(shape, seed, step, first, count, device, timesteps=(0, T)):
+    """For `count` samples from number `first` of this step: t (B,) in [*timesteps), noise (B, *shape) and u (B,)
+    uniform in [0, 1).
 
     Every sample has a generator of its own, so two ranks with half the batch draw what one rank draws with all of it.
     """
     draws = []
     for k in range(first, first + count):
         generator = seeded_generator(NOISE, seed, step, k, device=device)
-        draws.append((torch.randint(T, (), generator=generator, device=device),
+        draws.append((torch.randint(*timesteps, (), generator=generator, device=device),
                       torch.randn(shape, generator=generator, device=device),
                       torch.rand((), generator=generator, device=device)))
     return [torch.stack(column) for column in zip(*draws)]
@@ -99,7 +103,7 @@ def denoising_loss(network, batch, iteration, null, seed, step, first, text_drop
     inputs = dict(batch)
     image = inputs.pop("image")                                     # (B, V, C, H, W) uint8 pixels, or 16-bit latents
     x0 = data.to_pixels(image) if image.dtype == torch.uint8 else image.float()
-    t, noise, u = draw_noise(x0.shape[1:], seed, step, first, len(x0), x0.device)
+    t, noise, u = draw_noise(x0.shape[1:], seed, step, first, len(x0), x0.device, iteration.timesteps)
     for key in null:
         dropped = (u < text_dropout).view(-1, *[1] * (inputs[key].dim() - 1))
         inputs[key] = torch.where(dropped, null[key], inputs[key])
@@ -154,6 +158,8 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
             loss, bins = denoising_loss(model, batch, iteration, null, args.seed, step, first, args.text_dropout,
                                         even=args.loss == "even")
         loss.backward()
+        for block in network.dit.blocks[len(network.dit.blocks) - iteration.frozen_last_blocks:]:
+            block.zero_grad(set_to_none=True)
         torch.nn.utils.clip_grad_norm_(params.values(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)   # None, not zero: AdamW would move a frozen block on a zero gradient
@@ -242,8 +248,8 @@ def swapped(params, ema):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training states: parameters that train, their averages and AdamW's moments. Noise and data order need no state.
 
-NOT_SETTINGS = ("log_every", "save_every", "sample_every", "picture_steps", "compile", "grad_checkpointing", "threads",
-                "benchmark", "rounds")
+NOT_SETTINGS = ("out", "log_every", "save_every", "sample_every", "picture_steps", "compile", "grad_checkpointing",
+                "threads", "benchmark", "rounds", "layer_selective", "seeds", "num_prompts")
 
 
 def settings(args):
@@ -408,7 +414,8 @@ def training_arguments(parser):
 def fill_defaults(args, stage, device):
     """Completes the flags from DEFAULTS and checks their ranges. Raises ValueError."""
     if (args.preset, stage) not in DEFAULTS:
-        raise ValueError(f"preset {args.preset} has no {stage} training: its base model comes from a file (--base)")
+        raise ValueError(f"preset {args.preset} has no {stage} training"
+                         + (": its base model comes from a file (--base)" if stage == "base" else ""))
     for name, value in zip(("steps", "batch", "lr", "warmup", "weight_decay", "ema"), DEFAULTS[args.preset, stage]):
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -4,6 +4,7 @@
     python train_stage2.py --task text                         # text to four views, no maps
     python train_stage2.py --method syn_only                   # the baseline: fine-tune on renders alone
     python train_stage2.py --no_freezing --no_reassignment     # an ablation (Table 2, row 3)
+    python train_stage2.py --layer_selective                   # what moved the authors to it (A.2, Fig. 6)
     python train_stage2.py --benchmark                         # what layer-aware freezing saves
     torchrun --nproc_per_node=8 train_stage2.py --preset full --base pixart.safetensors \\
         --synthetic synthetic.safetensors --real real.safetensors   # eight GPUs, after train_stage1.py likewise
@@ -26,13 +27,14 @@ from typing import NamedTuple
 import torch
 
 import data
+import evaluate
 import sample
 import train_stage1
-from dit import PRESETS, DiT, launch, run_cli, seeded_generator
+from dit import PRESETS, DiT, T, launch, run_cli, seeded_generator
 from domain_shifter import (DomainShifters, ShiftedDiT, block_count, draw_frozen_blocks, draw_reassigned_blocks,
                             load_adapter, load_shifters, with_adapter)
 from train_stage1 import (DEFAULTS, DRAWS, Iteration, denoising_loss, fill_defaults, finish, load_base,
-                          stage1_file, train, train_shifters, training_arguments, training_sets)
+                          on_rank_0_first, stage1_file, train, train_shifters, training_arguments, training_sets)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Realiz3D and its baselines (Sec. 5)
@@ -127,6 +129,93 @@ def stage1_path(args, launched):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Layer-selective training (A.2, Fig. 6): images only, no views, no control, no shifters; only blocks train
+
+VARIANTS = {
+    "renders":   "all blocks on renders",
+    "layers":    "first half of the blocks on renders, second half on photos",
+    "timesteps": "t >= 500 on renders, t < 500 on photos",
+}
+
+
+def selective_plan(variant, num_blocks):
+    """plan(step) -> Iteration for one of VARIANTS; synthetic and real in turn where it takes both."""
+    def plan(step):
+        turn, is_real = divmod(step, 2)
+        if variant == "renders":
+            return Iteration("syn", step)
+        if variant == "layers":
+            return Iteration("real", turn, frozen_blocks=num_blocks // 2) if is_real else \
+                Iteration("syn", turn, frozen_last_blocks=num_blocks - num_blocks // 2)
+        return Iteration("real", turn, timesteps=(0, T // 2)) if is_real else \
+            Iteration("syn", turn, timesteps=(T // 2, T))
+    return plan
+
+
+def layer_selective(args, launched):
+    """Fine-tunes the base model in each of VARIANTS and --seeds, draws the same prompts from the same noise with all of
+    them, and measures what each took from the two sets, which differ in their look and in their background."""
+    device, rank, _ = launched
+    config, folder = PRESETS[args.preset], f"{args.out}/sets"
+    if not config.vocab_size:
+        raise ValueError("--layer_selective is an experiment of the toy world")
+    if rank == 0:
+        minutes = args.seeds * len(VARIANTS) * args.steps * args.batch * 4 * step_seconds(args, device)[0] / 60
+        print(f"to do: {len(VARIANTS)} variants of {args.steps} steps x {args.seeds} seed(s), about {minutes:.0f} "
+              "minutes on this machine (and three to make sets and a judge of domains, the first time)", flush=True)
+    options = dict(size=config.image_size, folder=folder, device=device)
+    sets = {domain: on_rank_0_first(launched[2], rank, lambda: data.selective_set(4 * args.num_assets, style, seed,
+                                                                                 **options))
+            for domain, style, seed in (("syn", "render", 6), ("real", "photo", 7))}
+    judge = on_rank_0_first(launched[2], rank, lambda: evaluate.train_feature_net(
+        folder, size=config.image_size, backgrounds=data.BACKGROUNDS))
+    photos = judge.features(data.photo_set(1000, **options)["image"][:, 0] / 255)
+    text = data.tokenize(data.asset_captions(data.sample_assets(args.num_prompts, data.SEEDS["evaluation"])))
+    measured, pictures = {}, []
+    for seed in range(args.seeds):
+        for variant in ("base", *VARIANTS):
+            network = with_adapter(load_base(args, device).requires_grad_(False), None, None)
+            network.dit.blocks.requires_grad_(True)
+            if variant != "base":
+                run = argparse.Namespace(**vars(args) | dict(seed=seed, name=f"selective_{variant}_{seed}"))
+                train(network, sets, {"text": data.tokenize([""])}, selective_plan(variant, config.depth), run,
+                      f"{args.out}/{run.name}", launched)
+            images = data.to_uint8(sample.sample_images(network, text, seed=seed, num_steps=args.picture_steps)[:, 0])
+            pictures += [(variant, images[:12])] if seed == 0 else []
+            measured.setdefault(variant, []).append(selective_measures(images / 255, judge, photos))
+    if rank == 0:
+        print_selective(measured, args)
+        sample.save_picture(f"{args.out}/layer_selective.png", pictures)
+        evaluate.write_json(f"{args.out}/layer_selective.json", dict(settings=train_stage1.settings(args),
+                                                                     rows=measured))
+        print(f"wrote {args.out}/layer_selective.png and .json: the same prompts and noise, one row a variant (seed 0)")
+
+
+def selective_measures(images, judge, photos):
+    """Of images (N, 3, H, W) in [0, 1]: share called a photo, distances to held-out photos before white, and the share
+    that lies before white."""
+    features = judge.features(images)
+    edge = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], dim=-1)  # (N, 3, 4 W)
+    return dict(photo=(judge.photo_probability(images) > 0.5).double().mean().item(),
+                white=((edge > 0.9).all(dim=1).double().mean(dim=1) > 0.9).double().mean().item(),
+                FD=evaluate.fid(photos, features), KD=1000 * evaluate.kid(photos, features))
+
+
+def print_selective(measured, args):
+    """Prints mean and, with several seeds, standard deviation of each measure."""
+    print(f"{args.num_prompts} prompts, {args.seeds} seed(s): share called a photo, share before white, distances to "
+          "held-out photos before white")
+    print(f"{'':64}{'photo':>14}{'white':>14}{'FD':>14}{'KD x1000':>14}")
+    for variant, rows in measured.items():
+        cells = []
+        for name, digits in (("photo", 2), ("white", 2), ("FD", 1), ("KD", 0)):
+            values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
+            spread = f" +- {values.std():.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{f'{values.mean():.{digits}f}{spread}':>14}")
+        print(f"{variant + (': ' + VARIANTS[variant] if variant in VARIANTS else ''):64}{''.join(cells)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Benchmark: what a real iteration saves by freezing (Sec. 4.2), measured and counted
 
 
@@ -209,12 +298,9 @@ def wait(device):
 # Command line
 
 
-def announce(args, launched):
-    """Prints what this command will do and how long that should take, from a short trial on this machine."""
-    device, rank, world = launched
+def step_seconds(args, device):
+    """Seconds a training step and a forward pass take for each image, from a short trial of the base model."""
     config, images = PRESETS[args.preset], 16
-    if not config.vocab_size or rank > 0:
-        return
     model = load_base(args, device)
     x = torch.randn(images, 1, config.channels, config.image_size, config.image_size, device=device)
     t, text = torch.zeros(images, dtype=torch.long, device=device), data.tokenize([""] * images).to(device)
@@ -227,9 +313,21 @@ def announce(args, launched):
             wait(device)
         return (time.perf_counter() - start) / images
     with torch.no_grad():
-        draw = seconds(lambda: model(x, t, text)) * args.real_steps         # without guidance: once a step
-    step = seconds(lambda: model(x, t, text).square().mean().backward())
-    render = seconds(lambda: data.render(data.sample_assets(images, 0), size=config.image_size, device=device))
+        forward = seconds(lambda: model(x, t, text))
+    return seconds(lambda: model(x, t, text).square().mean().backward()), forward
+
+
+def announce(args, launched):
+    """Prints what this command will do and how long that should take, from a short trial on this machine."""
+    device, rank, world = launched
+    config = PRESETS[args.preset]
+    if not config.vocab_size or rank > 0:
+        return
+    step, forward = step_seconds(args, device)
+    draw = forward * args.real_steps                                        # without guidance: once a step
+    start = time.perf_counter()
+    data.render(data.sample_assets(16, 0), size=config.image_size, device=device)
+    render = (time.perf_counter() - start) / 16
     stage1 = METHODS[args.method].stage1 and not args.joint and \
         not os.path.isfile(args.shifters or stage1_file(args.out, args.adapter, args.rank))
     stage1_steps = args.stage1_steps or DEFAULTS[args.preset, "stage1"][0]
@@ -265,6 +363,9 @@ def parse_args(argv=None):
     add("--shifters", help="shifters, or a baseline's adapter, of stage 1 (default: in OUT)")
     add("--rank", type=int, help="r of the Domain Shifters (default 8) or of a baseline's adapter (32 at full)")
     add("--stage1_steps", type=int, help="steps of stage 1 where it is trained on the way")
+    add("--layer_selective", action="store_true", help="the experiment of A.2 on single images, in place of stage 2")
+    add("--seeds", type=int, default=1, help="--layer_selective: how many times it is trained")
+    add("--num_prompts", type=int, default=64, help="--layer_selective: images a variant is measured on")
     add("--benchmark", action="store_true", help="time synthetic and real iterations, then stop")
     add("--rounds", type=int, default=15, help="how often --benchmark times each kind of iteration")
     args = parser.parse_args(argv)
@@ -282,7 +383,9 @@ def main():
     args = parse_args()
     launched = device, rank, _ = launch(args.threads)
     method = METHODS[args.method]
-    fill_defaults(args, "stage2", device)
+    fill_defaults(args, "selective" if args.layer_selective else "stage2", device)
+    if args.layer_selective:
+        return layer_selective(args, launched)
     if args.benchmark:
         return benchmark(args, launched)
     announce(args, launched)
