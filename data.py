@@ -18,6 +18,7 @@ import difflib
 import json
 import math
 import os
+import struct
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -331,12 +332,20 @@ def camera(azimuth, elevation=ELEVATION):
     return right, up, torch.stack([-ce * sin, -se + 0 * a, -ce * cos], dim=-1)
 
 
-def project(position, azimuth, elevation=ELEVATION):
-    """Positions (..., 3, H, W) seen from azimuth (...,) -> column, row in pixels and depth, each (..., H, W)."""
+def project(position, azimuth, elevation=ELEVATION, size=None):
+    """Positions (..., 3, H, W) seen from azimuth (...,) -> column, row in pixels of an image of `size` (default W), and
+    depth, each (..., H, W)."""
     right, up, forward = (axis.to(position)[..., None, None] for axis in camera(azimuth, elevation))
-    size = position.shape[-1]
+    size = size or position.shape[-1]
     x, y, depth = ((axis * position).sum(dim=-3) for axis in (right, up, forward))
     return (x / EXTENT + 1) * size / 2, (1 - y / EXTENT) * size / 2, depth
+
+
+def bilinear(maps, column, row):
+    """Bilinear values of maps (B, C, H, W) at pixel coordinates (B, H', W'), centres at + 0.5 -> (B, C, H', W')."""
+    height, width = maps.shape[-2:]
+    grid = torch.stack([2 * column / width - 1, 2 * row / height - 1], dim=-1)
+    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def trace(distance, shape, azimuth, size, elevation=ELEVATION, steps=64, tolerance=3e-4):
@@ -549,6 +558,284 @@ def paint(distance, assets, azimuth, style, backgrounds, size, supersample, elev
     if style == "watercolor":                                               # colours run
         image = F.avg_pool2d(F.pad(image, (supersample,) * 4, mode="replicate"), 2 * supersample + 1, stride=1)
     return F.avg_pool2d(image, supersample), F.avg_pool2d(cover, supersample)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meshes: the toy's objects and users' own (D.4), drawn as control maps without a renderer's help.
+
+class Mesh(NamedTuple):
+    """Triangles in the object's frame, counter-clockwise as seen from outside."""
+    vertices: torch.Tensor              # (M, 3) float32
+    faces: torch.Tensor                 # (F, 3) int64
+
+
+def surface_mesh(value, extent=0.5, normal=None):
+    """Mesh of the zero level of a grid value (n, n, n) [x, y, z], negative inside, that spans [-extent, extent]^3.
+
+    Surface nets (Gibson 1998): one vertex for each cell that the surface passes, the mean of where it cuts the cell's
+    edges, and one square for each grid edge that it cuts; so the vertices are shared. With normal, a function of points
+    (3, M) to unit normals (3, M), the vertex goes where the tangent planes at those cuts meet (dual contouring, Ju et
+    al. 2002), so that edges stay sharp. The grid's outermost points must lie outside. Raises ValueError where nothing
+    lies inside.
+    """
+    n, inside = len(value), value < 0
+    corners = torch.tensor([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
+    part = sum(inside[i:n - 1 + i, j:n - 1 + j, k:n - 1 + k].long() for i, j, k in corners.tolist())
+    cells = ((part > 0) & (part < 8)).nonzero()                                                     # (M, 3)
+    if len(cells) == 0:
+        raise ValueError("there is no surface to mesh: nothing lies inside")
+    at_corner = value[tuple((cells[:, None] + corners).unbind(-1))]                                 # (M, 8)
+    place = lambda p: ((cells + p) / (n - 1) * 2 - 1) * extent           # of p in [0, 1]^3 in each cell
+    cuts = []
+    for a in range(8):
+        for b in (a | bit for bit in (1, 2, 4) if not a & bit):
+            va, vb = at_corner[:, a:a + 1], at_corner[:, b:b + 1]
+            cut = (va < 0) != (vb < 0)
+            share = va / (va - vb).where(cut, torch.ones(()))
+            cuts.append((cut, corners[a] + share * (corners[b] - corners[a])))
+    count = sum(cut for cut, _ in cuts)
+    p = sum(cut * p for cut, p in cuts) / count                                                     # (M, 3)
+    if normal is not None:
+        planes = [(cut * normal(place(q).T).T, q - p) for cut, q in cuts]                           # n, n (q - p) = 0
+        left = sum(normals[:, :, None] * normals[:, None] for normals, _ in planes) + 0.05 * torch.eye(3)
+        right = sum(normals * (normals * q).sum(dim=1, keepdim=True) for normals, q in planes)
+        p = (p + torch.linalg.solve(left, right)).clamp(0, 1)
+    vertices = place(p)
+    number = torch.full((n, n, n), -1)
+    number[tuple(cells.unbind(-1))] = torch.arange(len(cells))
+    squares = []
+    for a in range(3):
+        b, c = (a + 1) % 3, (a + 2) % 3
+        here, there = inside.narrow(a, 0, n - 1), inside.narrow(a, 1, n - 1)
+        edge = (here != there).nonzero()                                # the four cells around it, seen from +a
+        step = torch.eye(3, dtype=torch.long)
+        square = torch.stack([number[tuple((edge - i * step[b] - j * step[c]).unbind(-1))]
+                              for i, j in ((1, 1), (0, 1), (0, 0), (1, 0))], dim=1)
+        squares.append(torch.where(here[tuple(edge.unbind(-1))][:, None], square, square.flip(1)))
+    squares = torch.cat(squares)
+    return Mesh(vertices, torch.cat([squares[:, [0, 1, 2]], squares[:, [0, 2, 3]]]))
+
+
+def carve(seen, size=64, azimuth=AZIMUTHS, elevation=ELEVATION):
+    """The largest shape that fits the silhouettes seen (B, V, 1, H, W) bool, as a share of matter in each of size^3
+    cells of the cube [-0.5, 0.5]^3: (B, 1, size, size, size) [x, y, z] in [0, 1], smoothed over 3 cells."""
+    B, V = seen.shape[:2]
+    line = (torch.arange(size) + 0.5) / size - 0.5
+    points = torch.stack(torch.meshgrid(line, line, line, indexing="ij")).view(3, size, size * size)    # a tall "image"
+    solid = torch.ones(B, 1, size, size * size)
+    for v in range(V):
+        right, up, _ = (axis.view(3, 1, 1) for axis in camera(azimuth[v], elevation))
+        place = torch.stack([(points * right).sum(0), -(points * up).sum(0)], -1) / EXTENT          # in [-1, 1]
+        solid *= F.grid_sample(seen[:, v].float(), place.expand(B, -1, -1, -1), align_corners=False)
+    return F.avg_pool3d(F.pad(solid.view(B, 1, size, size, size), (1,) * 6), 3, 1)
+
+
+def hull_mesh(seen, size=64):
+    """Mesh of the shape that `carve` finds for the silhouettes of one object, (V, 1, H, W) bool."""
+    solid = F.pad(carve(seen[None], size)[0, 0], (1,) * 6)              # nothing lies outside the cube
+    return surface_mesh(0.5 - solid, 0.5 * (size + 1) / size)
+
+
+def asset_mesh(assets, resolution=96):
+    """Mesh of one object of the toy world, Assets of length 1, from its distance function."""
+    distance, abc = SHAPES[CATEGORIES[int(assets.category[0])]], assets.shape[0][:, None]
+    line = torch.linspace(-0.55, 0.55, resolution)
+    points = torch.stack(torch.meshgrid(line, line, line, indexing="ij")).flatten(1)
+    value = nearest(distance(points.unbind(), *abc.expand(3, points.shape[1]).unbind()))
+    return surface_mesh(value.view((resolution,) * 3), 0.55, lambda p: gradient(distance, p, abc.expand(3, p.shape[1])))
+
+
+def corner_normals(mesh, crease=40):
+    """Unit normals (F, 3, 3) at the corners of each face: of the faces around the corner, weighed by area, those within
+    `crease` degrees of its own, so that smooth surfaces are smooth and edges stay sharp."""
+    p = mesh.vertices[mesh.faces]                                                                   # (F, 3, 3)
+    area = torch.linalg.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0])
+    flat = F.normalize(area, dim=1, eps=1e-20)
+    order = mesh.faces.flatten().argsort(stable=True)                   # corners (face, k), those of a vertex in a row
+    owner, face = mesh.faces.flatten()[order], order // 3
+    total, limit = area[face].clone(), math.cos(math.radians(crease))
+    for shift in range(1, int(owner.bincount().max())):                 # each corner meets all others of its vertex
+        for a, b in ((slice(None, -shift), slice(shift, None)), (slice(shift, None), slice(None, -shift))):
+            near = (owner[a] == owner[b]) & ((flat[face[a]] * flat[face[b]]).sum(dim=1) > limit)
+            total[a] += near[:, None] * area[face[b]]
+    return F.normalize(torch.empty_like(total).index_copy_(0, order, total), dim=1, eps=1e-20).view(-1, 3, 3)
+
+
+def rasterize(mesh, size=32, azimuth=AZIMUTHS, elevation=ELEVATION):
+    """Which triangle each pixel centre sees, orthographically: face (V, H, W), -1 for none, and its place in it,
+    barycentric (V, H, W, 3), 0 for none. A z-buffer; of two triangles at one depth the first in the list wins."""
+    views = [rasterize_view(mesh.vertices[mesh.faces].double(), size, *camera(turn, elevation)) for turn in azimuth]
+    return tuple(torch.stack(part) for part in zip(*views))
+
+
+def rasterize_view(corners, size, right, up, forward, chunk=1 << 20):
+    """`rasterize` for one view of triangles with corners (F, 3, 3): every pair of a triangle and a pixel centre in its
+    bounding box is tested, a chunk of pairs at a time."""
+    x, y = (corners @ right.double() / EXTENT + 1) * size / 2, (1 - corners @ up.double() / EXTENT) * size / 2  # (F, 3)
+    double_area = (x[:, 1] - x[:, 0]) * (y[:, 2] - y[:, 0]) - (x[:, 2] - x[:, 0]) * (y[:, 1] - y[:, 0])
+    i, j = torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1])             # a corner's opposite edge
+    # barycentric coordinates are affine in the pixel: coefficients (F, 3 corners, 3) for column, row, 1; so is depth
+    plane = torch.stack([y[:, i] - y[:, j], x[:, j] - x[:, i], x[:, i] * y[:, j] - x[:, j] * y[:, i]], dim=2)
+    plane = plane / double_area[:, None, None]
+    depth = (plane * (corners @ forward.double())[:, :, None]).sum(dim=1)                           # (F, 3)
+    (x0, x1), (y0, y1) = (((v.amin(dim=1) - 0.5).ceil().clamp(0, size).long(),
+                           (v.amax(dim=1) - 0.5).floor().clamp(-1, size - 1).long()) for v in (x, y))
+    wide, high = (x1 - x0 + 1).clamp(min=0), (y1 - y0 + 1).clamp(min=0)
+    todo = ((wide * high > 0) & (double_area != 0)).nonzero()[:, 0]
+    count = (wide * high)[todo]
+    nothing = torch.iinfo(torch.int64).max
+    front, ends, start = torch.full((size * size,), nothing), count.cumsum(0), 0
+    while start < len(todo):
+        before = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(torch.searchsorted(ends, before + chunk)))
+        n = count[start:stop]
+        f, k = todo[start:stop].repeat_interleave(n), torch.arange(int(n.sum()))
+        k = k - (n.cumsum(0) - n).repeat_interleave(n)                  # number of the pixel in its bounding box
+        column, row = x0[f] + k % wide[f], y0[f] + k // wide[f]
+        affine = lambda c: c[f, 0] * (column + 0.5) + c[f, 1] * (row + 0.5) + c[f, 2]
+        hit = (affine(plane[:, 0]) >= -1e-9) & (affine(plane[:, 1]) >= -1e-9) & (affine(plane[:, 2]) >= -1e-9)
+        key = ((affine(depth) + 4) * 2**27).long() << 32 | f            # the nearest triangle has the smallest key
+        front.scatter_reduce_(0, (row * size + column)[hit], key[hit], "amin")
+        start = stop
+    face = torch.where(front == nothing, -1, front & 0xffffffff).view(size, size)
+    row, column = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+    place = plane[face] @ torch.stack([column, row, torch.ones_like(row)], dim=-1)[..., None].double()
+    return face, (place[..., 0] * (face >= 0)[..., None]).float()
+
+
+def mesh_views(mesh, size=32, azimuth=AZIMUTHS, elevation=ELEVATION, supersample=4):
+    """A mesh's maps as `render` gives them for an object: Views of one object, without colours.
+
+    Normals of surfaces seen from behind are turned round, so that open meshes work too.
+    """
+    face, place = rasterize(mesh, size, azimuth, elevation)
+    there = (face >= 0)[:, None]
+    mix = lambda corners: (corners[face] * place[..., None]).sum(dim=-2).permute(0, 3, 1, 2) * there    # (V, 3, H, W)
+    normal = F.normalize(mix(corner_normals(mesh)), dim=1)
+    forward = torch.stack([camera(turn, elevation)[2] for turn in azimuth])[:, :, None, None]
+    normal = torch.where((normal * forward).sum(dim=1, keepdim=True) > 0, -normal, normal)
+    cover = (rasterize(mesh, size * supersample, azimuth, elevation)[0] >= 0).float()[:, None]
+    return Views(None, F.avg_pool2d(cover, supersample)[None], normal[None], mix(mesh.vertices[mesh.faces])[None])
+
+
+def read_mesh(path):
+    """Mesh of an OBJ or GLB file, all its parts together, centred and scaled to fit the cube and the four views.
+
+    Normals, colours and textures in the file are not read: normals follow from the shape (`corner_normals`). Raises
+    FileNotFoundError or ValueError with one line: another format, damaged, empty, compressed, or not finite.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no such file: {path}")
+    kind = os.path.splitext(path)[1].lower()
+    if kind not in (".obj", ".glb"):
+        raise ValueError(f"{path}: meshes are read from .obj and .glb files")
+    try:
+        vertices, faces = (read_obj if kind == ".obj" else read_glb)(path)
+    except (KeyError, IndexError, TypeError, UnicodeDecodeError, struct.error) as error:
+        raise ValueError(f"{path} is not a readable {kind[1:].upper()} file: {error!r}") from None
+    if len(faces) == 0:
+        raise ValueError(f"{path} holds no triangles")
+    if not vertices.isfinite().all() or faces.min() < 0 or faces.max() >= len(vertices):
+        raise ValueError(f"{path} holds vertices that are not finite, or faces of vertices that are not there")
+    vertices, faces = weld(vertices, faces)
+    if len(faces) == 0:
+        raise ValueError(f"{path} holds only triangles without area")
+    low, high = vertices.amin(dim=0), vertices.amax(dim=0)
+    vertices = (vertices - (low + high) / 2) / (high - low).max()
+    views = torch.cat([vertices @ axis for turn in AZIMUTHS for axis in camera(turn)[:2]])
+    return Mesh((vertices * min(1., 0.95 * EXTENT / float(views.abs().max()))).float(), faces)
+
+
+def weld(vertices, faces):
+    """Joins vertices at the same place and leaves out faces without area."""
+    vertices, index = vertices.double().unique(dim=0, return_inverse=True)
+    faces = index[faces]
+    p = vertices[faces]
+    return vertices, faces[torch.linalg.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0]).norm(dim=1) > 0]
+
+
+def read_obj(path):
+    """Vertices (M, 3) and triangles (F, 3) of an OBJ file; polygons are cut into fans."""
+    vertices, faces = [], []
+    with open(path) as file:
+        for number, line in enumerate(file, start=1):
+            words = line.split()
+            try:
+                if words[:1] == ["v"]:
+                    vertices.append([float(word) for word in words[1:4]])
+                elif words[:1] == ["f"]:
+                    index = [int(word.split("/")[0]) for word in words[1:]]
+                    index = [k - 1 if k > 0 else len(vertices) + k for k in index]      # -1 is the latest vertex
+                    faces += [[index[0], index[k], index[k + 1]] for k in range(1, len(index) - 1)]
+            except ValueError:
+                raise ValueError(f"{path} line {number} cannot be read: {line.strip()[:60]}") from None
+    return torch.tensor(vertices, dtype=torch.float64).view(-1, 3), torch.tensor(faces, dtype=torch.long).view(-1, 3)
+
+
+GLB_TYPES = {5121: "<u1", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
+GLB_WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
+
+
+def read_glb_chunks(path):
+    """(JSON as a dict, binary chunk) of a GLB file (glTF 2.0, section 4.4)."""
+    content = Path(path).read_bytes()
+    magic, version, _ = struct.unpack_from("<4sII", content)
+    if magic != b"glTF" or version != 2:
+        raise ValueError(f"{path} is not a GLB file of glTF 2")
+    length, = struct.unpack_from("<I", content, 12)
+    return json.loads(content[20:20 + length]), content[20 + length + 8:]
+
+
+def glb_accessor(gltf, binary, number):
+    """The array of an accessor (n, width)."""
+    accessor = gltf["accessors"][number]
+    view, kind, width = gltf["bufferViews"][accessor["bufferView"]], GLB_TYPES[accessor["componentType"]], \
+        GLB_WIDTHS[accessor["type"]]
+    item = np.dtype(kind).itemsize
+    start, stride = view.get("byteOffset", 0) + accessor.get("byteOffset", 0), view.get("byteStride", item * width)
+    return np.ndarray((accessor["count"], width), kind, binary, start, (stride, item)).copy()
+
+
+def read_glb(path):
+    """Vertices (M, 3) and triangles (F, 3) of all meshes in a GLB file's scene, each moved to its place."""
+    gltf, binary = read_glb_chunks(path)
+    packed = {"KHR_draco_mesh_compression", "EXT_meshopt_compression", "KHR_mesh_quantization"}
+    if packed & set(gltf.get("extensionsRequired", ())):
+        raise ValueError(f"{path} is compressed: export it without mesh compression")
+    vertices, faces, base = [], [], 0
+    scene = gltf.get("scenes", [{"nodes": range(len(gltf.get("nodes", ())))}])[gltf.get("scene", 0)]
+    stack = [(number, np.eye(4)) for number in scene.get("nodes", ())]
+    while stack:
+        number, above = stack.pop()
+        node = gltf["nodes"][number]
+        place = above @ node_matrix(node)
+        stack += [(child, place) for child in node.get("children", ())]
+        for part in gltf["meshes"][node["mesh"]]["primitives"] if "mesh" in node else ():
+            if part.get("mode", 4) != 4:
+                raise ValueError(f"{path} holds lines, points or strips: export it as triangles")
+            points = glb_accessor(gltf, binary, part["attributes"]["POSITION"]).astype(np.float64)
+            index = glb_accessor(gltf, binary, part["indices"]).astype(np.int64) if "indices" in part else \
+                np.arange(len(points))
+            vertices.append(points @ place[:3, :3].T + place[:3, 3])
+            faces.append(index.reshape(-1, 3)[:, ::1 if np.linalg.det(place[:3, :3]) > 0 else -1] + base)
+            base += len(points)
+    if not faces:
+        return torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.long)
+    return torch.from_numpy(np.concatenate(vertices)), torch.from_numpy(np.concatenate(faces))
+
+
+def node_matrix(node):
+    """The 4 x 4 transform of a glTF node, from its matrix or its scale, rotation (x, y, z, w) and translation."""
+    if "matrix" in node:
+        return np.array(node["matrix"], dtype=np.float64).reshape(4, 4).T
+    x, y, z, w = node.get("rotation", (0, 0, 0, 1))
+    turn = np.array([[1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+                     [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+                     [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)]])
+    matrix = np.eye(4)
+    matrix[:3, :3] = turn * np.array(node.get("scale", (1, 1, 1)))
+    matrix[:3, 3] = node.get("translation", (0, 0, 0))
+    return matrix
 
 
 # ---------------------------------------------------------------------------------------------------------------------

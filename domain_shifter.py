@@ -31,9 +31,12 @@ class DomainShifters(nn.Module):
         self.W_left = nn.Parameter(torch.zeros(N_B, d, rank))
 
     def forward(self, domains):
-        """domains: (N_B, B) of SYN / REAL -> shift (N_B, B, d), what is added to X before each block."""
-        N_B = len(self.W_left)
-        e_domain = self.domain_embeddings[torch.arange(N_B, device=domains.device)[:, None], domains]   # (N_B, B, d)
+        """domains: (N_B, B) of SYN / REAL -> shift (N_B, B, d), what is added to X before each block.
+
+        Numbers between (or a little outside) mix: e(s) = (1 - s) e_syn + s e_real.
+        """
+        e_syn, e_real = self.domain_embeddings.unsqueeze(2).unbind(1)                               # (N_B, 1, d)
+        e_domain = torch.lerp(e_syn, e_real, domains[..., None].to(e_syn))                          # (N_B, B, d)
         low_rank = torch.einsum("nrd,nbd->nbr", self.W_right, e_domain)                     # (N_B, B, r)
         return torch.einsum("ndr,nbr->nbd", self.W_left, low_rank)                          # (N_B, B, d)
 
@@ -77,8 +80,8 @@ def block_count(fraction, num_blocks):
 
 
 def uniform_domains(domain, num_blocks, batch, device=None):
-    """Every block runs in the sample's own domain: (N_B, B) of SYN or REAL."""
-    return torch.full((num_blocks, batch), domain, dtype=torch.long, device=device)
+    """Every block runs in the sample's own domain: (N_B, B) of SYN or REAL, or of a number between."""
+    return torch.full((num_blocks, batch), domain, device=device)
 
 
 def draw_frozen_blocks(generator, num_blocks, tau_B=0.4):
@@ -176,7 +179,8 @@ class DomainSwitcher(nn.Module):
 
     def attach(self, network):
         def join(_, inputs, out):                                   # here all blocks run in one domain
-            return out + self.domain_embeddings[network.domains[-1]].to(out.dtype) if network.adapter_on else out
+            e_domain = torch.lerp(*self.domain_embeddings, network.domains[-1, :, None].to(self.domain_embeddings))
+            return out + e_domain.to(out.dtype) if network.adapter_on else out
         network.dit.t_embedder.register_forward_hook(join)
 
 

@@ -3,6 +3,7 @@
     python evaluate.py toy                          # the trained models beside the oracle: control, domain, leakage
     python evaluate.py oracle                       # perfect photos and perfect renders through every measure
     python evaluate.py select                       # B_max and t_max of a model, for sample.py to find (Sec. 4.3)
+    python evaluate.py dial                         # between the domains: e(s) from render to photograph
     python evaluate.py table1                       # Table 1 (table2, table3) on the toy world; hours on a CPU
     python evaluate.py findings                     # the paper's claims against the tables in results/
     python evaluate.py folders OURS THEIRS --inception inception-2015-12-05.pt      # any images: FID, KID
@@ -59,13 +60,6 @@ def silhouette_iou(image, mask):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3D consistency: each view predicted from the others (the leave-one-out form of the paper's re-rendering, Sec. 5).
 
-def bilinear(maps, column, row):
-    """Bilinear values of maps (B, C, H, W) at pixel coordinates (B, H', W'), centres at + 0.5 -> (B, C, H', W')."""
-    height, width = maps.shape[-2:]
-    grid = torch.stack([2 * column / width - 1, 2 * row / height - 1], dim=-1)
-    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-
 def rerender(image, position, normal, mask, leave_one_out=False, near=0.2, azimuth=data.AZIMUTHS,
              elevation=data.ELEVATION):
     """Back-projects the views on the surface and renders them again: what each view should be, by the views that see
@@ -86,7 +80,7 @@ def rerender(image, position, normal, mask, leave_one_out=False, near=0.2, azimu
         for j in (j for j in range(views) if j != i or not leave_one_out):
             column, row, _ = data.project(position[:, i], azimuth[j], elevation)
             maps = torch.cat([image[:, j], position[:, j], whole[:, j]], dim=1)
-            color, point, valid = bilinear(maps, column, row).split([3, 3, 1], dim=1)
+            color, point, valid = data.bilinear(maps, column, row).split([3, 3, 1], dim=1)
             forward = data.camera(azimuth[j], elevation)[2].to(image)
             cosine = -(normal[:, i] * forward[:, None, None]).sum(dim=1, keepdim=True)
             same = (point - position[:, i]).norm(dim=1, keepdim=True) < near
@@ -120,15 +114,7 @@ def visual_hull(seen, size=64, azimuth=data.AZIMUTHS, elevation=data.ELEVATION, 
     them. The paper lifts with a pretrained reconstruction network.
     """
     B, V, _, H, W = seen.shape
-    line = (torch.arange(size) + 0.5) / size - 0.5
-    x, y, z = torch.meshgrid(line, line, line, indexing="ij")
-    points = torch.stack([x, y, z]).view(3, size, size * size)                                      # a tall "image"
-    solid = torch.ones(B, 1, size, size * size)
-    for v in range(V):
-        right, up, _ = (axis.view(3, 1, 1) for axis in data.camera(azimuth[v], elevation))
-        place = torch.stack([(points * right).sum(0), -(points * up).sum(0)], -1) / data.EXTENT     # in [-1, 1]
-        solid *= F.grid_sample(seen[:, v].float(), place.expand(B, -1, -1, -1), align_corners=False)
-    solid = F.avg_pool3d(F.pad(solid.view(B, 1, size, size, size), (1,) * 6), 3, 1)                 # (B, 1, x, y, z)
+    solid = data.carve(seen, size, azimuth, elevation)                                              # (B, 1, x, y, z)
     slope = torch.stack(torch.gradient(solid[:, 0], dim=(1, 2, 3)), 1)                              # (B, 3, x, y, z)
     read = lambda volume, p: F.grid_sample(volume, 2 * p.flip(-1), align_corners=False)             # p (B, D, H, W, 3)
     column, row = (((torch.arange(n) + 0.5) / n * 2 - 1) * data.EXTENT for n in (W, H))
@@ -722,6 +708,41 @@ def select(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The dial, beyond the paper: the shift is linear in e_domain, so e(s) = (1 - s) e_syn + s e_real lies between the domains
+
+
+def dial(args):
+    """Turns s from render to photograph in e(s) = (1 - s) e_syn + s e_real: the same objects, control and noise at seven
+    settings, and below them how surely they are called a photo and how well they follow the control."""
+    device = launch(args.threads)[0]
+    path = args.model or sample.default_model("toy", "texturing")
+    network = sample.load_network(path, device)
+    if not network.knows_domains() or sample.trained_task(path) != "texturing":
+        raise ValueError(f"{path} is not a texturing model with Domain Shifters: there is no dial to turn")
+    held = data.evaluation_set(args.num, size=network.dit.config.image_size, folder=args.folder, device=device)
+    net, settings_of_s, rows = train_feature_net(args.folder), (-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25), {}
+    photos = net.features(data.photo_set(1000, folder=args.folder, device=device)["image"][:, 0] / 255)
+    pictures = []
+    with tqdm(total=len(settings_of_s) * 4 * args.num, desc="dial", unit="image", bar_format=sample.BAR) as progress:
+        for s in settings_of_s:
+            images = data.to_uint8(sample.sample_images(network, held["text"], s, 4, held["control"], seed=args.seed,
+                                                        num_steps=args.num_steps, cfg_scale=args.cfg_scale, batch=16,
+                                                        progress=progress))
+            rows[s] = measure(images / 255, held, photos, net)
+            pictures.append((f"s = {s}", images[:3].flatten(0, 1)))
+    for s, row in rows.items():
+        print(f"s {s:5.2f}  " + "  ".join(f"{name} {number(row[name], COLUMNS[name])}" for name in
+                                          ("photo", "iou", "psnr", "psnr_loo", "KD_I")))
+    curves = {"called a photo": [(s, row["photo"]) for s, row in rows.items()],
+              "silhouette IoU": [(s, row["iou"]) for s, row in rows.items()]}
+    out = args.out.removesuffix(".png")
+    sample.save_picture(f"{out}.png", pictures, scale=2, column_titles=data.VIEWS * 3,
+                        below=sample.draw_plot(curves, "s: 0 synthetic, 1 real", "", size=(880, 300), y_range=(0, 1)))
+    write_json(f"{out}.json", dict(settings=settings(args) | dict(seed=args.seed), rows=rows))
+    print(f"wrote {out}.png and {out}.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The paper's tables on the toy world: Table 1 (texturing), 2 (ablation), 3 (text to multiview)
 
 
@@ -1050,6 +1071,9 @@ def main():
                   "model", *sampling, "folder")
     sub.set_defaults(num=20)
     sub.add_argument("--max_loss", type=float, default=0.25, help="share by which the kernel distance may grow")
+    sub = command("dial", dial, "mix the two domains: e(s) from render to photograph", "model", *sampling, "folder")
+    sub.set_defaults(num=20)
+    sub.add_argument("--out", default="runs/toy/dial.png", help="picture to write; its numbers: .json")
     for name, (task, rows) in TABLES.items():
         sub = command(name, table, f"the paper's Table {name[-1]} on the toy world ({len(rows)} rows, task {task}): "
                       "trains what is missing, about ten minutes a model; run again to go on", *sampling, "results",

@@ -3,20 +3,25 @@
     python sample.py                                        # an object of the toy world, from the shipped weights
     python sample.py --object 3 7 --domain shifted          # objects 3 and 7 of the held-out ones, shifted mode only
     python sample.py --model runs/toy/realiz3d_text.safetensors --prompt "a red wooden mug"     # four views from text
+    python sample.py --object 3 --textured runs/toy/textured                    # a textured 3D object: GLB, OBJ
+    python sample.py --mesh chair.obj --prompt "a blue metal chair" --textured runs/toy/textured    # your own geometry
     python sample.py --model weights/toy_base.safetensors --prompt "photo of a red wooden mug"  # the base model
     torchrun --nproc_per_node=8 sample.py --real_set runs/toy/sets/real.safetensors             # the real set (C.1)
 
 The picture has a row for the control maps and one for each domain mode, with the four views side by side.
 """
 import argparse
+import io
 import json
 import math
 import os
 import shutil
+import struct
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 import data
@@ -75,10 +80,13 @@ def ddim_sample(predict_noise, x, num_steps=50, spacing="trailing", clip_x0=Fals
 
 
 def domain_mode(mode, num_blocks, B_max=0.3, t_max=950):
-    """"real", "syn" or "shifted" (Sec. 4.3) -> a function of t (B,) that gives the (N_B, B) table of domains."""
+    """"real", "syn" or "shifted" (Sec. 4.3) -> a function of t (B,) that gives the (N_B, B) table of domains.
+
+    mode may be a number s too, for e(s) = (1 - s) e_syn + s e_real in all blocks: a dial from render to photograph.
+    """
     if mode == "shifted":
         return lambda t: shifted_domains(t, num_blocks, B_max, t_max)
-    domain = {"real": REAL, "syn": SYN}[mode]
+    domain = {"real": REAL, "syn": SYN}.get(mode, mode)
     return lambda t: uniform_domains(domain, num_blocks, len(t), t.device)
 
 
@@ -225,12 +233,16 @@ def file_id(path):
 # Pictures
 
 
-def save_picture(path, rows, scale=3, column_titles=()):
-    """Writes labelled rows of images as one PNG: rows = [(label, uint8 (n, 3, H, W)), ...]."""
+def save_picture(path, rows, scale=3, column_titles=(), below=None):
+    """Writes labelled rows of images as one PNG: rows = [(label, uint8 (n, 3, H, W)), ...]; below: a PIL image."""
     label_width, pad = 8 + 6 * max(len(label) for label, _ in rows), 2
     size = rows[0][1].shape[-1] * scale + pad
     width, top = label_width + size * max(len(images) for _, images in rows), 16 if column_titles else 0
-    sheet = Image.new("RGB", (width, top + size * len(rows)), "white")
+    height = top + size * len(rows)
+    sheet = Image.new("RGB", (width, height) if below is None else (max(width, below.width), height + below.height),
+                      "white")
+    if below is not None:
+        sheet.paste(below, (0, height))
     pen = ImageDraw.Draw(sheet)
     for k, title in enumerate(column_titles):
         pen.text((label_width + size * k, 2), title, "black")
@@ -363,7 +375,8 @@ def object_sheet(path, network, objects, task="texturing", modes=tuple(MODES), *
         images = {mode: sample_images(network, objects["text"], mode, views, control, progress=progress, **options)
                   for mode in modes}
     rows = [] if control is None else [("normals", control[:, :, :3]), ("positions", control[:, :, 3:])]
-    rows += [(MODES[mode] if network.knows_domains() else "generated", images[mode]) for mode in modes]
+    label = lambda mode: MODES.get(mode, f"s = {mode}") if network.knows_domains() else "generated"
+    rows += [(label(mode), images[mode]) for mode in modes]
     save_picture(path, [(label, data.to_uint8(row).flatten(0, 1)) for label, row in rows],
                  column_titles=data.VIEWS * len(objects["text"]) if task else ())
     return images
@@ -386,6 +399,162 @@ def save_views(folder, images, objects, names):
             np.save(f"{folder}/positions/{name}/position_{v:03}.npy", position.permute(1, 2, 0).cpu().numpy())
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Textured meshes (D.4): the four views back-projected on the surface, as GLB and OBJ
+
+
+def atlas(num_faces, size):
+    """A place in a square texture for each triangle: two to a cell, each with all the texels of its half.
+
+    Returns uv (F, 3, 2) in texels, and of each texel its face (size, size), -1 for none, and its barycentric place
+    (size, size, 3), which lies on the triangle's rim for the texels beside it, so that bilinear filters find no foreign
+    colour. Raises ValueError where the cells would be smaller than 4 texels.
+    """
+    columns = math.ceil(math.sqrt((num_faces + 1) // 2))
+    cell = size // columns
+    if cell < 4:
+        raise ValueError(f"{num_faces} triangles do not fit a texture of {size} x {size}: use a larger --texture_size")
+    face, half = torch.arange(num_faces), torch.arange(num_faces) % 2
+    corner = torch.stack([face // 2 % columns, face // 2 // columns], dim=1) * cell                 # (F, 2) column, row
+    low, high = 0.5, cell - 2.5
+    lower = torch.tensor([[low, low], [high, low], [low, high]])        # the other half is turned round in its cell
+    uv = corner[:, None] + torch.where(half[:, None, None] == 0, lower, cell - lower)
+    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    x, y = column % cell + 0.5, row % cell + 0.5
+    second = x + y > cell
+    number = 2 * (row // cell * columns + column // cell) + second
+    number = torch.where((column // cell < columns) & (number < num_faces), number, -1)
+    x, y = torch.where(second, cell - x, x), torch.where(second, cell - y, y)
+    b, c = ((z - low) / (high - low) for z in (x, y))
+    place = torch.stack([1 - b - c, b, c], dim=-1).clamp(min=0)
+    return uv, number, place / place.sum(dim=-1, keepdim=True)
+
+
+def texture_mesh(mesh, images, size=1024, power=4, azimuth=data.AZIMUTHS, elevation=data.ELEVATION):
+    """Back-projects views on a mesh (D.4): (texture uint8 (size, size, 3), uv (F, 3, 2) in texels, covered share).
+
+    images: (V, 3, H, W) in [0, 1]. A texel takes the mean of the views that see it, weighed by the cosine of the angle
+    to the power `power`; one that no view sees has the colour of the nearest on the surface that is seen. Covered is
+    the share of the surface's area that is seen.
+    """
+    uv, face, place = atlas(len(mesh.faces), size)
+    used = face >= 0
+    face, place = face[used], place[used][:, :, None]
+    points = (mesh.vertices[mesh.faces][face] * place).sum(dim=1)                                   # (texels, 3)
+    normals = torch.nn.functional.normalize((data.corner_normals(mesh)[face] * place).sum(dim=1), dim=1)
+    fine = 8 * images.shape[-1]                                         # to see what hides what
+    seen_face, seen_place = data.rasterize(mesh, fine, azimuth, elevation)
+    surface = (mesh.vertices[mesh.faces][seen_face] * seen_place[..., None]).sum(dim=3)             # (V, fine, fine, 3)
+    whole = (data.mesh_views(mesh, images.shape[-1], azimuth, elevation).mask[0] == 1).float()      # no white mixed in
+    total, weights = torch.zeros(len(points), 3), torch.zeros(len(points), 1)
+    for v, turn in enumerate(azimuth):
+        column, row, _ = data.project(points.T[:, None], turn, elevation, size=1)                   # (1, texels)
+        x, y = ((z[0] * fine).long().clamp(0, fine - 1) for z in (column, row))
+        visible = ((surface[v, y, x] - points).norm(dim=1) < 0.02) & (seen_face[v, y, x] >= 0)
+        cosine = -(normals @ data.camera(turn, elevation)[2])
+        read = lambda maps: data.bilinear(maps[None], *(z[None] * maps.shape[-1] for z in (column, row)))[0, :, 0].T
+        inside = read(whole[v])
+        color = read(images[v] * whole[v]) / inside.clamp(min=1e-6)
+        weight = (cosine.clamp(min=0)**power * visible * (cosine > 0.1))[:, None] * (inside > 0.2)
+        total, weights = total + weight * color, weights + weight
+    seen = weights[:, 0] > 0
+    if not seen.any():
+        raise ValueError("no view sees any of the mesh")
+    colors = total / weights.clamp(min=1e-12)
+    colors[~seen] = colors[seen][cKDTree(points[seen]).query(points[~seen])[1]]
+    p = mesh.vertices[mesh.faces]
+    area = torch.linalg.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0]).norm(dim=1)
+    area = (area / face.bincount(minlength=len(area)))[face]            # of each texel
+    texture = torch.full((size, size, 3), 255, dtype=torch.uint8)
+    texture[used] = (colors * 255).round().byte()
+    return texture, uv, float(area[seen].sum() / area.sum())
+
+
+def write_glb(path, mesh, texture, uv):
+    """Writes a textured mesh as GLB (glTF 2.0): y up, picture inside as PNG, its origin top left, colours as they are
+    (unlit, as the light is in them)."""
+    picture = io.BytesIO()
+    Image.fromarray(texture.numpy()).save(picture, "PNG")
+    corners = [t.reshape(-1, t.shape[-1]).numpy().astype("<f4") for t in
+               (mesh.vertices[mesh.faces], data.corner_normals(mesh), uv / texture.shape[0])]
+    blobs = [array.tobytes() for array in corners] + [np.arange(len(corners[0]), dtype="<u4").tobytes(),
+                                                      picture.getvalue()]
+    views, binary = [], b""
+    for blob in blobs:
+        views.append(dict(buffer=0, byteOffset=len(binary), byteLength=len(blob)))
+        binary += blob + b"\0" * (-len(blob) % 4)
+    count, points = len(corners[0]), corners[0]
+    floats = lambda k, kind: dict(bufferView=k, componentType=5126, count=count, type=kind)
+    gltf = dict(
+        asset=dict(version="2.0", generator="Realiz3D reference"), scene=0, scenes=[dict(nodes=[0])],
+        nodes=[dict(mesh=0)], extensionsUsed=["KHR_materials_unlit"],
+        meshes=[dict(primitives=[dict(attributes=dict(POSITION=0, NORMAL=1, TEXCOORD_0=2), indices=3, material=0)])],
+        materials=[dict(pbrMetallicRoughness=dict(baseColorTexture=dict(index=0), metallicFactor=0.),
+                        extensions=dict(KHR_materials_unlit={}), doubleSided=True)],
+        textures=[dict(source=0)], images=[dict(bufferView=4, mimeType="image/png")], bufferViews=views,
+        buffers=[dict(byteLength=len(binary))],
+        accessors=[floats(0, "VEC3") | dict(min=points.min(0).tolist(), max=points.max(0).tolist()), floats(1, "VEC3"),
+                   floats(2, "VEC2"), dict(bufferView=3, componentType=5125, count=count, type="SCALAR")])
+    header = json.dumps(gltf, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 4)
+    content = struct.pack("<4sII", b"glTF", 2, 28 + len(header) + len(binary))
+    content += struct.pack("<I4s", len(header), b"JSON") + header + struct.pack("<I4s", len(binary), b"BIN\0") + binary
+    write_bytes(path, content)
+
+
+def write_obj(path, mesh, texture, uv):
+    """Writes a textured mesh as NAME.obj, NAME.mtl and NAME.png."""
+    stem = path.removesuffix(".obj")
+    name, size = os.path.basename(stem), texture.shape[0]
+    lines = [f"mtllib {name}.mtl", "usemtl views"]
+    lines += [f"v {x:.6f} {y:.6f} {z:.6f}" for x, y, z in mesh.vertices.tolist()]
+    lines += [f"vt {u / size:.6f} {1 - v / size:.6f}" for u, v in uv.view(-1, 2).tolist()]          # origin bottom left
+    lines += [f"vn {x:.4f} {y:.4f} {z:.4f}" for x, y, z in data.corner_normals(mesh).view(-1, 3).tolist()]
+    lines += ["f " + " ".join(f"{vertex + 1}/{3 * k + i + 1}/{3 * k + i + 1}" for i, vertex in enumerate(face))
+              for k, face in enumerate(mesh.faces.tolist())]
+    save_image(f"{stem}.png", Image.fromarray(texture.numpy()))
+    write_bytes(f"{stem}.mtl", f"newmtl views\nKa 1 1 1\nKd 1 1 1\nillum 0\nmap_Kd {name}.png\n".encode())
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
+
+
+def write_bytes(path, content):
+    """Writes to a temporary name and moves it into place."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content)
+    os.replace(f"{path}.tmp", path)
+
+
+def turntable(mesh, texture, uv, size=96, azimuth=tuple(range(0, 360, 45)), supersample=2):
+    """Draws a textured mesh from each azimuth before white: uint8 (n, 3, size, size)."""
+    face, place = data.rasterize(mesh, size * supersample, azimuth)
+    at = (uv[face] * place[..., None]).sum(dim=3)                                                   # (n, H, W, 2)
+    column, row = (at[..., k].long().clamp(0, texture.shape[0] - 1) for k in (0, 1))
+    image = torch.where((face >= 0)[..., None], texture[row, column], torch.tensor(255, dtype=torch.uint8))
+    image = torch.nn.functional.avg_pool2d(image.permute(0, 3, 1, 2).float(), supersample)
+    return image.round().byte()
+
+
+def save_meshes(folder, meshes, images, texture_size=1024):
+    """Textures N meshes with the views of each row of images: FOLDER/NAME_ROW.glb and .obj, and a turntable of all.
+
+    meshes: {name: Mesh, or None where the hull of the views is the mesh}; images: {row: (N, V, 3, H, W) in [-1, 1]}.
+    """
+    rows = []
+    for k, (name, known) in enumerate(meshes.items()):
+        for row, grids in images.items():
+            views = data.to_uint8(grids[k]) / 255
+            mesh = known or data.hull_mesh((1 - views).amax(dim=1, keepdim=True) > 0.08)
+            texture, uv, covered = texture_mesh(mesh, views, texture_size)
+            for write, kind in ((write_glb, "glb"), (write_obj, "obj")):
+                write(f"{folder}/{name}_{row}.{kind}", mesh, texture, uv)
+            print(f"{folder}/{name}_{row}.glb and .obj: {len(mesh.faces)} triangles, {covered:.0%} of the surface seen")
+            rows.append((f"{name} {row}", turntable(mesh, texture, uv)))
+    save_picture(f"{folder}/turntable.png", rows, scale=1, column_titles=[f"{turn} degrees" for turn in
+                                                                          range(0, 360, 45)])
+    print(f"{folder}/turntable.png shows them")
+
+
 def parse_args(argv=None):
     """The command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -396,7 +565,8 @@ def parse_args(argv=None):
     add("--task", choices=("texturing", "text"), help="default: the one the model was trained for")
     add("--object", type=int, nargs="+", default=[0, 1, 2], help="numbers of held-out objects")
     add("--prompt", nargs="+", help="captions instead of objects: a base model or --task text")
-    add("--domain", choices=("all", "real", "syn", "shifted"), default="all", help="domain mode (default: all three)")
+    add("--domain", type=domain_word, default="all", help="domain mode: real, syn, shifted, or a number s, 0 for "
+        "synthetic to 1 for real and a little outside (default all: the three words)")
     add("--B_max", type=float, help="layer shift: share of the blocks that run in synthetic mode (default: what "
         "evaluate.py select found for this model, else 0.3)")
     add("--t_max", type=int, help="time shift: steps t >= t_max run in synthetic mode; 1000 = none (default: likewise, "
@@ -408,9 +578,44 @@ def parse_args(argv=None):
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--out", help="picture to write (default runs/PRESET/sample.png)")
     add("--views", metavar="DIR", help="also write every view as its own file, as evaluate.py folders reads them")
+    add("--textured", metavar="DIR", help="also texture the object's mesh with the views: GLB, OBJ and a turntable")
+    add("--mesh", metavar="FILE", help="OBJ or GLB to texture after a --prompt, in place of the toy's objects")
+    add("--beside", nargs="+", default=[], metavar="MODEL", help="--textured: with these models too")
+    add("--texture_size", type=int, default=1024, help="--textured: texels to a side")
     add("--real_set", metavar="FILE", help="draw the real set of stages 1 and 2 with the base model, instead")
     add("--num_assets", type=int, default=640, help="real set: assets, four images each")
     return parser, parser.parse_args(argv)
+
+
+def domain_word(word):
+    """A domain mode from the command line: a word, or a number in [-1, 2]."""
+    if word in ("all", "real", "syn", "shifted"):
+        return word
+    try:
+        s = float(word)
+    except ValueError:
+        s = math.nan
+    if not -1 <= s <= 2:
+        raise argparse.ArgumentTypeError(f"{word!r} is not all, real, syn, shifted or a number from -1 to 2")
+    return s
+
+
+def chosen_objects(args, text, size, task):
+    """What the command line asks for: objects as from data.evaluation_set, and in the same order {name: Mesh, or None
+    for the hull of the views}."""
+    if args.mesh:
+        mesh = data.read_mesh(args.mesh)
+        views = data.mesh_views(mesh, size)
+        return dict(text=text, control=data.control_maps(views), position=views.position,
+                    mask=data.to_uint8(2 * views.mask - 1)), {os.path.splitext(os.path.basename(args.mesh))[0]: mesh}
+    if args.prompt:
+        return dict(text=text), dict.fromkeys(range(len(text)))
+    num = max(args.object) + 1
+    held, assets = data.evaluation_set(num, size=size, folder=f"runs/{args.preset}/sets"), \
+        data.sample_assets(num, data.SEEDS["evaluation"])
+    meshes = {k: data.asset_mesh(data.take(assets, torch.tensor([k])), 64) if args.textured and task == "texturing" else
+              None for k in args.object}
+    return {key: value[list(meshes)] for key, value in held.items()}, meshes
 
 
 def main():
@@ -436,8 +641,11 @@ def main():
     task = trained_task(path)                                       # None: a base model, one image a caption
     if args.task not in (None, task):
         raise ValueError(f"{path} was trained for {task or 'no task (a base model)'}, not for {args.task}")
-    if task == "texturing" and args.prompt:
-        raise ValueError("a texturing model needs an object's maps: name one with --object, or use --task text")
+    if task == "texturing" and len(text) != bool(args.mesh):
+        raise ValueError("a texturing model needs an object's maps: name one with --object, or bring --mesh FILE and "
+                         "one --prompt, or use --task text")
+    if args.mesh and task != "texturing":
+        raise ValueError(f"{path} does not follow maps, so --mesh needs another --model")
     if args.domain != "all" and not network.knows_domains():
         raise ValueError(f"{path} has no Domain Shifters, so no --domain; add some with --shifters FILE")
     B_max, t_max = selected_shift(path)
@@ -445,13 +653,23 @@ def main():
                    B_max=B_max if args.B_max is None else args.B_max, t_max=t_max if args.t_max is None else args.t_max)
     out = args.out or f"runs/{args.preset}/sample.png"
     modes = ("syn", "real", "shifted") if args.domain == "all" else (args.domain,)
-    objects = data.evaluation_set(max(args.object) + 1, size=config.image_size, folder=f"runs/{args.preset}/sets")
-    objects = {"text": text} if args.prompt else {key: value[args.object] for key, value in objects.items()}
-    if rank == 0:
-        images = object_sheet(out, network, objects, task, modes, **options)
-        if args.views:
-            save_views(args.views, images, objects, range(len(text)) if args.prompt else args.object)
-        print(f"{path} -> {out}" + (f" and the single views in {args.views}" if args.views else ""))
+    if rank > 0:
+        return
+    objects, meshes = chosen_objects(args, text, config.image_size, task)
+    images = object_sheet(out, network, objects, task, modes, **options)
+    print(f"{path} -> {out}")
+    if args.views:
+        save_views(args.views, images, objects, list(meshes))
+        print(f"the single views are in {args.views}")
+    if args.textured:
+        if task is None:
+            raise ValueError(f"{path} is a base model, it draws no views of one object")
+        for other in args.beside:
+            network, name = load_network(other, device), os.path.basename(other).removesuffix(".safetensors")
+            mode, control = "shifted" if network.knows_domains() else "real", objects.get("control")
+            images[name] = sample_images(network, objects["text"], mode, 4, control if task == "texturing" else None,
+                                         **options)
+        save_meshes(args.textured, meshes, images, args.texture_size)
 
 
 if __name__ == "__main__":
