@@ -742,8 +742,8 @@ def read_mesh(path):
         raise ValueError(f"{path} holds only triangles without area")
     low, high = vertices.amin(dim=0), vertices.amax(dim=0)
     vertices = (vertices - (low + high) / 2) / (high - low).max()
-    views = torch.cat([vertices @ axis for turn in AZIMUTHS for axis in camera(turn)[:2]])
-    return Mesh((vertices * min(1., 0.95 * EXTENT / float(views.abs().max()))).float(), faces)
+    views = torch.cat([vertices @ axis.double() for turn in AZIMUTHS for axis in camera(turn)[:2]])
+    return Mesh((vertices * min(1., 0.9 * EXTENT / float(views.abs().max()))).float(), faces)
 
 
 def weld(vertices, faces):
@@ -762,7 +762,8 @@ def read_obj(path):
             words = line.split()
             try:
                 if words[:1] == ["v"]:
-                    vertices.append([float(word) for word in words[1:4]])
+                    x, y, z = map(float, words[1:4])
+                    vertices.append((x, y, z))
                 elif words[:1] == ["f"]:
                     index = [int(word.split("/")[0]) for word in words[1:]]
                     index = [k - 1 if k > 0 else len(vertices) + k for k in index]      # -1 is the latest vertex

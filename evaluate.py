@@ -708,12 +708,12 @@ def select(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The dial, beyond the paper: the shift is linear in e_domain, so e(s) = (1 - s) e_syn + s e_real lies between the domains
+# The dial, beyond the paper: the shift is linear in e_domain, so e(s) = (1 - s) e_syn + s e_real lies in between
 
 
 def dial(args):
-    """Turns s from render to photograph in e(s) = (1 - s) e_syn + s e_real: the same objects, control and noise at seven
-    settings, and below them how surely they are called a photo and how well they follow the control."""
+    """Turns s from render to photograph in e(s) = (1 - s) e_syn + s e_real: the same objects, control and noise at
+    seven settings, and below them the share called a photo and how well the silhouette follows the control."""
     device = launch(args.threads)[0]
     path = args.model or sample.default_model("toy", "texturing")
     network = sample.load_network(path, device)
