@@ -699,8 +699,9 @@ def select(args):
     out = path.removesuffix(".safetensors")
     points = {f"B_max {B_max:.1f}" + (f", t_max {t_max}" if t_max < T else ""): (row["KD_I"], row["psnr"])
               for (B_max, t_max), row in tried.items()}
-    sample.save_points(f"{out}.shift.png", points, "kernel distance to photos x1000 (left: realistic)",
-                       "re-rendered PSNR (up: consistent)", limit=tried[0.0, T]["KD_I"] * (1 + args.max_loss))
+    sample.save_image(f"{out}.shift.png", sample.draw_points(
+        points, "KD_I x1000 (left: realistic; the line: as much as may be lost)", "re-rendered PSNR (up: consistent)",
+        limit=tried[0.0, T]["KD_I"] * (1 + args.max_loss)))
     write_json(f"{out}.shift.json", choice | dict(settings=settings(args) | dict(seed=args.seed), tried=[
         dict(B_max=B_max, t_max=t_max, **row) for (B_max, t_max), row in tried.items()]))
     print(f"B_max {choice['B_max']}, t_max {choice['t_max']} -> {out}.shift.json, where sample.py finds it; the "
@@ -897,8 +898,10 @@ def table(args):
     write_text(f"{out}.md", f"# {args.command.replace('table', 'Table ')} on the toy world, beside the paper's\n\n"
                f"{lines}\n\n`python evaluate.py {args.command}` with {settings(args)}\n")
     points = {label: [mean(row, name) for name in ("KD_I", "psnr")] for label, row in results.items() if row["toy"]}
-    sample.save_points(f"{out}.png", points, "kernel distance to photos x1000 (left: realistic)",
-                       "re-rendered PSNR (up: consistent)")
+    papers = {label: (results[label]["paper"]["KID_I"], results[label]["paper"]["PSNR"]) for label in points}
+    sample.save_image(f"{out}.png", sample.side_by_side([
+        sample.draw_points(points, "KD_I x1000 (left: realistic)", "the toy: re-rendered PSNR (up: consistent)"),
+        sample.draw_points(papers, "KID_I (left: realistic)", "the paper: PSNR (up: consistent)")]))
     sample.save_picture(f"{out}_sheet.png", [("renders", held["image"][:6].flatten(0, 1))] + [
         (label, images[:6].flatten(0, 1)) for label, images in grids.items()], column_titles=data.VIEWS * 6)
     print(f"wrote {out}.json, {out}.md, {out}.png and {out}_sheet.png")

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 import data
@@ -184,10 +183,7 @@ def readability_plot(path, found):
     """Writes R^2 by depth, a panel for each step."""
     panels = [sample.draw_plot({name: list(enumerate(by_step[t])) for name, by_step in found.items()},
                                "blocks passed", f"R^2 at t = {t}", size=(440, 330), y_range=(0, 1)) for t in STEPS]
-    sheet = Image.new("RGB", (2 * 440, 2 * 330), "white")
-    for k, panel in enumerate(panels):
-        sheet.paste(panel, (k % 2 * 440, k // 2 * 330))
-    sample.save_image(path, sheet)
+    sample.save_image(path, sample.side_by_side(panels))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

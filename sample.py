@@ -280,7 +280,7 @@ def axes(points, x_label, y_label, log_y=False, size=(640, 360)):
     for k in range(5):
         x, y = x0 + (x1 - x0) * k / 4, y0 + (y1 - y0) * k / 4
         y = 10 ** y if log_y else y
-        pen.text((place(x, points[0][1])[0] - 12, height - bottom + 4), f"{x:.4g}", "black")
+        pen.text((min(place(x, points[0][1])[0] - 12, width - 38), height - bottom + 4), f"{x:.4g}", "black")
         pen.text((4, place(x0, y)[1] - 6), f"{y:.3g}", "black")
     pen.text((width // 2, height - 16), x_label, "black")
     pen.text((left + 8, 16), y_label, "black")
@@ -302,17 +302,35 @@ def save_plot(path, curves, x_label, y_label, log_y=False):
     save_image(path, draw_plot(curves, x_label, y_label, log_y))
 
 
-def save_points(path, points, x_label, y_label, limit=None):
-    """Writes a plot of labelled points as PNG: points = {label: (x, y)}; limit: draws a vertical line at this x."""
-    corners = list(points.values()) + ([(limit, next(iter(points.values()))[1])] if limit is not None else [])
-    sheet, pen, place = axes(corners, x_label, y_label, size=(900, 560))
+def draw_points(points, x_label, y_label, limit=None, size=(700, 560)):
+    """A plot of labelled points {label: (x, y)}, their labels apart; limit: a vertical line at this x. A PIL image."""
+    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points.values()))
+    x1 = x1 if limit is None else max(x1, limit)
+    dx, dy = 0.06 * (x1 - x0), 0.06 * (y1 - y0)
+    sheet, pen, place = axes([(x0 - dx, y0 - dy), (x1 + dx, y1 + dy)], x_label, y_label, size=size)
     if limit is not None:
-        pen.line([(place(limit, 0)[0], 12), (place(limit, 0)[0], sheet.height - 36)], "gray")
+        x, _ = place(limit, y0)
+        pen.line([(x, 12), (x, size[1] - 36)], "gray")
+    taken = []
     for k, (label, point) in enumerate(points.items()):
         x, y = place(*point)
         pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=COLORS[k % 5])
-        pen.text((x + 7 if x < 700 else x - 7 - 6 * len(label), y - 6), label, COLORS[k % 5])
-    save_image(path, sheet)
+        left = x + 7 if x < 0.7 * size[0] else x - 7 - 6 * len(label)
+        for shift in (0, 11, -11, 22, -22, 33, -33, 44, -44):
+            box = left, y - 6 + shift, left + 6 * len(label), y + 5 + shift
+            if not any(box[0] < c and a < box[2] and box[1] < d and b < box[3] for a, b, c, d in taken):
+                break
+        taken.append(box)
+        pen.text(box[:2], label, COLORS[k % 5])
+    return sheet
+
+
+def side_by_side(images):
+    """PIL images in a row."""
+    sheet = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), "white")
+    for k, image in enumerate(images):
+        sheet.paste(image, (sum(other.width for other in images[:k]), 0))
+    return sheet
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -51,6 +51,16 @@ def test_shift_is_W_left_W_right_e():
 
 
 @torch.no_grad()
+def test_numbers_between_the_domains_mix_their_shifts():
+    """The dial: linear in s, and exactly the domains at its ends."""
+    shifters = trained_shifters()
+    n = len(shifters.W_left)
+    at = lambda s: shifters(uniform_domains(s, n, 2))  # noqa: E731
+    assert torch.equal(at(0.0), at(SYN)) and torch.equal(at(1.0), at(REAL))
+    for s in (-0.25, 0.3, 1.25):
+        assert torch.allclose(at(s), (1 - s) * at(SYN) + s * at(REAL), atol=1e-5)
+
+
 def test_untrained_shifters_leave_the_base_model_exactly():
     model, (x, t, text) = random_model(), random_inputs()
     network = ShiftedDiT(model, DomainShifters(TINY))

@@ -14,10 +14,12 @@ import torch
 from conftest import ROOT, TINY, one_line_error, random_model, script
 from test_domain_shifter import trained_shifters
 
+import data
+import evaluate
 import train_stage2
 from dit import load_tensors
 from domain_shifter import REAL, SYN, ShiftedDiT
-from train_stage1 import Iteration, data_indices, denoising_loss, draw_noise, learning_rate
+from train_stage1 import Iteration, data_indices, denoising_loss, draw_noise, fill_defaults, learning_rate, train
 from train_stage2 import iteration_macs, stage2_plan
 
 WORKER = "tests/train_worker.py"
@@ -280,6 +282,59 @@ def test_frozen_blocks_are_bit_identical_after_a_real_iteration(tmp_path, ranks)
             for name, p in final(tmp_path, rank).items()
             if f"param.{name}" in after
         )
+
+
+@pytest.mark.parametrize("step, moved", [(0, (0, 1)), (1, (2, 3))])
+def test_layer_selective_training_moves_exactly_one_half(tmp_path, step, moved):
+    """Step 0 is synthetic and trains the first half of the blocks, step 1 is real and trains the second."""
+    args = train_stage2.parse_args(["--out", str(tmp_path), "--name", "half", "--steps", "1", "--batch", "1"])
+    fill_defaults(args, "selective", torch.device("cpu"))
+    network = ShiftedDiT(random_model().requires_grad_(False))
+    network.dit.blocks.requires_grad_(True)
+    before = {name: p.clone() for name, p in network.dit.named_parameters()}
+    generator = torch.Generator().manual_seed(5)
+    one = {
+        "image": torch.randint(256, (8, 1, 3, 8, 8), generator=generator, dtype=torch.uint8),
+        "text": torch.randint(2, 50, (8, 14), generator=generator),
+    }
+    plan = lambda _: train_stage2.selective_plan("layers", 4)(step)  # noqa: E731
+    null = {"text": torch.tensor([[1] + [0] * 13])}
+    train(network, {"syn": one, "real": one}, null, plan, args, f"{tmp_path}/half", (torch.device("cpu"), 0, 1))
+    changed = {name for name, p in network.dit.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if name.startswith(tuple(f"blocks.{k}." for k in moved))}
+
+
+def test_selective_plans_alternate_and_split_the_timesteps():
+    layers, times, renders = (
+        [train_stage2.selective_plan(variant, 5)(step) for step in range(4)] for variant in
+        ("layers", "timesteps", "renders")
+    )
+    assert [it.domain for it in layers] == [it.domain for it in times] == ["syn", "real"] * 2
+    assert [it.domain for it in renders] == ["syn"] * 4 and [it.visit for it in renders] == [0, 1, 2, 3]
+    assert [(it.frozen_blocks, it.frozen_last_blocks) for it in layers[:2]] == [(0, 3), (2, 0)]
+    for iteration, low, high in ((times[0], 500, 1000), (times[1], 0, 500)):
+        t, _, _ = draw_noise((1,), 0, 3, 0, 3000, "cpu", iteration.timesteps)
+        assert low <= t.min() < low + 5 and high - 5 <= t.max() < high
+
+
+def test_layer_selective_experiment_as_a_command(tmp_path, tiny_run, monkeypatch, capsys):
+    """Two seeds of every variant at a tiny size, measured and drawn; the base model is not trained."""
+    net, photos = evaluate.train_feature_net, data.photo_set
+    monkeypatch.setattr(evaluate, "train_feature_net", lambda *a, **options: net(*a, num=20, steps=4, **options))
+    monkeypatch.setattr(data, "photo_set", lambda num, **options: photos(20, **options))
+    flags = "--layer_selective --seeds 2 --steps 2 --batch 1 --num_assets 4 --num_prompts 3 --picture_steps 2 --threads 1"
+    monkeypatch.setattr(
+        "sys.argv",
+        ["train_stage2.py", *flags.split(), "--out", str(tmp_path), "--base", str(tiny_run / "base.safetensors")],
+    )
+    train_stage2.main()
+    rows = json.loads((tmp_path / "layer_selective.json").read_text())["rows"]
+    assert list(rows) == ["base", "renders", "layers", "timesteps"] and all(len(row) == 2 for row in rows.values())
+    assert rows["layers"][0]["FD"] != rows["base"][0]["FD"] and (tmp_path / "layer_selective.png").exists()
+    assert sorted(path.name for path in tmp_path.glob("selective_*")) == sorted(
+        f"selective_{variant}_{seed}" for variant in ("renders", "layers", "timesteps") for seed in (0, 1)
+    )
+    assert "+-" in capsys.readouterr().out
 
 
 def test_more_processes_than_data_is_one_clear_line(tmp_path):
