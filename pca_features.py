@@ -172,11 +172,13 @@ def print_readability(found):
     for name, by_step in found.items():
         for t, values in by_step.items():
             print(f"{name:12} t = {t:4d}    " + "".join(f"{value:6.2f}" for value in values))
-    print("blocks until 90 % of the best depth's R^2 (and that R^2)")
+    print("blocks until 90 % of the best depth's R^2 (and that R^2; -: not readable, R^2 below 0.05)")
     for name, by_step in found.items():
-        half = {t: next(k for k, value in enumerate(values) if value >= 0.9 * max(values)) for t, values in
-                by_step.items()}
-        print(f"{name:12}" + "   ".join(f"t {t}: {half[t]:2d} ({max(by_step[t]):.2f})" for t in by_step))
+        cells = []
+        for t, values in by_step.items():
+            first = next(k for k, value in enumerate(values) if value >= 0.9 * abs(max(values)) or max(values) < 0.05)
+            cells.append(f"t {t}: {first if max(values) >= 0.05 else '-':>2} ({max(values):.2f})")
+        print(f"{name:12}{'   '.join(cells)}")
 
 
 def readability_plot(path, found):

@@ -110,7 +110,7 @@ def guided_noise(network, text, null_text, domains, cfg_scale, **inputs):
 def ticking(predict_noise, progress, share):
     """predict_noise that moves a progress bar on by `share` of each image in x (B, V, C, H, W)."""
     def tick(x, t):
-        progress.update(share * x.shape[0] * x.shape[1])
+        progress.update(min(share * x.shape[0] * x.shape[1], progress.total - progress.n))      # no rounding past it
         return predict_noise(x, t)
     return tick
 
@@ -464,6 +464,8 @@ def texture_mesh(mesh, images, size=1024, power=4, azimuth=data.AZIMUTHS, elevat
     seen_face, seen_place = data.rasterize(mesh, fine, azimuth, elevation)
     surface = (mesh.vertices[mesh.faces][seen_face] * seen_place[..., None]).sum(dim=3)             # (V, fine, fine, 3)
     whole = (data.mesh_views(mesh, images.shape[-1], azimuth, elevation).mask[0] == 1).float()      # no white mixed in
+    inner = 1 - torch.nn.functional.max_pool2d(1 - whole, 3, 1, 1)      # a generated outline may miss by a pixel: its
+    trust = inner + 0.02 * (whole - inner) * ((1 - images).amax(dim=1, keepdim=True) > 0.15)    # own counts little
     total, weights = torch.zeros(len(points), 3), torch.zeros(len(points), 1)
     for v, turn in enumerate(azimuth):
         column, row, _ = data.project(points.T[:, None], turn, elevation, size=1)                   # (1, texels)
@@ -471,9 +473,9 @@ def texture_mesh(mesh, images, size=1024, power=4, azimuth=data.AZIMUTHS, elevat
         visible = ((surface[v, y, x] - points).norm(dim=1) < 0.02) & (seen_face[v, y, x] >= 0)
         cosine = -(normals @ data.camera(turn, elevation)[2])
         read = lambda maps: data.bilinear(maps[None], *(z[None] * maps.shape[-1] for z in (column, row)))[0, :, 0].T
-        inside = read(whole[v])
-        color = read(images[v] * whole[v]) / inside.clamp(min=1e-6)
-        weight = (cosine.clamp(min=0)**power * visible * (cosine > 0.1))[:, None] * (inside > 0.2)
+        inside = read(trust[v])
+        color = read(images[v] * trust[v]) / inside.clamp(min=1e-6)
+        weight = (cosine.clamp(min=0)**power * visible * (cosine > 0.1))[:, None] * inside * (inside > 1e-3)
         total, weights = total + weight * color, weights + weight
     seen = weights[:, 0] > 0
     if not seen.any():
