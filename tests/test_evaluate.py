@@ -328,6 +328,34 @@ def test_select_picks_the_most_consistent_shift_within_the_loss(tmp_path, tiny_r
         evaluate.main()
 
 
+def test_dial_turns_from_one_domain_to_the_other(tmp_path, tiny_run, monkeypatch, capsys):
+    """Seven settings in order, each passed to the sampler as it is; 0 and 1 are the domains themselves."""
+    small_net, photos, drawn = evaluate.train_feature_net, data.photo_set, {}
+    monkeypatch.setattr(evaluate, "train_feature_net", lambda folder: small_net(folder, num=20, steps=2))
+    monkeypatch.setattr(data, "photo_set", lambda num, **options: photos(20, **options))
+    sample_images = evaluate.sample.sample_images
+
+    def watched(network, text, mode, *rest, **options):
+        drawn[mode] = sample_images(network, text, mode, *rest, **options)
+        return drawn[mode]
+
+    monkeypatch.setattr(evaluate.sample, "sample_images", watched)
+    model = str(tiny_run / "realiz3d_texturing.safetensors")
+    flags = f"--num 3 --num_steps 1 --threads 1 --folder {tmp_path} --out {tmp_path}/dial.png --model {model}"
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "dial", *flags.split()])
+    evaluate.main()
+    assert list(drawn) == [-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
+    network, held = evaluate.sample.load_network(model), data.evaluation_set(3, folder=tmp_path)
+    for mode, s in (("syn", 0.0), ("real", 1.0)):
+        alone = sample_images(network, held["text"], mode, 4, held["control"], num_steps=1, batch=16)
+        assert torch.equal(alone, drawn[s])
+    assert (drawn[0.0] != drawn[1.0]).any() and (tmp_path / "dial.png").exists()
+    assert len(json.loads((tmp_path / "dial.json").read_text())["rows"]) == 7
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "dial", "--model", str(tiny_run / "base.safetensors")])
+    with pytest.raises(ValueError, match="no dial to turn"):
+        evaluate.main()
+
+
 # ---- folders of images
 
 

@@ -322,10 +322,11 @@ def test_layer_selective_experiment_as_a_command(tmp_path, tiny_run, monkeypatch
     net, photos = evaluate.train_feature_net, data.photo_set
     monkeypatch.setattr(evaluate, "train_feature_net", lambda *a, **options: net(*a, num=20, steps=4, **options))
     monkeypatch.setattr(data, "photo_set", lambda num, **options: photos(20, **options))
-    flags = "--layer_selective --seeds 2 --steps 2 --batch 1 --num_assets 4 --num_prompts 3 --picture_steps 2 --threads 1"
+    flags = "--layer_selective --seeds 2 --steps 2 --batch 1 --num_assets 4 --num_prompts 3 --picture_steps 2"
     monkeypatch.setattr(
         "sys.argv",
-        ["train_stage2.py", *flags.split(), "--out", str(tmp_path), "--base", str(tiny_run / "base.safetensors")],
+        ["train_stage2.py", *flags.split(), "--threads", "1", "--out", str(tmp_path), "--base",
+         str(tiny_run / "base.safetensors")],
     )
     train_stage2.main()
     rows = json.loads((tmp_path / "layer_selective.json").read_text())["rows"]
