@@ -646,15 +646,15 @@ def asset_mesh(assets, resolution=96):
 
 
 def corner_normals(mesh, crease=40):
-    """Unit normals (F, 3, 3) at the corners of each face: of the faces around the corner, weighed by area, those within
-    `crease` degrees of its own, so that smooth surfaces are smooth and edges stay sharp."""
+    """Unit normals (F, 3 corners, 3): the mean of the faces around the corner, weighed by area, that lie within
+    `crease` degrees of the corner's own face, so that smooth surfaces are smooth and edges stay sharp."""
     p = mesh.vertices[mesh.faces]                                                                   # (F, 3, 3)
     area = torch.linalg.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0])
     flat = F.normalize(area, dim=1, eps=1e-20)
     order = mesh.faces.flatten().argsort(stable=True)                   # corners (face, k), those of a vertex in a row
     owner, face = mesh.faces.flatten()[order], order // 3
     total, limit = area[face].clone(), math.cos(math.radians(crease))
-    for shift in range(1, int(owner.bincount().max())):                 # each corner meets all others of its vertex
+    for shift in range(1, min(int(owner.bincount().max()), 64)):        # each corner meets (64) others of its vertex
         for a, b in ((slice(None, -shift), slice(shift, None)), (slice(shift, None), slice(None, -shift))):
             near = (owner[a] == owner[b]) & ((flat[face[a]] * flat[face[b]]).sum(dim=1) > limit)
             total[a] += near[:, None] * area[face[b]]
@@ -663,7 +663,10 @@ def corner_normals(mesh, crease=40):
 
 def rasterize(mesh, size=32, azimuth=AZIMUTHS, elevation=ELEVATION):
     """Which triangle each pixel centre sees, orthographically: face (V, H, W), -1 for none, and its place in it,
-    barycentric (V, H, W, 3), 0 for none. A z-buffer; of two triangles at one depth the first in the list wins."""
+    barycentric (V, H, W, 3), 0 for none. A z-buffer; of two triangles at one depth the first in the list wins.
+
+    size: pixels to a side; azimuth: degrees, one a view; elevation: degrees.
+    """
     views = [rasterize_view(mesh.vertices[mesh.faces].double(), size, *camera(turn, elevation)) for turn in azimuth]
     return tuple(torch.stack(part) for part in zip(*views))
 
@@ -698,9 +701,11 @@ def rasterize_view(corners, size, right, up, forward, chunk=1 << 20):
         front.scatter_reduce_(0, (row * size + column)[hit], key[hit], "amin")
         start = stop
     face = torch.where(front == nothing, -1, front & 0xffffffff).view(size, size)
-    row, column = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
-    place = plane[face] @ torch.stack([column, row, torch.ones_like(row)], dim=-1)[..., None].double()
-    return face, (place[..., 0] * (face >= 0)[..., None]).float()
+    place = torch.zeros(size, size, 3)
+    row, column = (face >= 0).nonzero(as_tuple=True)
+    at = torch.stack([column + 0.5, row + 0.5, torch.ones_like(row)], dim=1).double()
+    place[row, column] = (plane[face[row, column]] @ at[:, :, None])[..., 0].float()
+    return face, place
 
 
 def mesh_views(mesh, size=32, azimuth=AZIMUTHS, elevation=ELEVATION, supersample=4):
@@ -721,7 +726,8 @@ def mesh_views(mesh, size=32, azimuth=AZIMUTHS, elevation=ELEVATION, supersample
 def read_mesh(path):
     """Mesh of an OBJ or GLB file, all its parts together, centred and scaled to fit the cube and the four views.
 
-    Normals, colours and textures in the file are not read: normals follow from the shape (`corner_normals`). Raises
+    Normals, colours and textures in the file are not read: normals follow from the shape (`corner_normals`), and faces
+    wound the wrong way are turned round. A sheet without thickness has one colour for both its sides. Raises
     FileNotFoundError or ValueError with one line: another format, damaged, empty, compressed, or not finite.
     """
     if not os.path.isfile(path):
@@ -731,33 +737,47 @@ def read_mesh(path):
         raise ValueError(f"{path}: meshes are read from .obj and .glb files")
     try:
         vertices, faces = (read_obj if kind == ".obj" else read_glb)(path)
-    except (KeyError, IndexError, TypeError, UnicodeDecodeError, struct.error) as error:
-        raise ValueError(f"{path} is not a readable {kind[1:].upper()} file: {error!r}") from None
+    except (KeyError, IndexError, TypeError, AttributeError, struct.error, ValueError) as error:
+        reason = str(error).removeprefix(f"{path}: ") if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path} is not a readable {kind[1:].upper()} file: {reason}") from None
     if len(faces) == 0:
         raise ValueError(f"{path} holds no triangles")
-    if not vertices.isfinite().all() or faces.min() < 0 or faces.max() >= len(vertices):
+    if faces.min() < 0 or faces.max() >= len(vertices) or not vertices[faces].isfinite().all():
         raise ValueError(f"{path} holds vertices that are not finite, or faces of vertices that are not there")
-    vertices, faces = weld(vertices, faces)
+    vertices, faces = weld(vertices.double(), faces)
     if len(faces) == 0:
         raise ValueError(f"{path} holds only triangles without area")
     low, high = vertices.amin(dim=0), vertices.amax(dim=0)
     vertices = (vertices - (low + high) / 2) / (high - low).max()
     views = torch.cat([vertices @ axis.double() for turn in AZIMUTHS for axis in camera(turn)[:2]])
-    return Mesh((vertices * min(1., 0.9 * EXTENT / float(views.abs().max()))).float(), faces)
+    return turned_outwards(Mesh((vertices * min(1., 0.9 * EXTENT / float(views.abs().max()))).float(), faces))
 
 
 def weld(vertices, faces):
-    """Joins vertices at the same place and leaves out faces without area."""
-    vertices, index = vertices.double().unique(dim=0, return_inverse=True)
-    faces = index[faces]
+    """Joins vertices (M, 3) at the same place; leaves out faces (F, 3) without area, and vertices without a face."""
     p = vertices[faces]
-    return vertices, faces[torch.linalg.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0]).norm(dim=1) > 0]
+    p = p[torch.linalg.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0]).norm(dim=1) > 0]
+    vertices, index = p.flatten(0, 1).unique(dim=0, return_inverse=True)
+    return vertices, index.view(-1, 3)
+
+
+def turned_outwards(mesh):
+    """Turns round each face that the four views see more from behind, and those they do not see if most are."""
+    face, _ = rasterize(mesh, 128)
+    p = mesh.vertices[mesh.faces]
+    normal = torch.linalg.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0])
+    votes = torch.zeros(len(mesh.faces))
+    for seen, turn in zip(face, AZIMUTHS):
+        pixels = seen[seen >= 0].bincount(minlength=len(votes))
+        votes += pixels * (normal @ camera(turn)[2]).sign()             # above 0: from behind
+    behind = torch.where(votes == 0, votes.sum() > 0, votes > 0)
+    return Mesh(mesh.vertices, torch.where(behind[:, None], mesh.faces.flip(1), mesh.faces))
 
 
 def read_obj(path):
-    """Vertices (M, 3) and triangles (F, 3) of an OBJ file; polygons are cut into fans."""
+    """Vertices (M, 3) and triangles (F, 3) of an OBJ file. Raises ValueError or IndexError naming a line."""
     vertices, faces = [], []
-    with open(path) as file:
+    with open(path, errors="replace") as file:
         for number, line in enumerate(file, start=1):
             words = line.split()
             try:
@@ -767,10 +787,25 @@ def read_obj(path):
                 elif words[:1] == ["f"]:
                     index = [int(word.split("/")[0]) for word in words[1:]]
                     index = [k - 1 if k > 0 else len(vertices) + k for k in index]      # -1 is the latest vertex
-                    faces += [[index[0], index[k], index[k + 1]] for k in range(1, len(index) - 1)]
-            except ValueError:
-                raise ValueError(f"{path} line {number} cannot be read: {line.strip()[:60]}") from None
+                    faces += fan(index, vertices)
+            except (ValueError, IndexError) as error:
+                raise ValueError(f"line {number} cannot be read ({error}): {line.strip()[:60]}") from None
     return torch.tensor(vertices, dtype=torch.float64).view(-1, 3), torch.tensor(faces, dtype=torch.long).view(-1, 3)
+
+
+def fan(index, vertices):
+    """Cuts a polygon, the numbers of its vertices, into triangles around the first of its corners from which none lies
+    the wrong way round. Raises ValueError where there is no such corner."""
+    p, n = np.array([vertices[k] for k in index]), len(index)
+    if n == 3:
+        return [index]
+    whole = np.cross(p, np.roll(p, -1, axis=0)).sum(axis=0)             # twice the area, along the normal
+    for first in range(n):
+        ring = [(first + k) % n for k in range(n)]
+        parts = [(ring[0], a, b) for a, b in zip(ring[1:], ring[2:])]
+        if all(np.cross(p[a] - p[o], p[b] - p[o]) @ whole >= -1e-9 * (whole @ whole) for o, a, b in parts):
+            return [[index[k] for k in part] for part in parts]
+    raise ValueError("a polygon too concave for a fan: triangulate on export")
 
 
 GLB_TYPES = {5121: "<u1", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
@@ -782,7 +817,7 @@ def read_glb_chunks(path):
     content = Path(path).read_bytes()
     magic, version, _ = struct.unpack_from("<4sII", content)
     if magic != b"glTF" or version != 2:
-        raise ValueError(f"{path} is not a GLB file of glTF 2")
+        raise ValueError("it is not binary glTF 2")
     length, = struct.unpack_from("<I", content, 12)
     return json.loads(content[20:20 + length]), content[20 + length + 8:]
 
@@ -802,18 +837,21 @@ def read_glb(path):
     gltf, binary = read_glb_chunks(path)
     packed = {"KHR_draco_mesh_compression", "EXT_meshopt_compression", "KHR_mesh_quantization"}
     if packed & set(gltf.get("extensionsRequired", ())):
-        raise ValueError(f"{path} is compressed: export it without mesh compression")
-    vertices, faces, base = [], [], 0
+        raise ValueError("it is compressed: export it without mesh compression")
+    vertices, faces, base, visits = [], [], 0, 0
     scene = gltf.get("scenes", [{"nodes": range(len(gltf.get("nodes", ())))}])[gltf.get("scene", 0)]
     stack = [(number, np.eye(4)) for number in scene.get("nodes", ())]
     while stack:
         number, above = stack.pop()
+        visits += 1
+        if visits > 10**6:
+            raise ValueError("its nodes form a circle")
         node = gltf["nodes"][number]
         place = above @ node_matrix(node)
         stack += [(child, place) for child in node.get("children", ())]
         for part in gltf["meshes"][node["mesh"]]["primitives"] if "mesh" in node else ():
             if part.get("mode", 4) != 4:
-                raise ValueError(f"{path} holds lines, points or strips: export it as triangles")
+                raise ValueError("it holds lines, points or strips: export it as triangles")
             points = glb_accessor(gltf, binary, part["attributes"]["POSITION"]).astype(np.float64)
             index = glb_accessor(gltf, binary, part["indices"]).astype(np.int64) if "indices" in part else \
                 np.arange(len(points))
@@ -841,6 +879,11 @@ def node_matrix(node):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sets, kept as safetensors.
+
+def silhouette(image, threshold=0.08):
+    """Images (..., 3, H, W) in [0, 1] -> bool (..., 1, H, W): pixels that differ from the white background."""
+    return (1 - image).amax(dim=-3, keepdim=True) > threshold
+
 
 def to_uint8(images):
     """[-1, 1] -> uint8."""

@@ -328,10 +328,18 @@ def load_tensors(path, device="cpu"):
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with safe_open(path, "pt", device=str(device)) as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            metadata = {key: parse_metadata(value) for key, value in (file.metadata() or {}).items()}
             return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a readable safetensors file (cut off, or another type): {error}") from None
+
+
+def parse_metadata(value):
+    """What `save_tensors` wrote as JSON; a plain word of another program's file ("format": "pt") as it is."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def save_model(path, config, model=None, shifters=None, adapter=None, dtype=None, **metadata):

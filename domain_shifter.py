@@ -68,8 +68,10 @@ class ShiftedDiT(nn.Module):
     def without_adapter(self):
         """with network.without_adapter(): samples as the methods do that remove their adapter after training."""
         self.adapter_on = False
-        yield
-        self.adapter_on = True
+        try:
+            yield
+        finally:
+            self.adapter_on = True
 
 
 def block_count(fraction, num_blocks):
@@ -208,7 +210,7 @@ def load_adapter(path, device="cpu", config=None):
         return None
     if kind not in ADAPTERS:
         raise ValueError(f"{path} holds an adapter of unknown kind {kind!r}, must be one of {', '.join(ADAPTERS)}")
-    rank = next((tensor.shape[1] for name, tensor in weights.items() if name.endswith("W_right")), None)
+    rank = next((tensor.shape[1] for name, tensor in weights.items() if name.endswith("W_right")), 1)
     adapter = ADAPTERS[kind](found, rank)
     load_strictly(adapter, weights, path)
     return adapter.to(device)

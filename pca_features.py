@@ -2,7 +2,7 @@
 
     python pca_features.py                                              # the shipped base model of the toy world
     python pca_features.py --model runs/toy/base.safetensors --num 100  # another checkpoint, more prompts
-    python pca_features.py --model pixart.safetensors --text text.safetensors       # latents: captions as vectors
+    python pca_features.py --model PixArt-XL-2-512x512.safetensors --text text.safetensors  # latents, caption vectors
 
 Draws the paper's figure: the first three principal components of the tokens after the blocks at 0.2, 0.5 and 1 N_B, at
 four of 20 DDIM steps. Then, what the eye sees there as numbers: how much of an object's geometry and of its domain a
@@ -17,23 +17,27 @@ from tqdm import tqdm
 
 import data
 import sample
-from dit import add_noise, launch, load_tensors, run_cli, seeded_generator
-from domain_shifter import REAL, uniform_domains
+from dit import add_noise, launch, load_pixart, load_tensors, run_cli, seeded_generator
+from domain_shifter import REAL, ShiftedDiT, uniform_domains
 
 STEPS = (800, 700, 500, 200)                # t of the figure's four groups
 DEPTHS = (0.2, 0.5, 1.0)                    # of its three rows, as shares of N_B
 
 
 @contextmanager
-def recorded(dit):
-    """with recorded(dit) as features: a forward leaves features[k] (B, N, d), the tokens after k blocks, k = 0..N_B."""
+def recorded(dit, depths):
+    """with recorded(dit, depths) as features: a forward leaves features[k] (B, N, d), the tokens after k blocks, for
+    each k of depths in 0..N_B."""
     features = {}
-    keep = lambda k: lambda _, inputs, out: features.update({k: out.detach()})
-    handles = [block.register_forward_hook(keep(k)) for k, block in enumerate(dit.blocks, start=1)]
-    handles.append(dit.blocks[0].register_forward_pre_hook(lambda _, inputs: features.update({0: inputs[0].detach()})))
-    yield features
-    for handle in handles:
-        handle.remove()
+    after = lambda k: lambda _, inputs, out: features.update({k: out.detach()})
+    before = lambda _, inputs: features.update({0: inputs[0].detach()})
+    handles = [dit.blocks[k - 1].register_forward_hook(after(k)) if k else
+               dit.blocks[0].register_forward_pre_hook(before) for k in depths]
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,7 +46,7 @@ def recorded(dit):
 
 @torch.no_grad()
 def sampled_features(network, text, null_text, num_steps=20, spacing="trailing", cfg_scale=sample.CFG_SCALE, seed=0,
-                     **inputs):
+                     batch=16, **inputs):
     """Samples one image a prompt and keeps the tokens at STEPS and DEPTHS (A.1).
 
     network: ShiftedDiT. text (P, L) or (P, L, D), null_text (1, L, ..); inputs: text_mask. Returns images (P, C, H, W)
@@ -54,22 +58,21 @@ def sampled_features(network, text, null_text, num_steps=20, spacing="trailing",
     steps = [int(visited[(visited - t).abs().argmin()]) for t in STEPS]
     blocks = [max(1, round(depth * config.depth)) for depth in DEPTHS]
     shape = (1, config.channels, config.image_size, config.image_size)
-    noise = torch.stack([torch.randn(shape, generator=seeded_generator(sample.SAMPLES, seed, k)) for k in
-                         range(len(text))])
-    predict_noise = sample.guided_noise(network, text, null_text, sample.domain_mode("real", config.depth), cfg_scale,
-                                        **inputs)
-    features, progress = {}, tqdm(total=num_steps, desc=f"{len(text)} prompts", unit="step")
+    images, features = [], {(t, block): [] for t in steps for block in blocks}
+    for rows in tqdm(torch.arange(len(text)).split(batch), desc="sampling", unit="batch"):
+        noise = torch.stack([torch.randn(shape, generator=seeded_generator(sample.SAMPLES, seed, k)) for k in
+                             rows.tolist()])
+        predict_noise = sample.guided_noise(network, text[rows], null_text, sample.domain_mode("real", config.depth),
+                                            cfg_scale, **{name: value[rows] for name, value in inputs.items()})
 
-    def watched(x, t):
-        with recorded(network.dit) as found:
-            eps = predict_noise(x, t)
-        if int(t) in steps:                     # under guidance the first half of the batch has the text
-            features.update({(int(t), block): found[block][:len(x)].float().cpu() for block in blocks})
-        progress.update()
-        return eps
-    images = sample.ddim_sample(watched, noise.to(like), num_steps, spacing, clip_x0=config.output_skip)
-    progress.close()
-    return images[:, 0].cpu(), features
+        def watched(x, t):
+            with recorded(network.dit, blocks if int(t) in steps else ()) as found:
+                eps = predict_noise(x, t)
+            for block, tokens in found.items():             # under guidance the first half of the batch has the text
+                features[int(t), block].append(tokens[:len(x)].float().cpu())
+            return eps
+        images.append(sample.ddim_sample(watched, noise.to(like), num_steps, spacing, clip_x0=config.output_skip))
+    return torch.cat(images)[:, 0].cpu(), {key: torch.cat(parts) for key, parts in features.items()}
 
 
 def pca(x, num=3):
@@ -154,7 +157,7 @@ def readability(network, num=800, seed=0):
     for t in tqdm(STEPS, desc="reading", unit="timestep"):
         x_t, blocks = add_noise(x0, noise, torch.full((2 * num,), t, device=device)), {}
         for part in torch.arange(2 * num).split(64):
-            with recorded(network.dit) as features:
+            with recorded(network.dit, range(config.depth + 1)) as features:
                 network(x_t[part], torch.full((len(part),), t, device=device), text[part],
                         uniform_domains(REAL, config.depth, len(part), device))
             for k, h in features.items():
@@ -196,6 +199,7 @@ def main():
     add = parser.add_argument
     add("--model", help="checkpoint (default: the base model of the toy's run folder, else the shipped one)")
     add("--num", type=int, default=60, help="prompts, all of them in the PCA")
+    add("--num_objects", type=int, default=800, help="objects that the readings are fitted and tested on")
     add("--text", metavar="FILE", help="safetensors of caption vectors text (N, L, D), text_mask (N, L) and null_text "
         "(1, L, D), for a model of latents")
     add("--num_steps", type=int, default=20, help="DDIM steps")
@@ -206,8 +210,11 @@ def main():
     add("--out", default="runs/toy/pca.png", help="the figure; the plot gets _readable before .png")
     args = parser.parse_args()
     device = launch(args.threads)[0]
-    network = sample.load_network(args.model or sample.default_base("toy"), device)
-    inputs = {}
+    path, inputs = args.model or sample.default_base("toy"), {}
+    if "config" in load_tensors(path)[1]:
+        network = sample.load_network(path, device)
+    else:
+        network = ShiftedDiT(load_pixart(path).to(device)).eval()
     if network.dit.config.vocab_size:
         assets = data.sample_assets(args.num, 100 + args.seed)
         styles = [data.STYLES[k] for k in torch.randint(len(data.STYLES), (args.num,),
@@ -215,10 +222,12 @@ def main():
         text, null_text = data.tokenize(data.asset_captions(assets, styles)), data.tokenize([""])
     elif args.text:
         stored = load_tensors(args.text)[0]
+        if not {"text", "null_text"} <= set(stored):
+            raise ValueError(f"{args.text} has no text and null_text")
         text, null_text = stored["text"][:args.num].float(), stored["null_text"].float()
         inputs = {"text_mask": stored["text_mask"][:args.num].to(device)} if "text_mask" in stored else {}
     else:
-        raise ValueError(f"{args.model} takes caption vectors: name a file of them with --text")
+        raise ValueError(f"{path} takes caption vectors: name a file of them with --text")
     images, features = sampled_features(network, text.to(device), null_text.to(device), args.num_steps, args.spacing,
                                         args.cfg_scale, args.seed, **inputs)
     explained = figure(args.out, images, features)
@@ -226,7 +235,7 @@ def main():
           + ", ".join(f"t {t} block {block} {share:.0%}" for (t, block), share in explained.items()))
     written = [args.out]
     if network.dit.config.vocab_size:
-        found = readability(network, seed=args.seed)
+        found = readability(network, args.num_objects, args.seed)
         print_readability(found)
         written.append(f"{args.out.removesuffix('.png')}_readable.png")
         readability_plot(written[-1], found)

@@ -224,7 +224,7 @@ def up_to_date(path, key):
 
 
 def file_id(path):
-    """Name and size of a checkpoint with a checksum of its first tensors: changes when the checkpoint does."""
+    """Name of a checkpoint and the sum over its tensors of their absolute values: changes when the checkpoint does."""
     tensors, _ = load_tensors(path)
     return [os.path.basename(path), sum(float(tensor.double().abs().sum()) for tensor in tensors.values())]
 
@@ -255,9 +255,17 @@ def save_picture(path, rows, scale=3, column_titles=(), below=None):
 
 
 def save_image(path, image):
-    """Writes a PIL image to a temporary name and moves it into place."""
+    """Writes a PIL image as PNG."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_bytes(path, content.getvalue())
+
+
+def write_bytes(path, content):
+    """Writes to a temporary name and moves it into place."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    image.save(f"{path}.tmp", "PNG")
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content)
     os.replace(f"{path}.tmp", path)
 
 
@@ -373,6 +381,9 @@ def selected_shift(path):
         return 0.3, 950
     with open(choice) as file:
         stored = json.load(file)
+    if stored["model"] != file_id(path):
+        raise ValueError(f"{choice} was chosen for another model of this name: run python evaluate.py select --model "
+                         f"{path} again, or delete it")
     return stored["B_max"], stored["t_max"]
 
 
@@ -538,14 +549,6 @@ def write_obj(path, mesh, texture, uv):
     write_bytes(path, ("\n".join(lines) + "\n").encode())
 
 
-def write_bytes(path, content):
-    """Writes to a temporary name and moves it into place."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content)
-    os.replace(f"{path}.tmp", path)
-
-
 def turntable(mesh, texture, uv, size=96, azimuth=tuple(range(0, 360, 45)), supersample=2):
     """Draws a textured mesh from each azimuth before white: uint8 (n, 3, size, size)."""
     face, place = data.rasterize(mesh, size * supersample, azimuth)
@@ -565,12 +568,18 @@ def save_meshes(folder, meshes, images, texture_size=1024):
     for k, (name, known) in enumerate(meshes.items()):
         for row, grids in images.items():
             views = data.to_uint8(grids[k]) / 255
-            mesh = known or data.hull_mesh((1 - views).amax(dim=1, keepdim=True) > 0.08)
+            try:
+                mesh = known or data.hull_mesh(data.silhouette(views))
+            except ValueError:
+                print(f"{name} {row}: no shape fits the outlines of the four views, so there is no mesh")
+                continue
             texture, uv, covered = texture_mesh(mesh, views, texture_size)
             for write, kind in ((write_glb, "glb"), (write_obj, "obj")):
                 write(f"{folder}/{name}_{row}.{kind}", mesh, texture, uv)
             print(f"{folder}/{name}_{row}.glb and .obj: {len(mesh.faces)} triangles, {covered:.0%} of the surface seen")
             rows.append((f"{name} {row}", turntable(mesh, texture, uv)))
+    if not rows:
+        raise ValueError("there is no mesh to show")
     save_picture(f"{folder}/turntable.png", rows, scale=1, column_titles=[f"{turn} degrees" for turn in
                                                                           range(0, 360, 45)])
     print(f"{folder}/turntable.png shows them")
@@ -585,7 +594,7 @@ def parse_args(argv=None):
     add("--preset", choices=("toy", "small"), default="toy", help="which default model (full: see --model)")
     add("--task", choices=("texturing", "text"), help="default: the one the model was trained for")
     add("--object", type=int, nargs="+", default=[0, 1, 2], help="numbers of held-out objects")
-    add("--prompt", nargs="+", help="captions instead of objects: a base model or --task text")
+    add("--prompt", nargs="+", help="captions instead of objects: a base model, --task text, or one for --mesh")
     add("--domain", type=domain_word, default="all", help="domain mode: real, syn, shifted, or a number s, 0 for "
         "synthetic to 1 for real and a little outside (default all: the three words)")
     add("--B_max", type=float, help="layer shift: share of the blocks that run in synthetic mode (default: what "
@@ -667,6 +676,8 @@ def main():
                          "one --prompt, or use --task text")
     if args.mesh and task != "texturing":
         raise ValueError(f"{path} does not follow maps, so --mesh needs another --model")
+    if args.textured and task is None:
+        raise ValueError(f"{path} is a base model, it draws no views of one object")
     if args.domain != "all" and not network.knows_domains():
         raise ValueError(f"{path} has no Domain Shifters, so no --domain; add some with --shifters FILE")
     B_max, t_max = selected_shift(path)
@@ -683,8 +694,6 @@ def main():
         save_views(args.views, images, objects, list(meshes))
         print(f"the single views are in {args.views}")
     if args.textured:
-        if task is None:
-            raise ValueError(f"{path} is a base model, it draws no views of one object")
         for other in args.beside:
             network, name = load_network(other, device), os.path.basename(other).removesuffix(".safetensors")
             mode, control = "shifted" if network.knows_domains() else "real", objects.get("control")

@@ -157,8 +157,8 @@ def layer_selective(args, launched):
     them, and measures what each took from the two sets, which differ in their look and in their background."""
     device, rank, _ = launched
     config, folder = PRESETS[args.preset], f"{args.out}/sets"
-    if not config.vocab_size:
-        raise ValueError("--layer_selective is an experiment of the toy world")
+    if args.seeds < 1 or args.num_prompts < 2:
+        raise ValueError(f"--seeds must be at least 1 and --num_prompts 2, not {args.seeds} and {args.num_prompts}")
     if rank == 0:
         minutes = args.seeds * len(VARIANTS) * args.steps * args.batch * 4 * step_seconds(args, device)[0] / 60
         print(f"to do: {len(VARIANTS)} variants of {args.steps} steps x {args.seeds} seed(s), about {minutes:.0f} "
@@ -186,8 +186,7 @@ def layer_selective(args, launched):
     if rank == 0:
         print_selective(measured, args)
         sample.save_picture(f"{args.out}/layer_selective.png", pictures)
-        evaluate.write_json(f"{args.out}/layer_selective.json", dict(settings=train_stage1.settings(args),
-                                                                     rows=measured))
+        evaluate.write_json(f"{args.out}/layer_selective.json", dict(settings=evaluate.settings(args), rows=measured))
         print(f"wrote {args.out}/layer_selective.png and .json: the same prompts and noise, one row a variant (seed 0)")
 
 
@@ -235,6 +234,8 @@ def iteration_macs(config, views, frozen_blocks=0, text_length=None):
 
 def benchmark(args, launched):
     """Times real iterations at every i against unfrozen ones, in turn in one process, beside the counted ratio."""
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, not {args.rounds}")
     device = launched[0]
     config = PRESETS[args.preset]
     network = ShiftedDiT(DiT(config), DomainShifters(config, args.rank).requires_grad_(False)).to(device)

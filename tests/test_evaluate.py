@@ -94,6 +94,49 @@ def test_colour_that_is_a_function_of_the_point_is_consistent_and_a_shift_by_one
 # ---- silhouettes
 
 
+def test_views_are_weighed_by_the_squared_cosine_and_only_where_they_show_the_same_point():
+    """A sheet that view 0 sees at 30 degrees (and 20 of elevation) and view 1 at 60, in two greys."""
+    turn, azimuth = np.radians(30), (0, 90)
+    right, up = torch.tensor([np.cos(turn), 0, -np.sin(turn)]), torch.tensor([0.0, 1, 0])
+    corners = torch.stack([i * right + j * up for i, j in ((-0.3, -0.3), (0.3, -0.3), (0.3, 0.3), (-0.3, 0.3))]).float()
+    maps = data.mesh_views(data.Mesh(corners, torch.tensor([[0, 1, 2], [0, 2, 3]])), 32, azimuth)
+    image = torch.tensor([0.2, 0.8]).view(1, 2, 1, 1, 1).expand(1, 2, 3, 32, 32)
+    again, seen = evaluate.rerender(image, maps.position, maps.normal, maps.mask, near=1.0, azimuth=azimuth)
+    a, b = (np.cos(np.radians(20)) * np.cos(np.radians(angle)) for angle in (30, 60))
+    middle = again[0, 0, 0, 14:18, 14:18]
+    assert torch.allclose(middle, torch.tensor((0.2 * a * a + 0.8 * b * b) / (a * a + b * b)).float(), atol=1e-4)
+    normal = torch.tensor([np.sin(turn), 0, np.cos(turn)]).float().view(3, 1, 1)
+    moved = maps.position.clone()
+    moved[0, 1] += 1.5 * (2 * data.EXTENT / 32) * normal  # view 1 says that the sheet lies 1.5 pixels nearer
+    alone, _ = evaluate.rerender(image, moved, maps.normal, maps.mask, near=1.0, azimuth=azimuth)
+    assert torch.allclose(alone[0, 0, 0, 14:18, 14:18], torch.tensor(0.2))
+
+
+def test_text_to_views_is_judged_on_the_hull_and_on_what_it_leaves_out(oracle):
+    """The views of one object fit together; those of four objects do not, and the misfit counts."""
+    maps, photo, _ = oracle
+    mixed = torch.stack([photo[:, v].roll(v, dims=0) for v in range(4)], dim=1)
+    held = dict(mask=maps.mask * 255, labels=torch.zeros(len(photo), 3, dtype=torch.long))
+    net = evaluate.FeatureNet().eval()
+    one, four = (evaluate.measure(images, held, torch.rand(9, 64), net, task="text") for images in (photo, mixed))
+    assert one["iou"] is None and one["psnr"] > four["psnr"] + 4 and one["ssim"] > four["ssim"]
+    blank = torch.ones(1, 4, 3, 32, 32)
+    blank[0, 0, :, 4:9, 4:9] = 0.0  # seen by one view alone: no hull, and black against white is 0 dB
+    outline = data.silhouette(blank)
+    nothing = evaluate.consistency(blank, *evaluate.visual_hull(outline), outline=outline)
+    assert nothing["psnr"].item() == pytest.approx(0, abs=1e-6) and nothing["covered"] == 0
+
+
+def test_consistency_has_lpips_where_its_weights_are_given(oracle, golden):
+    maps, photo, _ = oracle
+    weights, few = golden_lpips_weights(golden[1]), slice(0, 2)
+    views = [photo[few], maps.position[few], maps.normal[few], maps.mask[few]]
+    again, seen = evaluate.rerender(*views)
+    wanted = evaluate.lpips(torch.where(seen, again, photo[few]), photo[few], weights).mean(dim=1)
+    assert torch.equal(evaluate.consistency(*views, lpips_weights=weights)["lpips"], wanted)
+    assert "lpips" not in evaluate.consistency(*views)
+
+
 def test_silhouette_iou_by_brute_force():
     generator = torch.Generator().manual_seed(0)
     mask = torch.randint(0, 5, (3, 4, 1, 8, 8), generator=generator) / 4
@@ -113,7 +156,7 @@ def test_silhouette_iou_by_brute_force():
 
 def test_near_white_is_background_and_pale_is_not():
     image = torch.tensor([1.0, 0.97, 0.85]).view(3, 1, 1, 1).repeat(1, 3, 1, 1)
-    assert evaluate.silhouette(image).flatten().tolist() == [False, False, True]
+    assert data.silhouette(image).flatten().tolist() == [False, False, True]
 
 
 # ---- distances
@@ -200,8 +243,8 @@ def test_psnr_and_ssim_of_equal_images_and_of_some_pixels():
         evaluate.ssim(a[..., :8], a[..., :8])
 
 
-def test_golden_lpips(golden):
-    tensors, values = golden
+def golden_lpips_weights(values):
+    """The random weights that tests/golden/README.md describes."""
     shapes = {n: s for n, s in values["lpips_alex_shapes"].items() if n.startswith(("lin", "net"))}
     generator = torch.Generator().manual_seed(0)
     weights = {}
@@ -213,6 +256,12 @@ def test_golden_lpips(golden):
             weights[name] = 0.1 * torch.randn(shape, generator=generator)
         else:
             weights[name] = torch.randn(shape, generator=generator) * (2 / np.prod(shape[1:])) ** 0.5
+    return weights
+
+
+def test_golden_lpips(golden):
+    tensors, values = golden
+    weights = golden_lpips_weights(values)
     a, b = tensors["images.a"] / 2 + 0.5, tensors["images.b"] / 2 + 0.5
     assert evaluate.lpips(a, b, weights).tolist() == pytest.approx(values["lpips_alex"], abs=1e-6)
     assert evaluate.lpips(a, a, weights).abs().max() == 0
@@ -502,7 +551,8 @@ def test_clip_score_of_a_model_on_disk(tmp_path):
 def test_fid_benchmark_agrees_on_the_value(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["evaluate.py", "benchmark", "--num", "60", "--width", "24", "--rounds", "1"])
     evaluate.main()
-    values = [float(part.split(")")[0]) for part in capsys.readouterr().out.splitlines()[-1].split("(")[1:]]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "of the time" in line)
+    values = [float(part.split(")")[0]) for part in line.split("(")[1:]]
     assert values[0] == pytest.approx(values[1], abs=2e-6) and values[0] > 1
 
 
@@ -578,6 +628,17 @@ def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, monkeyp
     monkeypatch.setattr("sys.argv", [*command, "--steps", "4"])
     with pytest.raises(ValueError, match="made with .*--results"):
         evaluate.main()
+
+
+def test_every_table_prints_before_and_after_its_rows_are_there():
+    """TRELLIS has no consistency numbers, the oracle none of the paper's."""
+    for _, rows in evaluate.TABLES.values():
+        results = {row.label: dict(paper=dict(zip(evaluate.PAPER_COLUMNS, row.paper)), toy={}) for row in rows}
+        for k, row in enumerate(rows):
+            results[row.label]["toy"] = {"0": dict(KD_I=float(k), psnr=20.0 + k)} if row.flags is not None else {}
+        oracle = dict(paper=dict.fromkeys(evaluate.PAPER_COLUMNS), toy={"-": dict(KD_I=1.0, psnr=40.0)})
+        lines = evaluate.table_lines(results | {evaluate.ORACLE: oracle})
+        assert len(lines) == len(rows) + 7 and evaluate.ORACLE in lines[len(rows) + 2]
 
 
 def some_results(**values):

@@ -62,14 +62,14 @@ def test_rasterizer_by_brute_force():
 
 
 @pytest.mark.parametrize("category", ["ball", "cone", "cube", "chair", "mug"])
-def test_mesh_maps_are_those_of_the_analytic_renderer(category):
+def test_mesh_maps_are_those_of_the_analytic_renderer(category, monkeypatch):
     asset = one_asset(category)
-    truth, got = data.render(asset, style="render", size=128), data.mesh_views(data.asset_mesh(asset, 128), 128)
+    got, trace = data.mesh_views(data.asset_mesh(asset, 128), 128), data.trace
+    # as it draws, the tracer also counts rays that pass within 0.0015 of the surface, a fifth of a pixel: not here
+    monkeypatch.setattr(data, "trace", lambda *args: trace(*args, steps=400, tolerance=1e-5))
+    truth = data.render(asset, style="render", size=128)
     there, found = ((views.normal != 0).any(dim=2) for views in (truth, got))
-    # the tracer counts rays that pass within 0.0015 of the surface, up to a fifth of a pixel here: never fewer pixels
-    shrunk = 1 - F.max_pool2d(1 - there[0, :, None].float(), 3, 1, 1)
-    assert (there & found).sum() >= 0.99 * found.sum() and (there & found).sum() >= 0.97 * there.sum()
-    assert found[0][shrunk[:, 0] == 1].all()
+    assert (there & found).sum() >= 0.99 * (there | found).sum()
     # inner pixels: away from outline and edges, where the 25 pixels around have one normal within 20 degrees
     around = F.unfold(truth.normal[0], 5, padding=2).view(4, 3, 25, 128, 128)
     same = (around * around[:, :, 12:13]).sum(dim=1).amin(dim=1) > np.cos(np.radians(20))
@@ -78,6 +78,14 @@ def test_mesh_maps_are_those_of_the_analytic_renderer(category):
     assert inner.sum() > 300 and (cosine > np.cos(np.radians(2))).float().mean() >= 0.99
     assert (truth.position - got.position)[0].norm(dim=1)[inner].max() < 0.01
     assert (truth.mask - got.mask).abs().mean() < 0.02
+
+
+def test_a_last_triangle_seen_edge_on_leaves_no_nan():
+    """Its plane is not finite, and -1, no triangle, would look it up."""
+    crate = box(0.3, 0.2, 0.1)
+    mesh = data.Mesh(crate.vertices, crate.faces[[*range(4, 12), *range(4)]])  # the side at -x comes last
+    views = data.mesh_views(mesh, 32)
+    assert all(maps.isfinite().all() for maps in (views.position, views.normal, views.mask))
 
 
 def test_open_meshes_show_both_sides_with_normals_to_the_camera():
@@ -153,16 +161,47 @@ def test_obj_with_polygons_parts_and_negative_indices(tmp_path):
     assert data.mesh_views(mesh).mask[..., 0, :].max() == 0  # all of it lies in the picture
 
 
+# The letter E: no corner sees all the others
+E = ((0, 0), (3, 0), (3, 1), (1, 1), (1, 2), (3, 2), (3, 3), (1, 3), (1, 4), (3, 4), (3, 5), (0, 5))
+LETTER = "".join(f"v {x} {y} 0\n" for x, y in E) + "f " + " ".join(str(k + 1) for k in range(12)) + "\n"
+
+
+def test_concave_polygons_are_cut_from_a_corner_that_can(tmp_path):
+    """An L: from its first corner a fan would leave it."""
+    (tmp_path / "l.obj").write_text("v 1 0 0\nv 2 0 0\nv 2 2 0\nv 0 2 0\nv 0 1 0\nv 1 1 0\nf 1 2 3 4 5 6\n")
+    vertices, faces = data.read_obj(str(tmp_path / "l.obj"))
+    p = vertices[faces]
+    area = torch.linalg.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0])[:, 2] / 2
+    assert area.min() > -1e-9 and area.sum() == pytest.approx(3.0)
+
+
+def test_wrong_winding_and_stray_vertices_do_not_matter(tmp_path):
+    """Every face, or every other one, turned round, and a vertex far off that no face uses."""
+    crate = box(1.0, 0.7, 0.5)
+    for step in (0, 1, 2):
+        faces = [face[::-1] if step and k % step == 0 else face for k, face in enumerate(crate.faces.tolist())]
+        lines = [f"v {x} {y} {z}" for x, y, z in crate.vertices.tolist() + [[50, 50, 50]]]
+        lines += [f"f {a + 1} {b + 1} {c + 1}" for a, b, c in faces]
+        (tmp_path / "crate.obj").write_text("\n".join(lines) + "\n")
+        mesh = data.read_mesh(str(tmp_path / "crate.obj"))
+        seen = data.rasterize(mesh, 64)[0].unique()
+        p = mesh.vertices[mesh.faces]
+        outwards = (torch.linalg.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0]) * p.mean(dim=1)).sum(dim=1) > 0
+        assert outwards[seen[seen >= 0]].all() and mesh.vertices.abs().max() > 0.3
+
+
 def test_bad_meshes_are_refused_in_one_line(tmp_path):
     cases = {
         "empty.obj": ("v 0 0 0\n", "holds no triangles"),
-        "word.obj": ("v 0 0 0\nv 1 0 zero\n", "line 2 cannot be read: v 1 0 zero"),
+        "word.obj": ("v 0 0 0\nv 1 0 zero\n", "line 2 cannot be read .*: v 1 0 zero"),
         "short.obj": ("v 0 0\nf 1 1 1\n", "line 1 cannot be read"),
-        "index.obj": ("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n", "faces of vertices that are not there"),
+        "index.obj": ("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n", "line 4 cannot be read"),
+        "zero.obj": ("v 0 0 0\nv 1 0 0\nv 0 1 0\nv 1 1 1\nf 0 1 2 3\n", "line 5 cannot be read"),
+        "letter.obj": (LETTER, "line 13 cannot be read .a polygon too concave"),
         "nan.obj": ("v 0 0 0\nv 1 0 0\nv 0 nan 0\nf 1 2 3\n", "not finite"),
         "flat.obj": ("v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\n", "without area"),
         "some.stl": ("solid", "read from .obj and .glb"),
-        "text.glb": ("solid and more text here", "not a GLB file"),
+        "text.glb": ("solid and more text here", "not binary glTF 2"),
         "cut.glb": ("glTF", "not a readable GLB"),
     }
     for name, (text, words) in cases.items():
@@ -301,10 +340,17 @@ def test_obj_of_a_textured_mesh_reads_back(textured, tmp_path):
 
 def test_trimesh_loads_the_glb(textured, tmp_path):
     trimesh = pytest.importorskip("trimesh")
-    mesh, _, _, _, texture, uv, _ = textured
+    mesh, views, images, _, texture, uv, _ = textured
     sample.write_glb(str(tmp_path / "chair.glb"), mesh, texture, uv)
     loaded = trimesh.load(tmp_path / "chair.glb", force="mesh", process=False)
     assert np.allclose(loaded.vertices[loaded.faces], mesh.vertices[mesh.faces], atol=1e-6)
+    picture = torch.from_numpy(np.array(loaded.visual.material.baseColorTexture.convert("RGB")))
+    uv = torch.from_numpy(loaded.visual.uv[loaded.faces]).float()  # trimesh turns v round: its origin is bottom left
+    uv = torch.stack([uv[..., 0], 1 - uv[..., 1]], dim=-1) * len(picture)
+    back = data.Mesh(torch.from_numpy(loaded.vertices).float(), torch.from_numpy(loaded.faces).long())
+    again = sample.turntable(back, picture, uv, 64, data.AZIMUTHS, supersample=1) / 255
+    error = (again - images).square()[(views.mask[0] == 1).expand_as(images)].mean()
+    assert -10 * error.log10() > 35
     loaded.merge_vertices(merge_tex=True, merge_norm=True)
     assert loaded.is_watertight and loaded.volume == pytest.approx(float(volume(mesh)), rel=1e-4)
 

@@ -41,7 +41,7 @@ def test_colors_span_each_component_and_keep_the_map_upright():
 def test_recorded_tokens_are_those_of_the_blocks():
     model = random_model()
     x, t, text = torch.randn(2, 1, 3, 8, 8), torch.tensor([5, 700]), torch.tensor([[3, 4, 1], [5, 1, 0]])
-    with torch.no_grad(), pca_features.recorded(model) as features:
+    with torch.no_grad(), pca_features.recorded(model, range(5)) as features:
         model(x, t, text)
     assert sorted(features) == [0, 1, 2, 3, 4]
     seen = []
@@ -64,6 +64,9 @@ def test_sampling_keeps_the_figures_steps_and_its_images():
     images, features = pca_features.sampled_features(network, text, null, cfg_scale=2.0)
     assert list(features) == [(t, block) for t in (799, 699, 499, 199) for block in (1, 2, 4)]
     assert all(tokens.shape == (2, 4, 16) for tokens in features.values())
+    several, parts = pca_features.sampled_features(network, text, null, cfg_scale=2.0, batch=1)
+    assert torch.allclose(several, images, atol=1e-5)
+    assert all(torch.allclose(parts[key], features[key], atol=1e-4) for key in features)
     _, leading = pca_features.sampled_features(network, text, null, spacing="leading")
     assert sorted({t for t, _ in leading}) == [200, 500, 700, 800]
     unwatched = sample.sample_images(network, text, cfg_scale=2.0, num_steps=20)
@@ -109,3 +112,6 @@ def test_latents_with_caption_vectors_make_the_figure(tmp_path, monkeypatch, cap
     pca_features.main()
     assert f"wrote {tmp_path / 'pca.png'}" in capsys.readouterr().out
     assert Image.open(tmp_path / "pca.png").height > 13 * 64
+    save_tensors(str(tmp_path / "text.safetensors"), {"text": torch.zeros(3, 5, 6)})
+    with pytest.raises(ValueError, match="has no text and null_text"):
+        pca_features.main()
