@@ -605,7 +605,7 @@ def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, monkeyp
     monkeypatch.setattr("sys.argv", ["evaluate.py", "table2", *tiny, "--folder", str(tiny_run), "--train_flags", rest])
     evaluate.main()
     first = json.loads((tmp_path / "table2.json").read_text())["rows"]
-    assert len(started) == 5 and len(first) == 8
+    assert len(started) == 5 and len(first) == 9  # eight rows and the oracle
     assert first["8 = 7, shifted"]["paper"]["PSNR"] == 24.78 and first["1 joint"]["toy"]["0"]["FD_B"] > 0
     modes = [path.name.rsplit("-", 1)[1] for path in tiny_run.glob("texturing-*.samples")]
     assert sorted(modes) == ["real.samples"] * 5 + ["shifted.samples"] * 3
