@@ -128,7 +128,10 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
     device, rank, world = launched
     check_sets(sets, args, world)
     params = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(params.values(), lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
+    small = {name for name in params if name.startswith(("shifters.", "adapter."))}
+    groups = [dict(params=[p for name, p in params.items() if (name in small) == own], lr_scale=scale)
+              for own, scale in ((False, 1.0), (True, args.shifter_lr_scale))]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
                                   fused=device.type == "cuda")
     ema = {name: p.detach().clone() for name, p in params.items()} if args.ema else {}
     start = load_state(out, params, ema, optimizer, args)
@@ -147,7 +150,7 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
     for step in bar:
         iteration = plan(step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = learning_rate(step, args) * group["lr_scale"]
         dataset = sets[iteration.domain]
         rows = args.batch * args.images_per_sample // dataset["image"].shape[1]     # per rank
         first = rank * rows                                                         # this rank's place in the step
@@ -396,6 +399,8 @@ def training_arguments(parser):
                              "warm-up"), ("weight_decay", float, "AdamW's"), ("ema", float, "decay of the weights' "
                              "running average, 0 = none")):
         add(f"--{flag}", type=kind, help=f"{text} (default by preset and stage)")
+    add("--shifter_lr_scale", type=float, help="learning rate of shifters or an adapter as a share of --lr (default 1; "
+        "with --joint width / 1152, so that beside a narrow backbone they learn as fast as beside the paper's)")
     add("--loss", choices=("epsilon", "even"), help="plain epsilon loss as in the paper (default at full), or "
         "divided by alpha_bar so that noise levels weigh alike (default at toy and small: few pixels)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
@@ -423,6 +428,8 @@ def fill_defaults(args, stage, device):
     args.rank = args.rank or adapter_rank(args.adapter, PRESETS[args.preset])
     args.name = args.name or stage.replace("stage1", f"stage1{stage1_suffix(args.adapter, args.rank)}")
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if args.shifter_lr_scale is None:       # the wider, the faster matrices learn, but not vectors (Yang et al. 2022)
+        args.shifter_lr_scale = PRESETS[args.preset].width / 1152 if getattr(args, "joint", False) else 1.0
     args.loss = args.loss or ("even" if PRESETS[args.preset].output_skip else "epsilon")
     args.images_per_sample = 1 if stage == "base" else 4
     for name in ("steps", "batch", "log_every", "save_every", "sample_every", "num_assets"):
