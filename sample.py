@@ -381,7 +381,8 @@ def selected_shift(path):
         return 0.3, 950
     with open(choice) as file:
         stored = json.load(file)
-    if stored["model"] != file_id(path):
+    (name, total), (now_name, now) = stored["model"], file_id(path)
+    if name != now_name or not math.isclose(total, now, rel_tol=1e-9):      # threads add in another order
         raise ValueError(f"{choice} was chosen for another model of this name: run python evaluate.py select --model "
                          f"{path} again, or delete it")
     return stored["B_max"], stored["t_max"]

@@ -375,6 +375,9 @@ def test_select_picks_the_most_consistent_shift_within_the_loss(tmp_path, tiny_r
     monkeypatch.setattr("sys.argv", [*command[:3], str(tiny_run / "base.safetensors")])
     with pytest.raises(ValueError, match="no domain to shift"):
         evaluate.main()
+    path.write_bytes((tiny_run / "base.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="chosen for another model"):
+        evaluate.sample.selected_shift(str(path))
 
 
 def test_dial_turns_from_one_domain_to_the_other(tmp_path, tiny_run, monkeypatch, capsys):
