@@ -304,6 +304,24 @@ def test_layer_selective_training_moves_exactly_one_half(tmp_path, step, moved):
     assert changed == {name for name in before if name.startswith(tuple(f"blocks.{k}." for k in moved))}
 
 
+def test_shifters_that_train_with_the_model_have_their_own_learning_rate(tmp_path):
+    """A share of --lr: the width's by default, none of it at 0."""
+    for flags, share in (([], 1.0), (["--joint"], 192 / 1152), (["--joint", "--preset", "full"], 1.0)):
+        args = fill_defaults(train_stage2.parse_args(flags), "stage2", torch.device("cpu"))
+        assert args.shifter_lr_scale == pytest.approx(share)
+    flags = ["--joint", "--name", "joint", "--steps", "1", "--batch", "1", "--shifter_lr_scale", "0"]
+    args = fill_defaults(train_stage2.parse_args(flags), "stage2", torch.device("cpu"))
+    network = ShiftedDiT(random_model(), trained_shifters())
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    real = {"image": torch.zeros(8, 1, 3, 8, 8, dtype=torch.uint8), "text": torch.full((8, 14), 3)}
+    null = {"text": torch.tensor([[1] + [0] * 13])}
+    launched = (torch.device("cpu"), 0, 1)
+    train(network, {"real": real}, null, lambda _: Iteration("real", 0), args, f"{tmp_path}/joint", launched)
+    still = {name for name, p in network.named_parameters() if torch.equal(p, before[name])}
+    assert {name for name in before if name.startswith("shifters.")} <= still
+    assert not any(name.startswith("dit.blocks.") for name in still)
+
+
 def test_selective_plans_alternate_and_split_the_timesteps():
     layers, times, renders = (
         [train_stage2.selective_plan(variant, 5)(step) for step in range(4)] for variant in
