@@ -602,6 +602,8 @@ def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, monkeyp
         return types.SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(evaluate.subprocess, "run", run)
+    monkeypatch.setattr(train_stage2.sample, "object_sheet", lambda *args, **options: None)  # no pictures, no estimate
+    monkeypatch.setattr(train_stage2, "announce", lambda *args: None)
     tiny = ("--num", "2", "--num_steps", "2", "--steps", "3", "--threads", "1", "--results", str(tmp_path))
     at = TINY_STAGE2.index("--steps")
     rest = " ".join(map(str, TINY_STAGE2[:at] + TINY_STAGE2[at + 2 :]))
