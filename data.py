@@ -6,7 +6,8 @@ The toy world: procedural objects seen as photos (the real domain) and as flat r
 
 An object is a category with random proportions, a colour, a material and a light; twenty signed distance functions of
 a few primitives say where its surface is, and orthographic rays are sphere-traced. A photo shows the material, the
-light, the shadow, the grain; a render shows the plain colour and nothing else. Control maps are normals and positions.
+light, the shadow, the grain; a render shows the plain colour and nothing else. Control maps are normals and positions;
+of a mesh, the toy's or a user's OBJ or GLB, a rasteriser draws the same.
 
 Frame of the object (and of the world): y up, z to the front; the camera of azimuth 0 stands at +z and sees the front
 with x to the right of the image; the camera of azimuth 90 stands at +x and sees the side that was on the right.
@@ -397,6 +398,7 @@ def trace(distance, shape, azimuth, size, elevation=ELEVATION, steps=64, toleran
 
 
 def nearest(parts):
+    """Distance (M,) to an object from its distances to (body, accent or None)."""
     return parts[0] if parts[1] is None else torch.minimum(*parts)
 
 
@@ -631,7 +633,8 @@ def carve(seen, size=64, azimuth=AZIMUTHS, elevation=ELEVATION):
 
 
 def hull_mesh(seen, size=64):
-    """Mesh of the shape that `carve` finds for the silhouettes of one object, (V, 1, H, W) bool."""
+    """Mesh of the shape that `carve` finds for the silhouettes of one object, (V, 1, H, W) bool. Raises ValueError
+    where no shape fits them."""
     solid = F.pad(carve(seen[None], size)[0, 0], (1,) * 6)              # nothing lies outside the cube
     return surface_mesh(0.5 - solid, 0.5 * (size + 1) / size)
 
@@ -708,7 +711,12 @@ def rasterize_view(corners, size, right, up, forward, chunk=1 << 20):
     return face, place
 
 
-def mesh_views(mesh, size=32, azimuth=AZIMUTHS, elevation=ELEVATION, supersample=4):
+def coverage(mesh, size=32, azimuth=AZIMUTHS, elevation=ELEVATION, supersample=4):
+    """Share of each pixel that a mesh covers, (V, 1, size, size) in [0, 1], by supersample^2 points a pixel."""
+    return F.avg_pool2d((rasterize(mesh, size * supersample, azimuth, elevation)[0] >= 0).float()[:, None], supersample)
+
+
+def mesh_views(mesh, size=32, azimuth=AZIMUTHS, elevation=ELEVATION):
     """A mesh's maps as `render` gives them for an object: Views of one object, without colours.
 
     Normals of surfaces seen from behind are turned round, so that open meshes work too.
@@ -719,8 +727,8 @@ def mesh_views(mesh, size=32, azimuth=AZIMUTHS, elevation=ELEVATION, supersample
     normal = F.normalize(mix(corner_normals(mesh)), dim=1)
     forward = torch.stack([camera(turn, elevation)[2] for turn in azimuth])[:, :, None, None]
     normal = torch.where((normal * forward).sum(dim=1, keepdim=True) > 0, -normal, normal)
-    cover = (rasterize(mesh, size * supersample, azimuth, elevation)[0] >= 0).float()[:, None]
-    return Views(None, F.avg_pool2d(cover, supersample)[None], normal[None], mix(mesh.vertices[mesh.faces])[None])
+    return Views(None, coverage(mesh, size, azimuth, elevation)[None], normal[None],
+                 mix(mesh.vertices[mesh.faces])[None])
 
 
 def read_mesh(path):

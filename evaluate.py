@@ -110,7 +110,8 @@ def consistency(image, position, normal, mask, near=0.2, outline=None, lpips_wei
 def visual_hull(seen, size=64, azimuth=data.AZIMUTHS, elevation=data.ELEVATION, steps=192):
     """Lifts silhouettes to 3D for views that have no mesh (text to multiview): the largest shape that fits them all.
 
-    seen: (B, V, 1, H, W) bool, from `silhouette`. Carves a grid of size^3 points, then marches each pixel's ray to it.
+    seen: (B, V, 1, H, W) bool, from data.silhouette. Marches each pixel's ray to what data.carve leaves of size^3
+    cells.
     Returns position, normal (B, V, 3, H, W) and mask (B, V, 1, H, W), 1 where the ray hits, as `consistency` takes
     them. The paper lifts with a pretrained reconstruction network.
     """
@@ -527,8 +528,8 @@ def benchmark(args):
     def by_root(a, b):
         (m1, c1), (m2, c2) = ((x.mean(axis=0), np.cov(x, rowvar=False)) for x in (a, b))
         return (m1 - m2) @ (m1 - m2) + np.trace(c1 + c2 - 2 * np.real(sqrtm(c1 @ c2)))
-    print(f"FID of 2 x {args.num} images with {args.width} features each, {args.rounds} rounds in turn; a minute a "
-          "round at the default size", flush=True)
+    print(f"FID of 2 x {args.num} images with {args.width} features each, {args.rounds} rounds in turn; some "
+          "ten seconds a round at the default size", flush=True)
     times, values = {fid: [], by_root: []}, {}
     for _ in range(args.rounds):
         for route in times:
@@ -633,6 +634,11 @@ def base_images(path, num, folder, device, seed=0, num_steps=50, cfg_scale=1.0):
     return data.cached(Path(folder) / f"base_images_{num}_{seed}.safetensors", key, draw)["image"]
 
 
+def world_features(net, folder, device="cpu"):
+    """FeatureNet's features (1000, F) of the photographs that realism is measured against."""
+    return net.features(data.photo_set(1000, folder=folder, device=device)["image"][:, 0] / 255)
+
+
 def load_toy(path, device):
     """`sample.load_network` of a model that draws pixels of the toy's size, which is what the feature network knows."""
     network = sample.load_network(path, device)
@@ -652,8 +658,7 @@ def toy(args):
     network = load_toy(realiz3d, device)
     held = data.evaluation_set(args.num, folder=args.folder, device=device)
     net = train_feature_net(args.folder)
-    world = data.photo_set(1000, folder=args.folder, device=device)["image"][:, 0] / 255
-    photos = net.features(world)
+    photos = world_features(net, args.folder, device)
     options = dict(seed=args.seed, num_steps=args.num_steps, cfg_scale=args.cfg_scale)
     B_max, t_max = sample.selected_shift(realiz3d)
     runs = [("syn_only", load_toy(syn_only, device), "real"), ("realiz3d, synthetic mode", network, "syn"),
@@ -675,7 +680,7 @@ def toy(args):
     for name, row in rows.items():
         print(f"{name:28}" + "".join(f"{number(row[key], digits):>10}" for key, digits in columns.items()))
     print("IoU: silhouette with the control mask; LOO: leave-one-out consistency; photo: share called a photo; FD, KD: "
-          f"to {len(world)} held-out photos")
+          f"to {len(photos)} held-out photos")
     out = args.out.removesuffix(".png")
     sample.save_picture(f"{out}.png", [(name, (grids[:6] * 255).round().byte().flatten(0, 1)) for name, grids in
                                        images.items()], column_titles=data.VIEWS * min(6, args.num))
@@ -699,7 +704,7 @@ def select(args):
         raise ValueError(f"{path} is not a Realiz3D model of stage 2: there is no domain to shift")
     held = data.evaluation_set(args.num, data.SEEDS["validation"], folder=args.folder, device=device)
     net = train_feature_net(args.folder)
-    photos = net.features(data.photo_set(1000, folder=args.folder, device=device)["image"][:, 0] / 255)
+    photos = world_features(net, args.folder, device)
     tried = {}
 
     def score(B_max, t_max):
@@ -749,7 +754,7 @@ def dial(args):
         raise ValueError(f"{path} is not a texturing model with Domain Shifters: there is no dial to turn")
     held = data.evaluation_set(args.num, folder=args.folder, device=device)
     net, settings_of_s, rows = train_feature_net(args.folder), (-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25), {}
-    photos = net.features(data.photo_set(1000, folder=args.folder, device=device)["image"][:, 0] / 255)
+    photos = world_features(net, args.folder, device)
     pictures = []
     with tqdm(total=len(settings_of_s) * 4 * args.num, desc="dial", unit="image", bar_format=sample.BAR) as progress:
         for s in settings_of_s:
@@ -915,7 +920,7 @@ def table(args):
         ORACLE: dict(paper=dict.fromkeys(PAPER_COLUMNS), flags=None, mode="", toy={})}
     net, weights = train_feature_net(folder), load_lpips(args.lpips) if args.lpips else None
     held = data.evaluation_set(args.num, folder=folder, device=device)
-    photos = net.features(data.photo_set(1000, folder=folder, device=device)["image"][:, 0] / 255)
+    photos = world_features(net, folder, device)
     base = net.features(base_images(sample.default_base("toy", args.folder), args.num, folder, device, args.seed,
                                     args.num_steps, args.cfg_scale) / 255)
     results[ORACLE]["toy"]["-"] = measure(held["photo"] / 255, held, photos, net, base, task, weights)
@@ -1116,7 +1121,8 @@ def main():
         for flag in flags:
             sub.add_argument(f"--{flag}", **FLAGS[flag])
         return sub
-    command("oracle", print_oracle, "perfect photos and renders through every toy measure", "num", "folder")
+    command("oracle", print_oracle, "perfect photos and renders through every toy measure", "num",
+            "folder").set_defaults(num=64)
     sampling = ("num", "num_steps", "cfg_scale", "seed", "threads")
     sub = command("toy", toy, "control, domain and leakage of the trained models", "model", *sampling, "folder")
     sub.add_argument("--syn_only", help="checkpoint of python train_stage2.py --method syn_only (default likewise)")

@@ -20,6 +20,7 @@ import struct
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy.spatial import cKDTree
 from tqdm import tqdm
@@ -471,12 +472,12 @@ def texture_mesh(mesh, images, size=1024, power=4, azimuth=data.AZIMUTHS, elevat
     used = face >= 0
     face, place = face[used], place[used][:, :, None]
     points = (mesh.vertices[mesh.faces][face] * place).sum(dim=1)                                   # (texels, 3)
-    normals = torch.nn.functional.normalize((data.corner_normals(mesh)[face] * place).sum(dim=1), dim=1)
+    normals = F.normalize((data.corner_normals(mesh)[face] * place).sum(dim=1), dim=1)
     fine = 8 * images.shape[-1]                                         # to see what hides what
     seen_face, seen_place = data.rasterize(mesh, fine, azimuth, elevation)
     surface = (mesh.vertices[mesh.faces][seen_face] * seen_place[..., None]).sum(dim=3)             # (V, fine, fine, 3)
-    whole = (data.mesh_views(mesh, images.shape[-1], azimuth, elevation).mask[0] == 1).float()      # no white mixed in
-    inner = 1 - torch.nn.functional.max_pool2d(1 - whole, 3, 1, 1)      # a generated outline may miss by a pixel: its
+    whole = (data.coverage(mesh, images.shape[-1], azimuth, elevation) == 1).float()                # no white mixed in
+    inner = 1 - F.max_pool2d(1 - whole, 3, 1, 1)      # a generated outline may miss by a pixel: its
     trust = inner + 0.02 * (whole - inner) * ((1 - images).amax(dim=1, keepdim=True) > 0.15)    # own counts little
     total, weights = torch.zeros(len(points), 3), torch.zeros(len(points), 1)
     for v, turn in enumerate(azimuth):
@@ -551,12 +552,13 @@ def write_obj(path, mesh, texture, uv):
 
 
 def turntable(mesh, texture, uv, size=96, azimuth=tuple(range(0, 360, 45)), supersample=2):
-    """Draws a textured mesh from each azimuth before white: uint8 (n, 3, size, size)."""
+    """Draws a mesh with what `texture_mesh` returned from each azimuth (degrees) before white: uint8 (n, 3, size,
+    size)."""
     face, place = data.rasterize(mesh, size * supersample, azimuth)
     at = (uv[face] * place[..., None]).sum(dim=3)                                                   # (n, H, W, 2)
     column, row = (at[..., k].long().clamp(0, texture.shape[0] - 1) for k in (0, 1))
     image = torch.where((face >= 0)[..., None], texture[row, column], torch.tensor(255, dtype=torch.uint8))
-    image = torch.nn.functional.avg_pool2d(image.permute(0, 3, 1, 2).float(), supersample)
+    image = F.avg_pool2d(image.permute(0, 3, 1, 2).float(), supersample)
     return image.round().byte()
 
 

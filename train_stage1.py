@@ -56,8 +56,8 @@ class Iteration:
     visit: int                  # how many steps before this one used that set: where its data order stands
     reassigned_blocks: int = 0  # j of domain reassignment (Sec. 4.2)
     frozen_blocks: int = 0      # i of layer-aware training (Sec. 4.2)
-    frozen_last_blocks: int = 0 # layer-selective training (A.2)
-    timesteps: tuple = (0, T)   # t is drawn from [first, last); timestep-selective training (A.2)
+    frozen_last_blocks: int = 0 # how many of the last blocks stay as they are: layer-selective training (A.2)
+    timesteps: tuple = (0, T)   # t is drawn from [first, last): timestep-selective training (A.2)
 
     def domains(self, num_blocks, batch, device):
         """The (N_B, B) table of domains in which the blocks run."""
@@ -128,9 +128,9 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
     device, rank, world = launched
     check_sets(sets, args, world)
     params = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    small = {name for name in params if name.startswith(("shifters.", "adapter."))}
-    groups = [dict(params=[p for name, p in params.items() if (name in small) == own], lr_scale=scale)
-              for own, scale in ((False, 1.0), (True, args.shifter_lr_scale))]
+    in_backbone = {name: name.startswith("dit.") for name in params}
+    groups = [dict(params=[p for name, p in params.items() if in_backbone[name] == which], lr_scale=scale)
+              for which, scale in ((True, 1.0), (False, args.shifter_lr_scale))]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
                                   fused=device.type == "cuda")
     ema = {name: p.detach().clone() for name, p in params.items()} if args.ema else {}
@@ -161,7 +161,7 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
             loss, bins = denoising_loss(model, batch, iteration, null, args.seed, step, first, args.text_dropout,
                                         even=args.loss == "even")
         loss.backward()
-        for block in network.dit.blocks[len(network.dit.blocks) - iteration.frozen_last_blocks:]:
+        for block in network.dit.blocks[len(network.dit.blocks) - iteration.frozen_last_blocks:]:   # mostly none
             block.zero_grad(set_to_none=True)
         torch.nn.utils.clip_grad_norm_(params.values(), args.clip)
         optimizer.step()

@@ -169,7 +169,7 @@ def layer_selective(args, launched):
             for domain, style, seed in (("syn", "render", 6), ("real", "photo", 7))}
     judge = on_rank_0_first(launched[2], rank, lambda: evaluate.train_feature_net(
         folder, size=config.image_size, backgrounds=data.BACKGROUNDS))
-    photos = judge.features(data.photo_set(1000, **options)["image"][:, 0] / 255)
+    photos = evaluate.world_features(judge, folder, device)
     text = data.tokenize(data.asset_captions(data.sample_assets(args.num_prompts, data.SEEDS["evaluation"])))
     measured, pictures = {}, []
     for seed in range(args.seeds):
