@@ -202,6 +202,7 @@ class DiT(nn.Module):
         self.final_linear = nn.Linear(d, c.patch_size ** 2 * c.out_channels)
         table = position_embedding(d, c.image_size // c.patch_size, c.pos_scale).to(self.x_embedder.weight.dtype)
         self.register_buffer("positions", table, persistent=False)                                  # (N, d)
+        self.register_buffer("null_text", None)     # (L, text_dim): the empty caption that came with PixArt's weights
         self.init_weights()
 
     def init_weights(self):
@@ -314,6 +315,7 @@ def save_tensors(path, tensors, **metadata):
     partial = f"{path}.{os.getpid()}.tmp"
     try:
         save_file(tensors, partial, {key: json.dumps(value) for key, value in metadata.items()})
+        os.chmod(partial, 0o644)            # the library writes files that only their owner can read
         os.replace(partial, path)
     except SafetensorError as error:  # the library's own error for a full or read-only disk
         raise OSError(f"cannot write {path}: {error}") from None
@@ -323,13 +325,31 @@ def save_tensors(path, tensors, **metadata):
 
 
 def load_tensors(path, device="cpu"):
-    """Reads what `save_tensors` wrote: ({name: tensor}, metadata). Raises FileNotFoundError, ValueError if damaged."""
+    """({name: tensor}, metadata) of what `save_tensors` wrote, or of another program's safetensors or torch.save file
+    (.pth, .pt; weights only, no metadata). Raises FileNotFoundError, ValueError if damaged."""
+    metadata = read_metadata(path)
+    if str(path).endswith((".pth", ".pt")):
+        try:
+            tensors = torch.load(path, map_location=device, weights_only=True)
+        except Exception:           # its unpickler raises whatever the bytes of another file lead it to
+            raise ValueError(f"{path} is not a readable file of torch.save with nothing but tensors in it") from None
+        tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
+        if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise ValueError(f"{path} holds no state_dict, a dictionary of tensors")
+        return tensors, metadata
+    with safe_open(path, "pt", device=str(device)) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata
+
+
+def read_metadata(path):
+    """The metadata alone: {} for a file of torch.save. Raises as `load_tensors`."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no such file: {path}")
+    if str(path).endswith((".pth", ".pt")):
+        return {}
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            metadata = {key: parse_metadata(value) for key, value in (file.metadata() or {}).items()}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata
+        with safe_open(path, "pt") as file:
+            return {key: parse_metadata(value) for key, value in (file.metadata() or {}).items()}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a readable safetensors file (cut off, or another type): {error}") from None
 
@@ -383,7 +403,22 @@ def load_model(path, device="cpu", config=None):
                if not name.startswith(("shifters.", "adapter."))}
     if not weights:
         raise ValueError(f"{path} holds Domain Shifters only (or an adapter); a model is needed here")
+    if "null_text" in weights:
+        model.null_text = torch.empty(found.text_length, found.text_dim)
     load_strictly(model, weights, path)
+    return model.to(device)
+
+
+def load_base(path, device="cpu", config=None):
+    """A model from a checkpoint of ours or from PixArt-alpha's weights, whichever the file holds.
+
+    config: what it must be (default: PixArt-alpha's must be PRESETS["full"]). Raises as `load_model`, `load_pixart`.
+    """
+    if "config" in read_metadata(path) or config and config.vocab_size:
+        return load_model(path, device, config)
+    config = config or PRESETS["full"]
+    model = load_pixart(path, config.heads, config.image_size, config.pos_scale)
+    require_config(path, model.config, config)
     return model.to(device)
 
 
@@ -421,15 +456,13 @@ PIXART_BLOCK_NAMES = {
 }
 
 
-def load_pixart(path, num_heads=16, image_size=64, pos_scale=1.0):
-    """Loads PixArt-alpha weights (safetensors, original or diffusers names) into a DiT with control and view inputs.
+def convert_pixart(source, path="the state_dict"):
+    """PixArt-alpha's {name: tensor}, original or diffusers names -> ({our name: tensor}, its empty caption or None).
 
-    image_size is in latent pixels. All else follows from the shapes; the control and view weights start at zero, so
-    the model returned is PixArt-alpha. Raises ValueError naming tensors that are missing or left over.
+    The position table is left out, being recomputed. Raises ValueError naming tensors that are missing or left over.
     """
-    source, _ = load_tensors(path)
     source = {name: tensor for name, tensor in source.items() if name not in ("pos_embed", "pos_embed.pos_embed")}
-    source.pop("y_embedder.y_embedding", None)                      # PixArt's null caption; not a weight of the network
+    null_text = source.pop("y_embedder.y_embedding", None)                                          # (L, text_dim)
     names, prefix = (1, "transformer_blocks") if "pos_embed.proj.weight" in source else (0, "blocks")
     depth = 1 + max((int(name.split(".")[1]) for name in source if name.startswith(f"{prefix}.")), default=-1)
     table = {ours: theirs[names] for ours, theirs in PIXART_NAMES.items()}
@@ -440,19 +473,34 @@ def load_pixart(path, num_heads=16, image_size=64, pos_scale=1.0):
         for suffix in ("",) if theirs.endswith("table") else (".weight", ".bias"):
             parts = [source.pop(part + suffix, None) for part in theirs.split()]
             if any(part is None for part in parts):
-                raise ValueError(f"{path} is not a PixArt-alpha checkpoint: {theirs}{suffix} is missing")
+                raise ValueError(f"{path} is no checkpoint of this project, nor PixArt-alpha's: {theirs}{suffix} is "
+                                 "missing")
             weights[ours + suffix] = torch.cat(parts).float()
     if source:
         raise ValueError(f"{path} holds tensors of no PixArt-alpha model: {', '.join(sorted(source)[:4])}")
+    return weights, null_text
+
+
+def load_pixart(path, num_heads=16, image_size=64, pos_scale=1.0):
+    """Loads PixArt-alpha weights (.pth or safetensors, original or diffusers names) into a DiT with control and view
+    inputs.
+
+    image_size is in latent pixels. All else follows from the shapes; the control and view weights start at zero, so
+    the model returned is PixArt-alpha. Its empty caption, where the file has one, becomes `model.null_text`. Raises
+    ValueError naming tensors that are missing, left over or of a wrong shape.
+    """
+    weights, null_text = convert_pixart(load_tensors(path)[0], path)
     width, channels, patch, _ = weights["x_embedder.weight"].shape
     out_channels = len(weights["final_linear.weight"]) // patch ** 2
-    text_dim = weights["text_embedder.0.weight"].shape[1]
+    text_dim, depth = weights["text_embedder.0.weight"].shape[1], sum("attn.qkv.weight" in name for name in weights)
     config = Config(image_size, patch, channels, out_channels, control_channels=2 * channels, num_views=4, depth=depth,
                     width=width, heads=num_heads, text_dim=text_dim, text_length=120, vocab_size=0, output_skip=False,
                     qk_norm=False, pos_scale=pos_scale)
     model = DiT(config)
-    added = {name: model.state_dict()[name] for name in ("control_embedder.weight", "view_encoding")}
-    load_strictly(model, weights | added, path)
+    weights |= {name: model.state_dict()[name] for name in ("control_embedder.weight", "view_encoding")}
+    if null_text is not None:
+        model.null_text, weights["null_text"] = torch.empty(config.text_length, text_dim), null_text.float()
+    load_strictly(model, weights, path)
     return model
 
 

@@ -15,6 +15,8 @@ from dit import (
     add_noise,
     alphas_cumprod,
     epsilon_loss,
+    convert_pixart,
+    load_base,
     load_model,
     load_pixart,
     position_embedding,
@@ -103,6 +105,73 @@ def test_pixart_names_a_missing_and_a_left_over_tensor(tmp_path):
     save_file(tensors, path)
     with pytest.raises(ValueError, match="blocks.1.attn.qkv.weight is missing"):
         load_pixart(path, 2, 16)
+
+
+def test_pixart_pth_is_read_with_its_empty_caption(tmp_path):
+    """The original .pth, a position table and an empty caption in it, gives what the safetensors file gives."""
+    tensors = {name.removeprefix("official."): tensor for name, tensor in load_file(GOLDEN / "pixart.safetensors").items()
+               if name.startswith("official.")}
+    save_file(tensors, tmp_path / "p.safetensors")
+    extra = {"pos_embed": torch.ones(1, 64, 32), "y_embedder.y_embedding": torch.randn(120, 32)}
+    torch.save({"state_dict": tensors | extra, "epoch": 3}, tmp_path / "p.pth")
+    a, b = load_pixart(tmp_path / "p.safetensors", 2, 16), load_pixart(tmp_path / "p.pth", 2, 16)
+    assert a.null_text is None and torch.equal(b.null_text, extra["y_embedder.y_embedding"])
+    assert all(torch.equal(tensor, b.state_dict()[name]) for name, tensor in a.state_dict().items())
+    assert torch.equal(a.positions, b.positions)
+    save_model(str(tmp_path / "ours.safetensors"), b.config, b)
+    again = load_base(str(tmp_path / "ours.safetensors"), config=b.config)
+    assert torch.equal(again.null_text, b.null_text)
+    torch.save({"state_dict": tensors | {"y_embedder.y_embedding": torch.ones(77, 32)}}, tmp_path / "p.pth")
+    with pytest.raises(ValueError, match="null_text"):
+        load_pixart(tmp_path / "p.pth", 2, 16)
+    torch.save({"state_dict": tensors, "hook": num_parameters}, tmp_path / "p.pth")  # would run code when unpickled
+    with pytest.raises(ValueError, match="torch.save"):
+        load_pixart(tmp_path / "p.pth", 2, 16)
+
+
+def pixart_shapes(d=1152, depth=28):
+    """Names and shapes of PixArt-alpha XL/2 at 512 px, from its published table: (original, diffusers) on "meta"."""
+    one = {("x_embedder.proj.weight", "pos_embed.proj.weight"): (d, 4, 2, 2),
+           ("x_embedder.proj.bias", "pos_embed.proj.bias"): (d,),
+           ("final_layer.scale_shift_table", "scale_shift_table"): (2, d)}
+    two = {("t_embedder.mlp.0", "adaln_single.emb.timestep_embedder.linear_1"): (d, 256),
+           ("t_embedder.mlp.2", "adaln_single.emb.timestep_embedder.linear_2"): (d, d),
+           ("t_block.1", "adaln_single.linear"): (6 * d, d),
+           ("y_embedder.y_proj.fc1", "caption_projection.linear_1"): (d, 4096),
+           ("y_embedder.y_proj.fc2", "caption_projection.linear_2"): (d, d),
+           ("final_layer.linear", "proj_out"): (32, d)}
+    stacked = {}
+    for k in range(depth):
+        ours, theirs = f"blocks.{k}", f"transformer_blocks.{k}"
+        one[f"{ours}.scale_shift_table", f"{theirs}.scale_shift_table"] = (6, d)
+        stacked[f"{ours}.attn.qkv"] = [f"{theirs}.attn1.to_{x}" for x in "qkv"]
+        stacked[f"{ours}.cross_attn.kv_linear"] = [f"{theirs}.attn2.to_{x}" for x in "kv"]
+        two |= {(f"{ours}.attn.proj", f"{theirs}.attn1.to_out.0"): (d, d),
+                (f"{ours}.cross_attn.q_linear", f"{theirs}.attn2.to_q"): (d, d),
+                (f"{ours}.cross_attn.proj", f"{theirs}.attn2.to_out.0"): (d, d),
+                (f"{ours}.mlp.fc1", f"{theirs}.ff.net.0.proj"): (4 * d, d),
+                (f"{ours}.mlp.fc2", f"{theirs}.ff.net.2"): (d, 4 * d)}
+    meta = lambda *shape: torch.empty(*shape, device="meta")  # noqa: E731
+    sets = [{names[which]: meta(*shape) for names, shape in one.items()} for which in (0, 1)]
+    for which in (0, 1):
+        for names, (rows, columns) in two.items():
+            sets[which] |= {f"{names[which]}.weight": meta(rows, columns), f"{names[which]}.bias": meta(rows)}
+    for original, parts in stacked.items():
+        sets[0] |= {f"{original}.weight": meta(len(parts) * d, d), f"{original}.bias": meta(len(parts) * d)}
+        for part in parts:
+            sets[1] |= {f"{part}.weight": meta(d, d), f"{part}.bias": meta(d)}
+    return sets
+
+
+def test_a_full_size_state_dict_maps_completely():
+    with torch.device("meta"):
+        model = DiT(PRESETS["full"])
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()
+              if name not in ("control_embedder.weight", "view_encoding")}
+    for source in pixart_shapes():
+        assert sum(tensor.numel() for tensor in source.values()) == 610_856_096
+        weights, null_text = convert_pixart(source)
+        assert {name: tensor.shape for name, tensor in weights.items()} == wanted and null_text is None
 
 
 def test_positions_first_half_is_the_column():
