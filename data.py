@@ -3,6 +3,8 @@ The toy world: procedural objects seen as photos (the real domain) and as flat r
 
     python data.py                                  # a contact sheet in assets/world.png, and views/s
     python data.py --size 64 --out sheet.png
+    python data.py export objects --num 8           # toy objects on disk, in the format that real renders come in
+    torchrun --nproc_per_node=8 data.py encode objects latents --vae pixart/vae --text_encoder pixart/text_encoder
 
 An object is a category with random proportions, a colour, a material and a light; twenty signed distance functions of
 a few primitives say where its surface is, and orthographic rays are sphere-traced. A photo shows the material, the
@@ -16,19 +18,25 @@ Everything lies in the cube [-0.5, 0.5]^3; an image spans [-EXTENT, EXTENT]; pix
 """
 import argparse
 import difflib
+import hashlib
 import json
 import math
 import os
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
+
+from dit import PRESETS, launch, read_metadata, run_cli, save_tensors
 
 WORLD_VERSION = 1                       # raise it when pixels or captions change: cached sets are then made again
 VIEWS = ("front", "right", "back", "left")
@@ -926,7 +934,6 @@ def cached(path, key, build):
 
 def in_chunks(num, name, draw, chunk=256):
     """draw(first, last) -> dict of tensors, over 0..num, joined, with a progress bar."""
-    from tqdm import tqdm
     bar, parts = tqdm(total=num, desc=name, unit="obj", leave=False), []
     for first in range(0, num, chunk):
         parts.append(draw(first, min(first + chunk, num)))
@@ -1041,31 +1048,283 @@ def real_captions(assets):
     return asset_captions(four, "photo", list(VIEWS) * len(assets.category), "white"), asset_captions(four)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="draw a contact sheet of the toy world")
-    parser.add_argument("--out", default="assets/world.png", help="where to write it")
-    parser.add_argument("--size", type=int, default=32, help="pixels of a view")
-    parser.add_argument("--seed", type=int, default=0, help="which objects")
-    args = parser.parse_args()
-    from PIL import Image
-    assets = sample_assets(400, args.seed)
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents on disk, what the full model trains on: rendered objects through a VAE (Sec. 4) and a T5, in safetensors shards
+
+LATENT_SCALE = 0.18215                  # of PixArt's VAE: the model sees its latents times this
+MAPS = ("color", "normal", "position")
+
+
+def load_vae(folder, device="cpu"):
+    """PixArt's VAE -> (encode, decode). folder: a diffusers AutoencoderKL. Needs the diffusers package.
+
+    encode(images (N, 3, H, W) in [-1, 1]) -> mean and deviation (N, 2, C, H / 8, W / 8), unscaled, of the latents;
+    decode(latents (N, C, h, w), scaled) -> images in [-1, 1]. Both on the CPU.
+    """
+    AutoencoderKL = optional_class("diffusers", "AutoencoderKL", folder, "vae")
+    vae = AutoencoderKL.from_pretrained(folder, local_files_only=True).to(device).eval()
+
+    @torch.no_grad()
+    def encode(images):
+        latents = vae.encode(images.to(device)).latent_dist
+        return torch.stack([latents.mean, latents.std], dim=1).cpu()
+
+    @torch.no_grad()
+    def decode(latents):
+        return torch.cat([vae.decode(few.to(device) / LATENT_SCALE).sample.cpu() for few in latents.float().split(1)])
+    return encode, decode
+
+
+def load_text_encoder(folder, device="cpu", length=120):
+    """PixArt's T5 -> encode(captions) -> a list of (n, D) vectors, one for each of the n tokens of a caption, the last
+    being the end of the sentence; n is cut at length.
+
+    folder: a T5EncoderModel; its tokenizer lies there too, or beside it in "tokenizer". Needs the transformers package.
+    """
+    T5EncoderModel = optional_class("transformers", "T5EncoderModel", folder, "text_encoder")
+    from transformers import AutoTokenizer
+    beside = os.path.join(os.path.dirname(os.path.abspath(folder)), "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(beside if os.path.isdir(beside) else folder, local_files_only=True)
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32        # in float16 T5 overflows
+    t5 = T5EncoderModel.from_pretrained(folder, local_files_only=True, dtype=dtype).to(device).eval()
+
+    @torch.no_grad()
+    def encode(captions):
+        ids = [tokenizer(caption.lower().strip(), truncation=True, max_length=length).input_ids for caption in captions]
+        return [t5(torch.tensor([words], device=device)).last_hidden_state[0].float().cpu() for words in ids]
+    return encode
+
+
+def optional_class(package, name, folder, part):
+    """A class of an optional package that reads a model folder. Raises with what to install or where to get the folder."""
+    if not os.path.isfile(f"{folder}/config.json"):
+        raise FileNotFoundError(f"no {name} in {folder}: get the files of huggingface.co/PixArt-alpha/PixArt-XL-2-512x512 "
+                                f"and name its folder {part}")
+    try:
+        return getattr(__import__(package), name)
+    except ImportError:
+        raise ValueError(f"{name} needs the {package} package: pip install {package}") from None
+
+
+def encoder_id(folder):
+    """Name of a model folder and a checksum of its configuration and of the sizes and first bytes of its weights."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*")):
+        if path.suffix in (".json", ".safetensors", ".bin") and path.is_file():
+            with open(path, "rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(1 << 20))
+    return f"{os.path.basename(os.path.abspath(folder))} {digest.hexdigest()[:12]}"
+
+
+def encode_objects(objects, out, vae, text_encoder, size=512, shard=64, launched=None):
+    """Encodes every rendered object below `objects` into OUT/FIRST_ID.safetensors, `shard` objects a file.
+
+    vae, text_encoder: folders, see `load_vae` and `load_text_encoder`. size: pixels to a side that the views must have.
+    An object ID becomes ID.color, ID.normal, ID.position (V, 2, C, h, w), mean and deviation of the unscaled latents,
+    and ID.text (n, D), its valid tokens, all float16; null_text is the empty caption's. The header holds "key", which
+    says how they were made, and the captions. Shards are spread over the ranks of torchrun; each is a pure function of
+    its objects and written whole, so that a run that was stopped goes on. Raises ValueError where `out` holds shards
+    made otherwise or of other objects, and naming the file of a bad object.
+    """
+    device, rank, world = launched or launch()
+    folders = object_folders(objects)
+    key = dict(vae=encoder_id(vae), text_encoder=encoder_id(text_encoder), size=size, scale=LATENT_SCALE,
+               dtype="float16")
+    shards = {f"{out}/{folders[k].name}.safetensors": folders[k:k + shard] for k in range(0, len(folders), shard)}
+    for path in map(str, sorted(Path(out).glob("*.safetensors"))):
+        check_shard(path, key, [folder.name for folder in shards.get(path, ())])
+    encode_image, encode_text = load_vae(vae, device)[0], load_text_encoder(text_encoder, device)
+    null_text = encode_text([""])[0].half()
+    mine = {path: folders for path, folders in list(shards.items())[rank::world] if not os.path.exists(path)}
+    with tqdm(total=sum(map(len, mine.values())), desc="encoding", unit="object", disable=rank > 0) as progress:
+        for path, members in mine.items():
+            tensors, captions = {"null_text": null_text}, {}
+            for folder in members:
+                caption, views = read_object(folder)
+                if views.rgb.shape[-1] != size or views.rgb.shape[-2] != size:
+                    raise ValueError(f"{folder} has views of {tuple(views.rgb.shape[-2:])} pixels, not {size} x {size} "
+                                     "(--size)")
+                maps = torch.cat([2 * views.rgb[0] - 1, *control_maps(views)[0].split(3, dim=1)])   # (3 V, 3, H, W)
+                for name, latents in zip(MAPS, encode_image(maps).half().chunk(3)):
+                    tensors[f"{folder.name}.{name}"] = latents
+                tensors[f"{folder.name}.text"], captions[folder.name] = encode_text([caption])[0].half(), caption
+                progress.update()
+            save_tensors(path, tensors, key=key, captions=captions)
+    if world > 1:
+        torch.distributed.barrier()
+
+
+def check_shard(path, key, ids):
+    """Raises ValueError unless the shard at path was made with this key and holds the objects `ids`."""
+    metadata = read_metadata(path)
+    was = metadata.get("key") or {}
+    other = [f"{name} {was.get(name)} (now {key[name]})" for name in key if was.get(name) != key[name]]
+    if other:
+        raise ValueError(f"{path} was made otherwise: {', '.join(other)}; choose another folder, or delete this one")
+    if list(metadata["captions"]) != ids:
+        raise ValueError(f"{path} holds other objects, or in another order, than one would write now: encode new ones "
+                         "into a folder of their own inside this one, or delete it")
+
+
+VIEW_PHRASES = ("front", "right side", "back", "left side")
+
+
+def real_prompt(caption, view=None):
+    """What the base model is asked for to draw a real image (C.1), and without the view what is trained on."""
+    return f"a realistic photograph of {caption}, {f'{view} view, ' if view else ''}white background, highly detailed"
+
+
+class LatentSet:
+    """The shards of `encode_objects`, or of sample.py --real_set, in a folder and those inside it: memory-mapped, so
+    that a set of any size takes no memory.
+
+    views: False makes every view a sample of its own. control: whether to give the maps. config: the model's, which the
+    shapes must fit. Then shape is (samples, views a sample), null the empty caption as `train` takes it, and key says
+    how the shards were made. Raises ValueError where they do not fit, or one another.
+    """
+
+    def __init__(self, folder, config, views=True, control=False):
+        self.config, self.control, self.places, self.key = config, control, [], None
+        for path in sorted(Path(folder).rglob("*.safetensors")):
+            key, ids = (read_metadata(str(path)).get(part) for part in ("key", "captions"))
+            if not key or ids is None:
+                raise ValueError(f"{path} is no shard of data.py encode or sample.py --real_set")
+            if (self.key or key) != key:
+                raise ValueError(f"{path} was made otherwise than the shards before it: {key}, not {self.key}")
+            self.key, file = key, safe_open(path, "pt")
+            self.places += [(file, name) for name in ids]
+        names = [name for _, name in self.places]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"{folder} holds " + (f"object {max(names, key=names.count)} twice" if names else
+                             "no shards: write them with python data.py encode or sample.py --real_set"))
+        file, name = self.places[0]
+        self.grid, _, *latent = file.get_slice(f"{name}.color").get_shape()     # how many views an object has
+        if control and f"{name}.normal" not in file.keys():
+            raise ValueError(f"task texturing needs control maps, but {folder} has none: use --task text")
+        words = file.get_tensor("null_text")
+        c = config
+        if latent != [c.channels, c.image_size, c.image_size] or words.shape[1] != c.text_dim:
+            raise ValueError(f"{folder} has latents of {latent} and text of width {words.shape[1]}, the model takes "
+                             f"{[c.channels, c.image_size, c.image_size]} and {c.text_dim}")
+        self.shape = (len(names), self.grid) if views else (len(names) * self.grid, 1)
+        self.null = dict(zip(("text", "text_mask"), (tensor[None] for tensor in padded(words, c.text_length))))
+
+    def rows(self, index):
+        """The samples `index` (B,) -> "image" (B, V, 2, C, h, w), mean and deviation, unscaled, "text" (B, L, D) and
+        "text_mask" (B, L); of grids also "view" (B, V), and with control "control" (B, V, 2 C, h, w), scaled."""
+        samples = []
+        for k in index.tolist():
+            file, name = self.places[k // self.grid if self.shape[1] == 1 else k]
+            views = slice(k % self.grid, k % self.grid + 1) if self.shape[1] == 1 else slice(None)
+            text, mask = padded(file.get_tensor(f"{name}.text"), self.config.text_length)
+            sample = dict(image=file.get_slice(f"{name}.color")[views], text=text, text_mask=mask)
+            if self.shape[1] > 1:
+                sample["view"] = torch.arange(self.grid)
+            if self.control:
+                maps = [file.get_slice(f"{name}.{part}")[:, 0] for part in MAPS[1:]]                # (V, C, h, w) each
+                sample["control"] = torch.cat(maps, dim=1) * LATENT_SCALE
+            samples.append(sample)
+        return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def padded(words, length):
+    """Tokens (n, D) -> (length, D), zeros at the end, and a mask (length,), True where there were any."""
+    return F.pad(words, (0, 0, 0, length - len(words))), torch.arange(length) < len(words)
+
+
+def set_shape(dataset):
+    """(samples, views a sample) of a set: a dictionary of tensors with "image" (N, V, ...), or a LatentSet."""
+    return tuple(dataset["image"].shape[:2]) if isinstance(dataset, dict) else dataset.shape
+
+
+def rows(dataset, index):
+    """The samples `index` (B,) of such a set, as a dictionary of tensors."""
+    return {key: value[index] for key, value in dataset.items()} if isinstance(dataset, dict) else dataset.rows(index)
+
+
+def benchmark_reading(folder, config, workers, batch=8, rounds=40):
+    """Prints how many grids of four views with control a second a LatentSet gives: from `folder`, or from shards of full
+    size that it writes there first, of random numbers."""
+    if not os.path.isdir(folder):
+        shape, c = (4, 2, config.channels, config.image_size, config.image_size), config
+        for first in range(0, 128, 64):
+            ids = [f"{k:04}" for k in range(first, first + 64)]
+            tensors = {f"{name}.{part}": torch.randn(shape).half() for name in ids for part in MAPS}
+            tensors |= {f"{name}.text": torch.randn(20, c.text_dim).half() for name in ids}
+            save_tensors(f"{folder}/{ids[0]}.safetensors", tensors | {"null_text": torch.randn(1, c.text_dim).half()},
+                         key=dict(random=True), captions=dict.fromkeys(ids, ""))
+    grids = LatentSet(folder, config, control=True)
+    batches = torch.randint(grids.shape[0], (rounds, batch), generator=torch.Generator().manual_seed(0))
+    with ThreadPoolExecutor(workers) as pool:
+        for warm in (True, False):                                      # the first time the pages come from the disk
+            start = time.perf_counter()
+            for _ in pool.map(grids.rows, batches):
+                pass
+    speed = rounds * batch / (time.perf_counter() - start)
+    print(f"{speed:.0f} grids/s in batches of {batch}, {workers} threads, from {grids.shape[0]} objects in the disk cache")
+
+
+def contact_sheet(out, size=32, seed=0):
+    """Draws one object of each category, four views of each in every look, and prints the views drawn a second."""
+    assets = sample_assets(400, seed)
     first = [int((assets.category == k).nonzero()[0]) for k in range(len(CATEGORIES))]       # one of each category
     assets = take(assets, torch.tensor(first))
     start = time.time()
-    photo = render(assets, size=args.size)
+    photo = render(assets, size=size)
     print(f"{len(first) * 4 / (time.time() - start):.0f} photo views/s with maps, {torch.get_num_threads()} thread(s)")
     looks = ("cartoon", "white"), ("sketch", "white"), ("watercolor", "white"), ("photo", "sunset")
-    others = [render(assets, (30,), *look, args.size, geometry=False).rgb for look in looks]
-    columns = [render(assets, style="render", size=args.size, geometry=False).rgb, photo.rgb, photo.normal / 2 + .5,
+    others = [render(assets, (30,), *look, size, geometry=False).rgb for look in looks]
+    columns = [render(assets, style="render", size=size, geometry=False).rgb, photo.rgb, photo.normal / 2 + .5,
                photo.position + .5, *others]
     sheet = torch.cat([c.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1) for c in columns], dim=1)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((sheet * 255).round().byte().numpy()).save(args.out)
-    print(f"wrote {args.out}")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((sheet * 255).round().byte().numpy()).save(out)
+    print(f"wrote {out}")
+
+
+def export(out, num, size=512, seed=0):
+    """Writes `num` toy objects as rendered objects on disk: an example of the format, to try the full pipeline on."""
+    assets = sample_assets(num, seed)
+    for k in tqdm(range(num), desc="rendering", unit="object"):
+        one = take(assets, slice(k, k + 1))
+        write_object(f"{out}/{k:04}", asset_captions(one)[0], render(one, style="render", size=size))
+    print(f"wrote {num} objects to {out}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="assets/world.png", help="the contact sheet to write, without a command")
+    parser.add_argument("--size", type=int, default=32, help="its pixels a view")
+    parser.add_argument("--seed", type=int, default=0, help="its objects")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    sub = commands.add_parser("export", help="write toy objects as rendered objects on disk, to try encode on")
+    sub.add_argument("out", help="folder to write a folder for each object to")
+    sub.add_argument("--num", type=int, default=8, help="how many objects")
+    sub.add_argument("--size", type=int, default=512, help="pixels to a side")
+    sub.add_argument("--seed", type=int, default=0, help="which objects")
+    sub = commands.add_parser("encode", help="VAE latents and T5 tokens of rendered objects, the synthetic set of --preset "
+                                             "full; also under torchrun")
+    sub.add_argument("objects", help="folder of object folders")
+    sub.add_argument("out", help="folder to write shards to")
+    sub.add_argument("--vae", required=True, metavar="DIR", help="PixArt's vae folder (needs diffusers)")
+    sub.add_argument("--text_encoder", required=True, metavar="DIR", help="PixArt's text_encoder folder, with tokenizer "
+                     "beside it (needs transformers)")
+    sub.add_argument("--size", type=int, default=512, help="pixels to a side of the views")
+    sub.add_argument("--shard", type=int, default=64, help="objects a file")
+    sub = commands.add_parser("read", help="time the reading of shards for --preset full")
+    sub.add_argument("folder", help="of data.py encode; if it is not there, it is made, of random numbers (120 MB)")
+    sub.add_argument("--workers", type=int, default=2, help="threads")
+    args = parser.parse_args()
+    if args.command == "read":
+        benchmark_reading(args.folder, PRESETS["full"], args.workers)
+    elif args.command == "export":
+        export(args.out, args.num, args.size, args.seed)
+    elif args.command == "encode":
+        encode_objects(args.objects, args.out, args.vae, args.text_encoder, args.size, args.shard)
+        print(f"the shards are in {args.out}")
+    else:
+        contact_sheet(args.out, args.size, args.seed)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+    run_cli(main)

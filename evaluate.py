@@ -353,13 +353,7 @@ def load_lpips(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no LPIPS weights at {path}: pip install lpips, then python -c \"import lpips, torch; "
                                 f"torch.save(lpips.LPIPS(net='alex').state_dict(), '{path}')\"")
-    if path.endswith(".safetensors"):
-        weights = load_tensors(path)[0]
-    else:
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:       # its unpickler raises whatever the bytes of another file lead it to
-            raise ValueError(f"{path} is not a readable file of torch.save") from None
+    weights = load_tensors(path)[0]
     names = [f"{name}.{part}" for name, _, _ in LPIPS_LAYERS for part in ("weight", "bias")]
     missing = set(names + [f"lin{k}.model.1.weight" for k in range(5)]) - set(weights)
     if missing:

@@ -2,7 +2,7 @@
 
     python pca_features.py                                              # the shipped base model of the toy world
     python pca_features.py --model runs/toy/base.safetensors --num 100  # another checkpoint, more prompts
-    python pca_features.py --model PixArt-XL-2-512x512.safetensors --text text.safetensors  # latents, caption vectors
+    python pca_features.py --model PixArt-XL-2-512x512.pth --text_encoder pixart/text_encoder --prompt "a red mug" ...
 
 Draws the paper's figure: the first three principal components of the tokens after the blocks at 0.2, 0.5 and 1 N_B, at
 four of 20 DDIM steps. Then, what the eye sees there as numbers: how much of an object's geometry and of its domain a
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import data
 import sample
-from dit import add_noise, launch, load_pixart, load_tensors, run_cli, seeded_generator
+from dit import add_noise, launch, run_cli, seeded_generator
 from domain_shifter import REAL, ShiftedDiT, uniform_domains
 
 STEPS = (800, 700, 500, 200)                # t of the figure's four groups
@@ -45,11 +45,12 @@ def recorded(dit, depths):
 
 
 @torch.no_grad()
-def sampled_features(network, text, null_text, num_steps=20, spacing="trailing", cfg_scale=sample.CFG_SCALE, seed=0,
+def sampled_features(network, text, null, num_steps=20, spacing="trailing", cfg_scale=sample.CFG_SCALE, seed=0,
                      batch=16, **inputs):
     """Samples one image a prompt and keeps the tokens at STEPS and DEPTHS (A.1).
 
-    network: ShiftedDiT. text (P, L) or (P, L, D), null_text (1, L, ..); inputs: text_mask. Returns images (P, C, H, W)
+    network: ShiftedDiT. text (P, L) or (P, L, D); null: the empty caption, {"text": (1, L, ..)}; inputs: text_mask.
+    Returns images (P, C, H, W)
     and {(t, block): (P, N, d)}: t is the visited step nearest to each of STEPS (with 20 trailing steps 799, 699, 499
     and 199, with leading ones exactly 800, 700, 500 and 200), block how many blocks the tokens have passed.
     """
@@ -62,8 +63,8 @@ def sampled_features(network, text, null_text, num_steps=20, spacing="trailing",
     for rows in tqdm(torch.arange(len(text)).split(batch), desc="sampling", unit="batch"):
         noise = torch.stack([torch.randn(shape, generator=seeded_generator(sample.SAMPLES, seed, k)) for k in
                              rows.tolist()])
-        predict_noise = sample.guided_noise(network, text[rows], null_text, sample.domain_mode("real", config.depth),
-                                            cfg_scale, **{name: value[rows] for name, value in inputs.items()})
+        predict_noise = sample.guided_noise(network, null, sample.domain_mode("real", config.depth), cfg_scale,
+                                            text=text[rows], **{name: value[rows] for name, value in inputs.items()})
 
         def watched(x, t):
             with recorded(network.dit, blocks if int(t) in steps else ()) as found:
@@ -198,39 +199,38 @@ def readability_plot(path, found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="checkpoint (default: the base model of the toy's run folder, else the shipped one)")
+    add("--model", "--base", help="checkpoint, ours or PixArt-alpha's .pth or safetensors (default: the base model of the "
+        "toy's run folder, else the shipped one)")
     add("--num", type=int, default=60, help="prompts, all of them in the PCA")
     add("--num_objects", type=int, default=800, help="objects that the readings are fitted and tested on")
-    add("--text", metavar="FILE", help="safetensors of caption vectors text (N, L, D), text_mask (N, L) and null_text "
-        "(1, L, D), for a model of latents")
+    add("--prompt", nargs="+", help="full: captions of many objects in many styles")
+    add("--text_encoder", metavar="DIR", help="full: PixArt's text_encoder folder (needs transformers)")
     add("--num_steps", type=int, default=20, help="DDIM steps")
     add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps")
-    add("--cfg_scale", type=float, default=sample.CFG_SCALE, help="guidance on the text, 1 = none")
+    add("--cfg_scale", type=float, help=f"guidance on the text, 1 = none (default {sample.CFG_SCALE:g}; full: "
+        f"{sample.LATENT_CFG_SCALE})")
     add("--seed", type=int, default=0, help="decides prompts and noise")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--out", default="runs/toy/pca.png", help="the figure; the plot gets _readable before .png")
     args = parser.parse_args()
     device = launch(args.threads)[0]
     path, inputs = args.model or sample.default_base("toy"), {}
-    if "config" in load_tensors(path)[1]:
-        network = sample.load_network(path, device)
-    else:
-        network = ShiftedDiT(load_pixart(path).to(device)).eval()
+    network = sample.load_network(path, device)
     if network.dit.config.vocab_size:
         assets = data.sample_assets(args.num, 100 + args.seed)
         styles = [data.STYLES[k] for k in torch.randint(len(data.STYLES), (args.num,),
                                                         generator=torch.Generator().manual_seed(args.seed)).tolist()]
-        text, null_text = data.tokenize(data.asset_captions(assets, styles)), data.tokenize([""])
-    elif args.text:
-        stored = load_tensors(args.text)[0]
-        if not {"text", "null_text"} <= set(stored):
-            raise ValueError(f"{args.text} has no text and null_text")
-        text, null_text = stored["text"][:args.num].float(), stored["null_text"].float()
-        inputs = {"text_mask": stored["text_mask"][:args.num].to(device)} if "text_mask" in stored else {}
+        text, null = data.tokenize(data.asset_captions(assets, styles)), {"text": data.tokenize([""])}
+    elif args.prompt and args.text_encoder:
+        encode_text = data.load_text_encoder(args.text_encoder, device)
+        inputs = sample.encode_captions(args.prompt, encode_text, network.dit)
+        text, null = inputs.pop("text"), inputs.pop("null")
     else:
-        raise ValueError(f"{path} takes caption vectors: name a file of them with --text")
-    images, features = sampled_features(network, text.to(device), null_text.to(device), args.num_steps, args.spacing,
-                                        args.cfg_scale, args.seed, **inputs)
+        raise ValueError(f"{path} is a model of latents: give it --prompt and --text_encoder")
+    cfg_scale = args.cfg_scale or (sample.CFG_SCALE if network.dit.config.vocab_size else sample.LATENT_CFG_SCALE)
+    on_device = lambda tensors: {key: value.to(device) for key, value in tensors.items()}
+    images, features = sampled_features(network, text.to(device), on_device(null), args.num_steps, args.spacing,
+                                        cfg_scale, args.seed, **on_device(inputs))
     explained = figure(args.out, images, features)
     print("variance explained by three components: "
           + ", ".join(f"t {t} block {block} {share:.0%}" for (t, block), share in explained.items()))

@@ -17,6 +17,8 @@ import math
 import os
 import shutil
 import struct
+from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -26,11 +28,12 @@ from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 import data
-from dit import (T, add_noise, alphas_cumprod, launch, load_model, load_tensors, run_cli, save_tensors,
-                 seeded_generator)
+from dit import (PRESETS, T, add_noise, alphas_cumprod, launch, load_base, load_tensors, read_metadata, run_cli,
+                 save_tensors, seeded_generator)
 from domain_shifter import REAL, SYN, ShiftedDiT, load_adapter, load_shifters, shifted_domains, uniform_domains
 
 CFG_SCALE = 1.0         # guidance on the text, 1 = none: more burns toy photos to flat colours that look rendered
+LATENT_CFG_SCALE = 4.5  # PixArt-alpha's, which draws poorly without
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}]"
 SAMPLES = 4             # first key of the generators of initial noise (train_stage1.py has the other families)
 
@@ -91,19 +94,22 @@ def domain_mode(mode, num_blocks, B_max=0.3, t_max=950):
     return lambda t: uniform_domains(domain, num_blocks, len(t), t.device)
 
 
-def guided_noise(network, text, null_text, domains, cfg_scale, **inputs):
+def guided_noise(network, null, domains, cfg_scale, **inputs):
     """predict_noise(x, t) for `ddim_sample`: classifier-free guidance on the text alone (Sec. B.3).
 
-    network: ShiftedDiT. text: (B, L) or (B, L, D); null_text: (1, L) or (1, L, D), the empty caption. domains: from
-    `domain_mode`. inputs: control, view, text_mask; they stay on in both passes, which run as one batch.
+    network: ShiftedDiT. null: the empty caption, "text" (1, L) or (1, L, D), perhaps "text_mask". domains: from
+    `domain_mode`. inputs: "text" (B, L) or (B, L, D), perhaps "text_mask"; control and view, which stay on in both
+    passes. The passes run as one batch.
     """
+    if cfg_scale != 1:
+        inputs = {key: torch.cat([value, null[key].expand_as(value).to(value) if key in null else value])
+                  for key, value in inputs.items()}
+
     def predict_noise(x, t):
-        t = t.expand(len(x))
         if cfg_scale == 1:
-            return network(x, t, text, domains(t), **inputs)
-        both = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([text, null_text.expand_as(text)]),
-                       domains(torch.cat([t, t])), **{k: torch.cat([v, v]) for k, v in inputs.items()})
-        with_text, without_text = both.chunk(2)
+            return network(x, t.expand(len(x)), domains=domains(t.expand(len(x))), **inputs)
+        t = t.expand(2 * len(x))
+        with_text, without_text = network(torch.cat([x, x]), t, domains=domains(t), **inputs).chunk(2)
         return without_text + cfg_scale * (with_text - without_text)
     return predict_noise
 
@@ -117,29 +123,32 @@ def ticking(predict_noise, progress, share):
 
 
 @torch.no_grad()
-def sample_images(network, text, mode="real", views=1, control=None, seed=0, first=0, cfg_scale=CFG_SCALE, num_steps=50,
-                  spacing="trailing", B_max=0.3, t_max=950, use_views=True, batch=64, progress=None):
+def sample_images(network, text, mode="real", views=1, control=None, seed=0, keys=None, cfg_scale=CFG_SCALE, num_steps=50,
+                  spacing="trailing", B_max=0.3, t_max=950, use_views=True, batch=64, progress=None, text_mask=None,
+                  null=None):
     """Samples one grid per caption.
 
-    network: ShiftedDiT of a model that embeds token ids. text: (N, L) ids. views: images a grid, V; 1 is single-image
-    mode. control: (N, V, C_c, H, W) or None. Sample k (numbered from `first`) starts from noise of its own generator,
-    (seed, k), so it does not depend on batch size or on how samples are spread over ranks.
+    network: ShiftedDiT. text: (N, L) ids; or vectors (N, L, D), with text_mask (N, L) and the empty caption, null, as
+    `guided_noise` takes it. views: images a grid, V; 1 is single-image mode. control: (N, V, C_c, H, W) or None. keys: N
+    whole numbers (default 0, 1, ..): sample k starts from noise of its own generator, (seed, keys[k]), so it does not
+    depend on batch size or on how samples are spread over ranks.
     Returns (N, V, C, H, W) in the model's range, on the CPU.
     """
     config, like = network.dit.config, network.dit.positions            # like: its device and dtype
-    device = like.device
-    null_text = data.tokenize([""]).to(device)
+    null = {key: value.to(like.device) for key, value in (null or {"text": data.tokenize([""])}).items()}
     domains = domain_mode(mode, config.depth, B_max, t_max)
-    images = []
-    for start in range(0, len(text), batch):
-        rows = range(start, min(start + batch, len(text)))
-        shape = (views, config.channels, config.image_size, config.image_size)
-        noises = [torch.randn(shape, generator=seeded_generator(SAMPLES, seed, first + k)) for k in rows]
-        x = torch.stack(noises).to(like)                                # (B, V, C, H, W)
-        inputs = {} if control is None else {"control": control[rows.start:rows.stop].to(like)}
+    shape = (views, config.channels, config.image_size, config.image_size)
+    images, keys = [], range(len(text)) if keys is None else keys
+    for rows in torch.arange(len(text)).split(batch):
+        x = torch.stack([torch.randn(shape, generator=seeded_generator(SAMPLES, seed, keys[k])) for k in rows]).to(like)
+        inputs = {"text": text[rows].to(like.device)}                   # x (B, V, C, H, W)
+        if text_mask is not None:
+            inputs["text_mask"] = text_mask[rows].to(like.device)
+        if control is not None:
+            inputs["control"] = control[rows].to(like)
         if views > 1 and use_views:
-            inputs["view"] = torch.arange(views, device=device).expand(len(rows), views)
-        noise = guided_noise(network, text[rows.start:rows.stop].to(device), null_text, domains, cfg_scale, **inputs)
+            inputs["view"] = torch.arange(views, device=like.device).expand(len(rows), views)
+        noise = guided_noise(network, null, domains, cfg_scale, **inputs)
         if progress is not None:
             noise = ticking(noise, progress, 1 / num_steps)
         images.append(ddim_sample(noise, x, num_steps, spacing, clip_x0=config.output_skip).cpu())
@@ -154,23 +163,26 @@ def sdedit(network, images, text, t=500, num_steps=50, cfg_scale=CFG_SCALE, seed
     network: ShiftedDiT of the base model. images: (N, V, C, H, W) in [-1, 1], from syn_only. text: (N, V, L) ids, what
     the base model is asked for, view by view. Returns (N, V, C, H, W) in [-1, 1] on the CPU.
     """
-    config, like, null_text = network.dit.config, network.dit.positions, data.tokenize([""])
+    config, like = network.dit.config, network.dit.positions
+    null = {"text": data.tokenize([""]).to(like.device)}
     steps = ddim_timesteps(num_steps)
     start, done = steps[steps <= t].max(), []
     for k, grid in enumerate(images):
         noise = torch.randn(grid.shape[1:], generator=seeded_generator(SAMPLES, seed, first + k)).to(like)
         x = add_noise(grid.to(like), noise.expand(grid.shape), start.expand(len(grid)).to(like.device))[:, None]
-        predict = guided_noise(network, text[k].to(like.device), null_text.to(like.device),
-                               domain_mode("real", config.depth), cfg_scale)
+        predict = guided_noise(network, null, domain_mode("real", config.depth), cfg_scale,
+                               text=text[k].to(like.device))
         done.append(ddim_sample(predict, x, num_steps, clip_x0=config.output_skip, t_start=int(start)).cpu()[:, 0])
     return torch.stack(done)
 
 
 def load_network(path, device="cpu", config=None, shifters=None):
-    """ShiftedDiT from a checkpoint: its model, its Domain Shifters (or those of the file `shifters`) and adapter."""
-    model = load_model(path, device, config)
-    return ShiftedDiT(model, load_shifters(shifters or path, device, model.config),
-                      load_adapter(path, device, model.config)).eval()
+    """ShiftedDiT from a checkpoint: its model, its Domain Shifters (or those of the file `shifters`) and adapter; or
+    from PixArt-alpha's weights, which have neither."""
+    model, ours = load_base(path, device, config), "config" in read_metadata(path)
+    shifters = shifters or (path if ours else None)
+    return ShiftedDiT(model, load_shifters(shifters, device, model.config) if shifters else None,
+                      load_adapter(path, device, model.config) if ours else None).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,7 +213,7 @@ def write_real_set(path, base, num_assets, seed=0, num_steps=20, cfg_scale=1.0, 
             if up_to_date(part, key):
                 progress.update(len(rows))
                 continue
-            images = sample_images(network, rows, seed=seed, first=start, cfg_scale=cfg_scale, num_steps=num_steps,
+            images = sample_images(network, rows, seed=seed, keys=range(start, start + chunk), cfg_scale=cfg_scale, num_steps=num_steps,
                                    batch=chunk, progress=progress)
             save_tensors(part, {"image": data.to_uint8(images)}, key=key)
     if world > 1:
@@ -216,10 +228,62 @@ def write_real_set(path, base, num_assets, seed=0, num_steps=20, cfg_scale=1.0, 
         torch.distributed.barrier()
 
 
+def encode_captions(captions, encode_text, dit):
+    """Captions as `sample_images` takes them: text (N, L, D), text_mask (N, L) and null, PixArt's own where dit has it."""
+    length = dit.config.text_length
+    words = lambda captions: dict(zip(("text", "text_mask"), map(torch.stack, zip(
+        *(data.padded(text, length) for text in encode_text(captions))))))
+    return words(captions) | {"null": words([""]) if dit.null_text is None else {"text": dit.null_text[None]}}
+
+
+def write_latent_real_set(out, base, synthetic, text_encoder, seed=0, num_steps=20,
+                          cfg_scale=LATENT_CFG_SCALE, batch=16, launched=None):
+    """The real set of the full model (C.1): four images for each caption of the synthetic set, drawn by the base model.
+
+    base: its file, of latents. synthetic: folder of `data.encode_objects`, whose captions are taken; text_encoder: as
+    there. Writes a shard for each of its shards into OUT, of the same form without maps (an image drawn as latents has no
+    deviation), spread over the ranks; a run that was stopped goes on. Each image is a function of its caption, its view
+    phrase and seed, whatever the number of ranks.
+    """
+    device, rank, world = launched or launch()
+    key = dict(base=file_id(base), text_encoder=data.encoder_id(text_encoder), seed=seed, num_steps=num_steps,
+               cfg_scale=cfg_scale, scale=data.LATENT_SCALE)
+    shards = {str(path): read_metadata(str(path)).get("captions") or {} for path in
+              sorted(Path(synthetic).rglob("*.safetensors"))}
+    if not any(shards.values()):
+        raise ValueError(f"{synthetic} holds no shards with captions: write them with python data.py encode")
+    todo = {}
+    for path, captions in shards.items():
+        drawn = os.path.join(out, os.path.relpath(path, synthetic))
+        if os.path.exists(drawn):
+            data.check_shard(drawn, key, list(captions))
+        todo[drawn] = captions
+    network, encode_text = load_network(base, device), data.load_text_encoder(text_encoder, device)
+    null_text = encode_text([""])[0].half()
+    mine = {path: captions for path, captions in list(todo.items())[rank::world] if not os.path.exists(path)}
+    with tqdm(total=4 * sum(map(len, mine.values())), desc="real set, drawn by the base model", unit="image",
+              bar_format=BAR, disable=rank > 0) as progress, \
+            torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        for path, captions in mine.items():
+            places = [(caption, view) for caption in captions.values() for view in data.VIEW_PHRASES]
+            prompts = encode_captions([data.real_prompt(*place) for place in places], encode_text, network.dit)
+            keys = [crc32(" ".join(place).encode()) for place in places]
+            images = sample_images(network, **prompts, seed=seed, keys=keys, cfg_scale=cfg_scale, num_steps=num_steps,
+                                   batch=batch, progress=progress)
+            latents = (images[:, 0] / data.LATENT_SCALE).half().unflatten(0, (-1, 4))               # (N, 4, C, h, w)
+            tensors = {"null_text": null_text}
+            for name, mean, text in zip(captions, latents, encode_text([*map(data.real_prompt, captions.values())])):
+                tensors |= {f"{name}.color": torch.stack([mean, torch.zeros_like(mean)], dim=1),
+                            f"{name}.text": text.half()}
+            save_tensors(path, tensors, key=key, captions=captions)
+    if world > 1:
+        torch.distributed.barrier()
+
+
 def up_to_date(path, key):
     """Whether `path` is a readable file made with this key."""
     try:
-        return load_tensors(path)[1].get("key") == key
+        return read_metadata(path).get("key") == key
     except (FileNotFoundError, ValueError):
         return False
 
@@ -372,7 +436,7 @@ def default_model(preset="toy", task="texturing", method="realiz3d"):
 
 def trained_task(path):
     """The task a stage-2 model was trained for, None for a base model."""
-    return load_tensors(path)[1].get("settings", {}).get("task")
+    return read_metadata(path).get("settings", {}).get("task")
 
 
 def selected_shift(path):
@@ -392,23 +456,31 @@ def selected_shift(path):
 MODES = {"syn": "synthetic mode", "real": "real mode", "shifted": "shifted"}
 
 
-def object_sheet(path, network, objects, task="texturing", modes=tuple(MODES), **options):
-    """Samples captions (and control maps) in each domain mode and writes the picture: a row for each mode.
+def sampled(network, objects, task, modes, decode=lambda x: x, **options):
+    """Samples objects in several domain modes: {mode: images (N, V, 3, H, W) in [-1, 1]}.
 
-    objects: {"text": (N, L), "control": (N, V, 6, H, W)}, as from data.evaluation_set. task: "texturing" or "text" for
-    four views an object; None for one image a caption. A network without shifters has no modes. options: see
-    `sample_images`. Returns {mode: images (N, V, C, H, W) in [-1, 1]}.
+    objects: {"text": (N, L), "control": (N, V, 6, H, W)}, as from data.evaluation_set, or as from `latent_objects`. task:
+    "texturing", or "text" for four views an object from the caption alone, or None for one image a caption. decode: makes
+    images of what is sampled. options: see `sample_images`.
     """
-    control, views = objects["control"] if task == "texturing" else None, 4 if task else 1
-    modes = modes if network.knows_domains() else ("real",)
-    total = len(modes) * len(objects["text"]) * views
-    with tqdm(total=total, desc="sampling", unit="image", bar_format=BAR) as progress:
-        images = {mode: sample_images(network, objects["text"], mode, views, control, progress=progress, **options)
-                  for mode in modes}
-    rows = [] if control is None else [("normals", control[:, :, :3]), ("positions", control[:, :, 3:])]
+    inputs = {key: objects[key] for key in ("text", "text_mask", "null") if key in objects}
+    inputs |= {"control": objects["control"]} if task == "texturing" else {}
+    views = 4 if task else 1
+    with tqdm(total=len(modes) * len(inputs["text"]) * views, desc="sampling", unit="image", bar_format=BAR) as progress:
+        return {mode: decode(sample_images(network, mode=mode, views=views, progress=progress, **inputs, **options))
+                for mode in modes}
+
+
+def object_sheet(path, network, objects, task="texturing", modes=tuple(MODES), decode=lambda x: x, **options):
+    """Samples objects, see `sampled`, and writes the picture: the control maps and a row for each domain mode, of which
+    a network without shifters has one. Returns {mode: images (N, V, 3, H, W) in [-1, 1]}."""
+    images = sampled(network, objects, task, modes if network.knows_domains() else ("real",), decode, **options)
+    maps = objects.get("maps", objects.get("control")) if task == "texturing" else None
+    rows = [] if maps is None else [("normals", maps[:, :, :3]), ("positions", maps[:, :, 3:])]
     label = lambda mode: MODES.get(mode, f"s = {mode}") if network.knows_domains() else "generated"
-    rows += [(label(mode), images[mode]) for mode in modes]
+    rows += [(label(mode), grids) for mode, grids in images.items()]
     save_picture(path, [(label, data.to_uint8(row).flatten(0, 1)) for label, row in rows],
+                 scale=1 if rows[-1][1].shape[-1] > 128 else 3,
                  column_titles=data.VIEWS * len(objects["text"]) if task else ())
     return images
 
@@ -592,9 +664,10 @@ def parse_args(argv=None):
     """The command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="checkpoint (default: the run folder's realiz3d of this task, else the shipped one)")
+    add("--model", "--base", help="checkpoint, of a base model too: ours or PixArt-alpha's .pth or safetensors (default: "
+        "the run folder's realiz3d of this task, else the shipped one)")
     add("--shifters", help="shifters of stage 1, to put into a model without its own")
-    add("--preset", choices=("toy", "small"), default="toy", help="which default model (full: see --model)")
+    add("--preset", choices=PRESETS, default="toy", help="which default model")
     add("--task", choices=("texturing", "text"), help="default: the one the model was trained for")
     add("--object", type=int, nargs="+", default=[0, 1, 2], help="numbers of held-out objects")
     add("--prompt", nargs="+", help="captions instead of objects: a base model, --task text, or one for --mesh")
@@ -604,7 +677,8 @@ def parse_args(argv=None):
         "evaluate.py select found for this model, else 0.3)")
     add("--t_max", type=int, help="time shift: steps t >= t_max run in synthetic mode; 1000 = none (default: likewise, "
         "else 950)")
-    add("--cfg_scale", type=float, default=CFG_SCALE, help="guidance on the text, 1 = none")
+    add("--cfg_scale", type=float, help=f"guidance on the text, 1 = none (default {CFG_SCALE:g}; full: "
+        f"{LATENT_CFG_SCALE})")
     add("--num_steps", type=int, default=50, help="DDIM steps")
     add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps")
     add("--seed", type=int, default=0, help="decides the noise")
@@ -615,8 +689,12 @@ def parse_args(argv=None):
     add("--mesh", metavar="FILE", help="OBJ or GLB to texture after a --prompt, in place of the toy's objects")
     add("--beside", nargs="+", default=[], metavar="MODEL", help="--textured: with these models too")
     add("--texture_size", type=int, default=1024, help="--textured: texels to a side")
-    add("--real_set", metavar="FILE", help="draw the real set of stages 1 and 2 with the base model, instead")
+    add("--objects", nargs="+", metavar="DIR", help="full: folders of rendered objects, in place of --object")
+    add("--vae", metavar="DIR", help="full: PixArt's vae folder (needs diffusers)")
+    add("--text_encoder", metavar="DIR", help="full: PixArt's text_encoder folder (needs transformers)")
+    add("--real_set", metavar="FILE", help="draw the real set of stages 1 and 2 with the base model, instead; full: a folder")
     add("--num_assets", type=int, default=640, help="real set: assets, four images each")
+    add("--synthetic", metavar="DIR", help="real set, full: folder of data.py encode, whose captions are drawn")
     return parser, parser.parse_args(argv)
 
 
@@ -633,9 +711,13 @@ def domain_word(word):
     return s
 
 
-def chosen_objects(args, text, size, task):
+def chosen_objects(args, parser, size, task):
     """What the command line asks for: objects as from data.evaluation_set, and in the same order {name: Mesh, or None
     for the hull of the views}."""
+    try:
+        text = data.tokenize(args.prompt or [])
+    except ValueError as error:
+        parser.error(str(error))
     if args.mesh:
         mesh = data.read_mesh(args.mesh)
         views = data.mesh_views(mesh, size)
@@ -651,32 +733,66 @@ def chosen_objects(args, text, size, task):
     return {key: value[list(meshes)] for key, value in held.items()}, meshes
 
 
+def latent_objects(args, network, device):
+    """What the command line asks for, as `chosen_objects`, for a model of latents: --objects, or --mesh with a --prompt,
+    or --prompt, through the encoders. Adds "maps" (N, V, 6, H, W), the control as pictures. Also returns decode."""
+    if not (args.vae and args.text_encoder):
+        raise ValueError("a model of latents needs PixArt's encoders: name their folders with --vae and --text_encoder")
+    encode_image, decode = data.load_vae(args.vae, device)
+    captions, drawn, meshes = args.prompt or [], [], dict.fromkeys(range(len(args.prompt or [])))
+    size = 8 * network.dit.config.image_size
+    if args.mesh:
+        mesh = data.read_mesh(args.mesh)
+        drawn, meshes = [data.mesh_views(mesh, size)], {Path(args.mesh).stem: mesh}
+    elif args.objects:
+        captions, drawn = zip(*map(data.read_object, args.objects))
+        meshes = dict.fromkeys(os.path.basename(os.path.abspath(folder)) for folder in args.objects)
+    if len(captions) != len(meshes) or not captions:
+        raise ValueError("give a --prompt, one for --mesh, or rendered objects with --objects")
+    objects = encode_captions(captions, data.load_text_encoder(args.text_encoder, device), network.dit)
+    if drawn:
+        maps = torch.cat([data.control_maps(views) for views in drawn])                             # (N, V, 6, H, W)
+        if maps.shape[-2:] != (size, size):
+            raise ValueError(f"the objects are of {maps.shape[-1]} x {maps.shape[-2]} pixels, the model takes {size}")
+        latents = [encode_image(view.unflatten(0, (2, 3)))[:, 0].flatten(0, 1) for view in maps.flatten(0, 1)]
+        objects |= dict(maps=maps, control=data.LATENT_SCALE * torch.stack(latents).unflatten(0, (-1, 4)),
+                        position=torch.cat([views.position for views in drawn]),
+                        mask=data.to_uint8(2 * torch.cat([views.mask for views in drawn]) - 1))
+    return objects, meshes, lambda x: decode(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def draw_real_set(args, launched):
+    """The real set of stages 1 and 2, in pixels of the toy world or in latents."""
+    base = args.model or default_base(args.preset)
+    if read_metadata(base).get("config", {}).get("vocab_size"):
+        write_real_set(args.real_set, base, args.num_assets, args.seed, args.num_steps, args.cfg_scale or CFG_SCALE,
+                       launched=launched)
+    elif args.synthetic and args.text_encoder:
+        write_latent_real_set(args.real_set, base, args.synthetic, args.text_encoder, args.seed, args.num_steps,
+                              args.cfg_scale or LATENT_CFG_SCALE, launched=launched)
+    else:
+        raise ValueError("the real set of a model of latents needs --synthetic DIR, whose captions are drawn, and "
+                         "--text_encoder DIR")
+    if launched[1] == 0:
+        print(f"wrote {args.real_set}")
+
+
 def main():
     parser, args = parse_args()
     launched = device, rank, _ = launch(args.threads)
     if args.real_set:
-        base = args.model or default_base(args.preset)
-        write_real_set(args.real_set, base, args.num_assets, args.seed, args.num_steps, args.cfg_scale,
-                       launched=launched)
-        print(f"wrote {args.real_set}")
-        return
-    try:
-        text = data.tokenize(args.prompt or [])
-    except ValueError as error:
-        parser.error(str(error))
+        return draw_real_set(args, launched)
     if min(args.object) < 0:
         parser.error(f"--object must be 0 or more, not {min(args.object)}")
     path = args.model or default_model(args.preset, args.task or "texturing")
     network = load_network(path, device, shifters=args.shifters)
     config = network.dit.config
-    if not config.vocab_size:
-        raise ValueError(f"{path} is a latent model: it has no pictures without a VAE")
     task = trained_task(path)                                       # None: a base model, one image a caption
     if args.task not in (None, task):
         raise ValueError(f"{path} was trained for {task or 'no task (a base model)'}, not for {args.task}")
-    if task == "texturing" and len(text) != bool(args.mesh):
-        raise ValueError("a texturing model needs an object's maps: name one with --object, or bring --mesh FILE and "
-                         "one --prompt, or use --task text")
+    if task == "texturing" and len(args.prompt or []) != bool(args.mesh):
+        raise ValueError("a texturing model needs an object's maps: name one with --object (full: --objects), or bring "
+                         "--mesh FILE and one --prompt, or use --task text")
     if args.mesh and task != "texturing":
         raise ValueError(f"{path} does not follow maps, so --mesh needs another --model")
     if args.textured and task is None:
@@ -684,14 +800,20 @@ def main():
     if args.domain != "all" and not network.knows_domains():
         raise ValueError(f"{path} has no Domain Shifters, so no --domain; add some with --shifters FILE")
     B_max, t_max = selected_shift(path)
-    options = dict(seed=args.seed, cfg_scale=args.cfg_scale, num_steps=args.num_steps, spacing=args.spacing,
+    cfg_scale = args.cfg_scale or (CFG_SCALE if config.vocab_size else LATENT_CFG_SCALE)
+    options = dict(seed=args.seed, cfg_scale=cfg_scale, num_steps=args.num_steps, spacing=args.spacing,
                    B_max=B_max if args.B_max is None else args.B_max, t_max=t_max if args.t_max is None else args.t_max)
     out = args.out or f"runs/{args.preset}/sample.png"
     modes = ("syn", "real", "shifted") if args.domain == "all" else (args.domain,)
     if rank > 0:
         return
-    objects, meshes = chosen_objects(args, text, config.image_size, task)
-    images = object_sheet(out, network, objects, task, modes, **options)
+    if config.vocab_size:
+        objects, meshes = chosen_objects(args, parser, config.image_size, task)
+        decode = lambda x: x
+    else:
+        objects, meshes, decode = latent_objects(args, network, device)
+        options["batch"] = 4
+    images = object_sheet(out, network, objects, task, modes, decode, **options)
     print(f"{path} -> {out}")
     if args.views:
         save_views(args.views, images, objects, list(meshes))
@@ -699,9 +821,8 @@ def main():
     if args.textured:
         for other in args.beside:
             network, name = load_network(other, device), os.path.basename(other).removesuffix(".safetensors")
-            mode, control = "shifted" if network.knows_domains() else "real", objects.get("control")
-            images[name] = sample_images(network, objects["text"], mode, 4, control if task == "texturing" else None,
-                                         **options)
+            modes = ("shifted",) if network.knows_domains() else ("real",)
+            images[name] = sampled(network, objects, task, modes, decode, **options)[modes[0]]
         save_meshes(args.textured, meshes, images, args.texture_size)
 
 

@@ -4,7 +4,7 @@
     python train_stage1.py                                     # stage 1 of the toy: CPU, MPS or one GPU
     torchrun --nproc_per_node=8 train_stage1.py --preset small # eight GPUs
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_stage1.py \\
-        --preset full --base pixart.safetensors --synthetic synthetic.safetensors --real real.safetensors
+        --preset full --base pixart.safetensors --synthetic latents --real real
 
 Stage 1 freezes the base model and fits one Domain Shifter per block to both domains: empty control, single-image
 mode, epsilon loss (toy and small weigh it, see --loss). To resume any training, run the same command again.
@@ -17,6 +17,8 @@ import platform
 import signal
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from glob import glob
@@ -27,8 +29,8 @@ from tqdm import tqdm
 
 import data
 import sample
-from dit import (PRESETS, DiT, T, add_noise, epsilon_loss, launch, load_model, load_pixart, load_tensors,
-                 require_config, run_cli, save_model, save_tensors, seeded_generator)
+from dit import (PRESETS, DiT, T, add_noise, epsilon_loss, launch, load_base, load_tensors, run_cli,
+                 save_model, save_tensors, seeded_generator)
 from domain_shifter import ADAPTERS, REAL, SYN, ShiftedDiT, adapter_rank, uniform_domains, with_adapter
 
 DOMAINS = {"syn": SYN, "real": REAL}
@@ -96,14 +98,20 @@ def draw_noise(shape, seed, step, first, count, device, timesteps=(0, T)):
 def denoising_loss(network, batch, iteration, null, seed, step, first, text_dropout, even=False):
     """The epsilon loss of one batch, for every stage and domain (Sec. 4).
 
-    network: ShiftedDiT, perhaps in DDP. batch: "image" (B, V, C, H, W) and "text", perhaps "text_mask", "control" and
-    "view" (absent: empty). null: the empty caption, what text is replaced by with probability text_dropout.
-    even and what is returned: see `epsilon_loss`.
+    network: ShiftedDiT, perhaps in DDP. batch: "image", uint8 pixels (B, V, C, H, W) or mean and deviation of latents
+    (B, V, 2, C, h, w), and "text", perhaps "text_mask", "control" and "view" (absent: empty). null: the empty caption,
+    what text is replaced by with probability text_dropout. even and what is returned: see `epsilon_loss`.
     """
     inputs = dict(batch)
-    image = inputs.pop("image")                                     # (B, V, C, H, W) uint8 pixels, or 16-bit latents
-    x0 = data.to_pixels(image) if image.dtype == torch.uint8 else image.float()
-    t, noise, u = draw_noise(x0.shape[1:], seed, step, first, len(x0), x0.device, iteration.timesteps)
+    image = inputs.pop("image")
+    if image.dtype == torch.uint8:
+        x0 = data.to_pixels(image)
+        t, noise, u = draw_noise(x0.shape[1:], seed, step, first, len(x0), x0.device, iteration.timesteps)
+    else:                                                           # the VAE gives a normal distribution of latents
+        mean, deviation = image.float().unbind(2)
+        t, both, u = draw_noise((2, *mean.shape[1:]), seed, step, first, len(mean), mean.device, iteration.timesteps)
+        noise, z = both.unbind(1)
+        x0 = data.LATENT_SCALE * (mean + deviation * z)
     for key in null:
         dropped = (u < text_dropout).view(-1, *[1] * (inputs[key].dim() - 1))
         inputs[key] = torch.where(dropped, null[key], inputs[key])
@@ -120,9 +128,10 @@ def denoising_loss(network, batch, iteration, null, seed, step, first, text_drop
 def train(network, sets, null, plan, args, out, launched, preview=None):
     """Trains the parameters of `network` that require a gradient; resumes from the newest readable state in `out`.
 
-    network: ShiftedDiT. sets: {domain: {"image": (N, V, C, H, W), "text": ..., ...}}. null: the empty caption, {"text":
-    ...}. plan(step) -> Iteration. args: from `parse_args`. out: folder for states, log.jsonl and pictures. launched:
-    (device, rank, world). preview(path): draws a picture of samples. Afterwards `network` holds the EMA weights.
+    network: ShiftedDiT. sets: {domain: {"image": (N, V, C, H, W), "text": ..., ...} or data.LatentSet}. null: the empty
+    caption, {"text": ...}. plan(step) -> Iteration. args: from `parse_args`. out: folder for states, log.jsonl and
+    pictures. launched: (device, rank, world). preview(path): draws a picture of samples. Afterwards `network` holds the
+    EMA weights.
     Returns the mean loss by domain over the last tenth of the steps. Raises FloatingPointError at a non-finite loss.
     """
     device, rank, world = launched
@@ -138,29 +147,29 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
     describe(network, params, sets, args, out, launched, start)
     # find_unused_parameters: the frozen blocks of an iteration get no gradient; without it the ranks drift apart
     model = DistributedDataParallel(network, find_unused_parameters=True) if world > 1 else network
-    if args.compile:
-        for block in network.dit.blocks:
-            block.compile()
+    if args.compile:            # four compilations serve all blocks, domains and i: grids, single images with a graph,
+        for block in network.dit.blocks:            # without one, and where the graph begins
+            block.compile(dynamic=False)
     network.dit.grad_checkpointing = args.grad_checkpointing
     autocast = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
     null = {key: value.to(device) for key, value in null.items()}
     log = Log(out, args, launched, start)
     stop = catch_sigterm()
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.name, disable=rank > 0)
-    for step in bar:
-        iteration = plan(step)
+    batches = prefetched(lambda step: read_batch(step, plan(step), sets, args, launched), range(start, args.steps),
+                         args.workers)
+    bar = tqdm(batches, initial=start, total=args.steps, desc=args.name, disable=rank > 0)
+    for step, iteration, first, batch in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args) * group["lr_scale"]
-        dataset = sets[iteration.domain]
-        rows = args.batch * args.images_per_sample // dataset["image"].shape[1]     # per rank
-        first = rank * rows                                                         # this rank's place in the step
-        index = data_indices(len(dataset["image"]), iteration.visit * rows * world + first, rows, args.seed,
-                             ("base", "syn", "real").index(iteration.domain))
-        batch = {key: value[index].to(device, non_blocking=True) for key, value in dataset.items()}
-        with autocast:
-            loss, bins = denoising_loss(model, batch, iteration, null, args.seed, step, first, args.text_dropout,
-                                        even=args.loss == "even")
-        loss.backward()
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        parts, loss, bins = split(batch, args.accumulate), 0, 0     # gradients add up to those of the whole batch
+        for k, (offset, share, part) in enumerate(parts):
+            with model.no_sync() if world > 1 and k + 1 < len(parts) else nullcontext():
+                with autocast:
+                    part_loss, part_bins = denoising_loss(model, part, iteration, null, args.seed, step, first + offset,
+                                                          args.text_dropout, even=args.loss == "even")
+                (share * part_loss).backward()
+            loss, bins = loss + share * part_loss.detach(), bins + part_bins
         for block in network.dit.blocks[len(network.dit.blocks) - iteration.frozen_last_blocks:]:   # mostly none
             block.zero_grad(set_to_none=True)
         torch.nn.utils.clip_grad_norm_(params.values(), args.clip)
@@ -168,7 +177,7 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
         optimizer.zero_grad(set_to_none=True)   # None, not zero: AdamW would move a frozen block on a zero gradient
         for name, average in ema.items():       # a short horizon at first, so that the start is forgotten
             average.lerp_(params[name].detach(), 1 - min(args.ema, (step + 1) / (step + 10)))
-        log.add(step, iteration.domain, loss, bins, rows * batch["image"].shape[1])
+        log.add(step, iteration.domain, loss, bins, batch["image"].shape[:2].numel())
         last = step + 1 == args.steps
         stopping = (world == 1 or step % args.log_every == 0) and agree(stop["now"], launched)
         saving = last or stopping or (step + 1) % args.save_every == 0
@@ -192,6 +201,42 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
     return log.finish()
 
 
+def read_batch(step, iteration, sets, args, launched):
+    """(step, iteration, number of its first sample within the step, this rank's samples of the set on the CPU)."""
+    device, rank, world = launched
+    num, views = data.set_shape(sets[iteration.domain])
+    count = args.batch * args.images_per_sample // views
+    index = data_indices(num, (iteration.visit * world + rank) * count, count, args.seed,
+                         ("base", "syn", "real").index(iteration.domain))
+    batch = data.rows(sets[iteration.domain], index)
+    if device.type == "cuda":                   # pinned memory is copied while the device computes
+        batch = {key: value.pin_memory() for key, value in batch.items()}
+    return step, iteration, rank * count, batch
+
+
+def prefetched(read, steps, workers):
+    """read(step) for each of steps, in order; with workers, up to as many steps ahead of need, in as many threads."""
+    if not workers:
+        yield from map(read, steps)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = deque()
+        for step in steps:
+            ahead.append(pool.submit(read, step))
+            if len(ahead) > workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def split(batch, parts):
+    """A batch in so many parts, or fewer where it is small: a list of (first sample, share of the batch, part)."""
+    num = len(batch["image"])
+    size = -(-num // parts)
+    return [(k, min(size, num - k) / num, {key: value[k:k + size] for key, value in batch.items()})
+            for k in range(0, num, size)]
+
+
 def learning_rate(step, args):
     """Linear warm-up, then a cosine down to zero at the last step."""
     warm = min(1, (step + 1) / max(1, args.warmup))
@@ -201,10 +246,10 @@ def learning_rate(step, args):
 def check_sets(sets, args, world):
     """Refuses a set that is smaller than one step of all ranks."""
     for domain, dataset in sets.items():
-        num, views = dataset["image"].shape[:2]
-        rows = args.batch * args.images_per_sample // views * world
-        if rows > num:
-            raise ValueError(f"one step of {world} process(es) takes {rows} samples, but the {domain} set has only "
+        num, views = data.set_shape(dataset)
+        count = args.batch * args.images_per_sample // views * world
+        if count > num:
+            raise ValueError(f"one step of {world} process(es) takes {count} samples, but the {domain} set has only "
                              f"{num}: use a smaller --batch or --nproc_per_node, or more data")
 
 
@@ -216,7 +261,7 @@ def describe(network, params, sets, args, out, launched, start):
     if rank == 0:
         print(f"{args.name}: trains {trained:,} of {total:,} parameters, {args.steps - start} of {args.steps} steps of "
               f"{images} images x {world} process(es) = {images * world}, on {device} in {args.dtype}; "
-              + ", ".join(f"{name} set {tuple(s['image'].shape)}" for name, s in sets.items()) + f"; into {out}",
+              + ", ".join("{} set of {} x {} image(s)".format(name, *data.set_shape(s)) for name, s in sets.items()) + f"; into {out}",
               flush=True)
 
 
@@ -252,7 +297,7 @@ def swapped(params, ema):
 # Training states: parameters that train, their averages and AdamW's moments. Noise and data order need no state.
 
 NOT_SETTINGS = ("out", "log_every", "save_every", "sample_every", "picture_steps", "compile", "grad_checkpointing",
-                "threads", "benchmark", "rounds", "layer_selective", "seeds", "num_prompts")
+                "accumulate", "workers", "threads", "benchmark", "rounds", "layer_selective", "seeds", "num_prompts")
 
 
 def settings(args):
@@ -388,10 +433,12 @@ def training_arguments(parser):
     add("--preset", choices=PRESETS, default="toy", help="size of model and world (default toy)")
     add("--out", help="run folder (default runs/PRESET)")
     add("--name", help="name of this training below the run folder (default says what it is)")
-    add("--base", help="base model: a checkpoint of ours or PixArt-alpha safetensors (default: the run folder's, else "
+    add("--base", help="base model: a checkpoint of ours, or PixArt-alpha's .pth or safetensors (default: the run folder's, else "
                        "the one shipped in weights/)")
-    add("--synthetic", help="synthetic set, a safetensors file (toy, small: default is to render it)")
-    add("--real", help="real set, a safetensors file (toy, small: default is to let the base model draw it)")
+    add("--synthetic", help="synthetic set; full: folder of data.py encode (toy, small: a safetensors file, default is "
+        "to render it)")
+    add("--real", help="real set; full: folder of sample.py --real_set (toy, small: a safetensors file, default is to let "
+        "the base model draw it)")
     add("--num_assets", type=int, default=640, help="assets of the synthetic set the toy world renders")
     add("--real_steps", type=int, default=10, help="DDIM steps for the images of the real set")
     for flag, kind, text in (("steps", int, "training steps"), ("batch", int, "per process: grids of four views; base: "
@@ -408,6 +455,9 @@ def training_arguments(parser):
     add("--seed", type=int, default=0, help="decides initial weights, data order, noise and draws")
     add("--dtype", choices=("float32", "bfloat16"), help="autocast (default bfloat16 on CUDA, float32 elsewhere)")
     add("--compile", action="store_true", help="torch.compile each block")
+    add("--accumulate", type=int, default=1, help="parts that a batch is computed in, one after the other: less memory, "
+        "same result")
+    add("--workers", type=int, help="threads that read batches ahead (default 2 on CUDA, 0 elsewhere)")
     add("--grad_checkpointing", action="store_true", help="recompute blocks in the backward pass to save memory")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--log_every", type=int, default=20, help="steps between lines of log.jsonl")
@@ -430,11 +480,13 @@ def fill_defaults(args, stage, device):
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if args.shifter_lr_scale is None:       # the wider, the faster matrices learn, but not vectors (Yang et al. 2022)
         args.shifter_lr_scale = PRESETS[args.preset].width / 1152 if getattr(args, "joint", False) else 1.0
+    args.workers = (2 if device.type == "cuda" else 0) if args.workers is None else args.workers
     args.loss = args.loss or ("even" if PRESETS[args.preset].output_skip else "epsilon")
     args.images_per_sample = 1 if stage == "base" else 4
-    for name in ("steps", "batch", "log_every", "save_every", "sample_every", "num_assets"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name, least in dict(steps=1, batch=1, log_every=1, save_every=1, sample_every=1, num_assets=1, accumulate=1,
+                            workers=0).items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
     return args
 
 
@@ -452,7 +504,7 @@ def train_base(args, launched):
     base = on_rank_0_first(world, rank, lambda: data.base_set(args.num_base_images, size=config.image_size,
                                                               folder=folder, device=device))
     torch.manual_seed(args.seed)
-    network = ShiftedDiT(load_base(args, device) if args.base else DiT(config).to(device))
+    network = ShiftedDiT(load_base(args.base, device, config) if args.base else DiT(config).to(device))
     for p in (network.dit.control_embedder.weight, network.dit.view_encoding):
         p.requires_grad_(False)                                     # nothing to learn from: the base sees no control
     captions = [f"photo of a {c}, white background" for c in
@@ -480,13 +532,11 @@ def train_shifters(args, launched):
     Empty control and single-image mode: the four views of an asset, without their maps, are four images. A baseline's
     --adapter is fitted in the same way, LoRA and linear ones to renders alone -> OUT/ADAPTER_RANK.safetensors.
     """
-    network = with_adapter(load_base(args, launched[0]).requires_grad_(False), args.adapter, args.rank, args.seed)
-    synthetic, real, null = training_sets(args, launched, needs_real=network.knows_domains())
-    single = {"image": synthetic["image"].flatten(0, 1)[:, None]}   # (4 N, 1, C, H, W)
-    single |= {key: synthetic[key].repeat_interleave(4, 0) for key in ("text", "text_mask") if key in synthetic}
-    sets = {"syn": single, "real": real} if network.knows_domains() else {"syn": single}
+    network = with_adapter(base_model(args, launched[0]).requires_grad_(False), args.adapter, args.rank, args.seed)
+    synthetic, real = training_sets(args, launched, needs_real=network.knows_domains(), views=False)
+    sets = {"syn": synthetic, "real": real} if network.knows_domains() else {"syn": synthetic}
     turns = list(sets)
-    losses = train(network, sets, null, lambda step: Iteration(turns[step % len(turns)], step // len(turns)), args,
+    losses = train(network, sets, null_caption(network.dit, synthetic), lambda step: Iteration(turns[step % len(turns)], step // len(turns)), args,
                    f"{args.out}/{args.name}", launched, domain_preview(network, args))
     return finish(stage1_file(args.out, args.adapter, args.rank), network, args, losses, launched, keep_model=False)
 
@@ -525,42 +575,57 @@ def base_path(args):
     return args.base or sample.default_base(args.preset, args.out)
 
 
-def load_base(args, device):
-    """The base model of the preset's configuration, from our checkpoint or PixArt-alpha's."""
-    path, config = base_path(args), PRESETS[args.preset]
-    if config.vocab_size:
-        return load_model(path, device, config)
-    model = load_pixart(path, config.heads, config.image_size, config.pos_scale)
-    require_config(path, model.config, config)
-    return model.to(device)
+
+def base_model(args, device):
+    """The base model of the preset's configuration: `base_path`'s."""
+    return load_base(base_path(args), device, PRESETS[args.preset])
 
 
-def training_sets(args, launched, needs_real=True):
-    """(synthetic, real, empty caption): from --synthetic and --real, or the toy world and the base model (C.1).
+def training_sets(args, launched, needs_real=True, views=True, control=False):
+    """(synthetic, real): of --synthetic and --real, or of the toy world and the base model (C.1).
 
-    needs_real: False leaves the real set undrawn, and None in its place.
+    needs_real: False leaves the real set undrawn, and None in its place. views: whether the synthetic set comes in grids
+    of views that know their index, or as single images. control: whether with its maps.
     """
     device, rank, world = launched
     config, folder = PRESETS[args.preset], f"{args.out}/sets"
-    if not config.vocab_size and not (args.synthetic and (args.real or not needs_real)):
-        raise FileNotFoundError(f"preset {args.preset} needs --synthetic FILE and --real FILE: safetensors with image "
-                                "(N, 4, C, H, W) and (N, 1, C, H, W), text (N, L, D), text_mask (N, L), and for the "
-                                "synthetic set control, null_text (1, L, D) and null_text_mask (1, L)")
+    if not config.vocab_size:
+        if not args.synthetic or needs_real and not args.real:
+            raise FileNotFoundError(f"preset {args.preset} needs --synthetic DIR, from python data.py encode, and --real "
+                                    "DIR, from python sample.py --real_set")
+        synthetic = data.LatentSet(args.synthetic, config, views, control)
+        real = data.LatentSet(args.real, config, views=False) if needs_real else synthetic
+        if real.key["text_encoder"] != synthetic.key["text_encoder"]:
+            raise ValueError(f"{args.real} has text of the encoder {real.key['text_encoder']}, {args.synthetic} of "
+                             f"{synthetic.key['text_encoder']}")
+        return synthetic, real if needs_real else None
     if args.synthetic:
         synthetic = load_tensors(args.synthetic)[0]
     else:
         synthetic = on_rank_0_first(world, rank, lambda: data.synthetic_set(args.num_assets, size=config.image_size,
                                                                             folder=folder, device=device))
+    if control and "control" not in synthetic:
+        raise ValueError("task texturing needs control maps, but the synthetic set has none: use --task text")
+    if views:
+        synthetic["view"] = torch.arange(4).expand(len(synthetic["image"]), 4)
+    else:
+        synthetic = {"image": synthetic["image"].flatten(0, 1)[:, None],                            # (4 N, 1, C, H, W)
+                     "text": synthetic["text"].repeat_interleave(4, 0)}
+    if not control:
+        synthetic.pop("control", None)
     path = args.real
     if needs_real and not path:
         path = f"{folder}/real_{args.num_assets}.safetensors"
         sample.write_real_set(path, base_path(args), args.num_assets, num_steps=args.real_steps, launched=launched)
-    real = load_tensors(path)[0] if needs_real else None
-    if config.vocab_size:
-        return synthetic, real, {"text": data.tokenize([""])}
-    if "null_text" not in synthetic:
-        raise ValueError(f"{args.synthetic} has no null_text and null_text_mask, the empty caption that guidance needs")
-    return synthetic, real, {"text": synthetic.pop("null_text"), "text_mask": synthetic.pop("null_text_mask")}
+    return synthetic, load_tensors(path)[0] if needs_real else None
+
+
+def null_caption(dit, dataset):
+    """What drops the text for guidance: no words; of vectors PixArt's own, under the caption's mask as PixArt has it,
+    else the text encoder's for an empty caption."""
+    if dit.config.vocab_size:
+        return {"text": data.tokenize([""])}
+    return dataset.null if dit.null_text is None else {"text": dit.null_text[None]}
 
 
 def on_rank_0_first(world, rank, make):

@@ -7,7 +7,7 @@
     python train_stage2.py --layer_selective                   # what moved the authors to it (A.2, Fig. 6)
     python train_stage2.py --benchmark                         # what layer-aware freezing saves
     torchrun --nproc_per_node=8 train_stage2.py --preset full --base pixart.safetensors \\
-        --synthetic synthetic.safetensors --real real.safetensors   # eight GPUs, after train_stage1.py likewise
+        --synthetic latents --real real   # eight GPUs, after train_stage1.py likewise
 
 Iterations alternate between the domains. Shifters are frozen, the backbone trains on the epsilon loss:
 
@@ -33,7 +33,7 @@ import train_stage1
 from dit import PRESETS, DiT, T, launch, run_cli, seeded_generator
 from domain_shifter import (DomainShifters, ShiftedDiT, block_count, draw_frozen_blocks, draw_reassigned_blocks,
                             load_adapter, load_shifters, with_adapter)
-from train_stage1 import (DEFAULTS, DRAWS, Iteration, denoising_loss, fill_defaults, finish, load_base,
+from train_stage1 import (DEFAULTS, DRAWS, Iteration, base_model, denoising_loss, fill_defaults, finish, null_caption,
                           on_rank_0_first, stage1_file, train, train_shifters, training_arguments, training_sets)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,21 +83,10 @@ def stage2_plan(args, num_blocks):
     return plan
 
 
-def stage2_sets(args, launched):
-    """The sets as stage 2 takes them, with the empty caption: view indices join the renders, task text has no maps."""
-    synthetic, real, null = training_sets(args, launched, needs_real=not args.no_real_data)
-    num, views = synthetic["image"].shape[:2]
-    synthetic = {key: value for key, value in synthetic.items() if args.task == "texturing" or key != "control"}
-    if args.task == "texturing" and "control" not in synthetic:
-        raise ValueError("task texturing needs control maps, but the synthetic set has none: use --task text")
-    synthetic["view"] = torch.arange(views).expand(num, views)
-    return {"syn": synthetic} if args.no_real_data else {"syn": synthetic, "real": real}, null
-
-
 def stage2_network(args, launched):
     """The base model with the shifters (or adapter) of stage 1, frozen, or with new ones that train along."""
     device, method = launched[0], METHODS[args.method]
-    base = load_base(args, device)
+    base = base_model(args, device)
     if method.stage1 and not args.joint:
         path = stage1_path(args, launched)
         network = ShiftedDiT(base, load_shifters(path, device, base.config), load_adapter(path, device, base.config))
@@ -174,7 +163,7 @@ def layer_selective(args, launched):
     measured, pictures = {}, []
     for seed in range(args.seeds):
         for variant in ("base", *VARIANTS):
-            network = with_adapter(load_base(args, device).requires_grad_(False), None, None)
+            network = with_adapter(base_model(args, device).requires_grad_(False), None, None)
             network.dit.blocks.requires_grad_(True)
             if variant != "base":
                 run = argparse.Namespace(**vars(args) | dict(seed=seed, name=f"selective_{variant}_{seed}"))
@@ -302,7 +291,7 @@ def wait(device):
 def step_seconds(args, device):
     """Seconds a training step and a forward pass take for each image, from a short trial of the base model."""
     config, images = PRESETS[args.preset], 16
-    model = load_base(args, device)
+    model = base_model(args, device)
     x = torch.randn(images, 1, config.channels, config.image_size, config.image_size, device=device)
     t, text = torch.zeros(images, dtype=torch.long, device=device), data.tokenize([""] * images).to(device)
 
@@ -391,14 +380,16 @@ def main():
         return benchmark(args, launched)
     announce(args, launched)
     network = stage2_network(args, launched)
-    config, (sets, null) = network.dit.config, stage2_sets(args, launched)
+    config = network.dit.config
+    synthetic, real = training_sets(args, launched, not args.no_real_data, control=args.task == "texturing")
     objects = data.evaluation_set(3, size=config.image_size, folder=f"{args.out}/sets") if config.vocab_size else None
 
     def preview(path):
         with nullcontext() if method.kept else network.without_adapter():
             sample.object_sheet(path, network, objects, args.task, num_steps=args.picture_steps)
-    losses = train(network, sets, null, stage2_plan(args, config.depth), args, f"{args.out}/{args.name}", launched,
-                   preview if objects else None)
+    sets = {"syn": synthetic} if args.no_real_data else {"syn": synthetic, "real": real}
+    losses = train(network, sets, null_caption(network.dit, synthetic), stage2_plan(args, config.depth), args,
+                   f"{args.out}/{args.name}", launched, preview if objects else None)
     path = finish(f"{args.out}/{args.name}.safetensors", network, args, losses, launched, keep_adapter=method.kept)
     if rank == 0:
         print(f"to draw more: python sample.py --model {path}")

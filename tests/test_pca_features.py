@@ -11,7 +11,7 @@ from PIL import Image
 import data
 import pca_features
 import sample
-from dit import save_model, save_tensors
+from dit import save_model
 from domain_shifter import ShiftedDiT
 
 
@@ -60,7 +60,7 @@ def test_recorded_tokens_are_those_of_the_blocks():
 
 def test_sampling_keeps_the_figures_steps_and_its_images():
     network = ShiftedDiT(random_model())
-    text, null = data.tokenize(["a red mug", "photo of a blue metal mug"]), data.tokenize([""])
+    text, null = data.tokenize(["a red mug", "photo of a blue metal mug"]), {"text": data.tokenize([""])}
     images, features = pca_features.sampled_features(network, text, null, cfg_scale=2.0)
     assert list(features) == [(t, block) for t in (799, 699, 499, 199) for block in (1, 2, 4)]
     assert all(tokens.shape == (2, 4, 16) for tokens in features.values())
@@ -100,18 +100,13 @@ def test_readability_targets_fit_the_tokens(tmp_path):
 def test_latents_with_caption_vectors_make_the_figure(tmp_path, monkeypatch, capsys):
     config = replace(TINY, channels=4, out_channels=8, vocab_size=0, text_dim=6, text_length=5, output_skip=False)
     save_model(str(tmp_path / "latent.safetensors"), config, random_model(config))
-    generator = torch.Generator().manual_seed(0)
-    save_tensors(str(tmp_path / "text.safetensors"), {
-        "text": torch.randn(3, 5, 6, generator=generator), "text_mask": torch.ones(3, 5),
-        "null_text": torch.randn(1, 5, 6, generator=generator)})
+    monkeypatch.setattr(data, "load_text_encoder", lambda folder, device: lambda captions: [
+        torch.full((1 + len(caption) % 5, 6), len(caption) / 9) for caption in captions])
     command = ["pca_features.py", "--model", str(tmp_path / "latent.safetensors"), "--out", str(tmp_path / "pca.png")]
     monkeypatch.setattr("sys.argv", [*command, "--threads", "1"])
-    with pytest.raises(ValueError, match="--text"):
+    with pytest.raises(ValueError, match="--text_encoder"):
         pca_features.main()
-    monkeypatch.setattr("sys.argv", [*command, "--threads", "1", "--text", str(tmp_path / "text.safetensors")])
+    monkeypatch.setattr("sys.argv", [*command, "--threads", "1", "--text_encoder", "t5", "--prompt", "a mug", "a cat", "two"])
     pca_features.main()
     assert f"wrote {tmp_path / 'pca.png'}" in capsys.readouterr().out
     assert Image.open(tmp_path / "pca.png").height > 13 * 64
-    save_tensors(str(tmp_path / "text.safetensors"), {"text": torch.zeros(3, 5, 6)})
-    with pytest.raises(ValueError, match="has no text and null_text"):
-        pca_features.main()

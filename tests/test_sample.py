@@ -76,9 +76,9 @@ def test_guidance_is_on_the_text_alone(network):
     t, domains = torch.tensor(400), domain_mode("real", 4)
     with_text = network(x, t.expand(2), text, domains(t.expand(2)), **inputs)
     without = network(x, t.expand(2), null.expand(2, -1), domains(t.expand(2)), **inputs)
-    guided = guided_noise(network, text, null, domains, 2.5, **inputs)(x, t)
+    guided = guided_noise(network, {"text": null}, domains, 2.5, text=text, **inputs)(x, t)
     assert torch.allclose(guided, without + 2.5 * (with_text - without), atol=1e-4)
-    assert torch.equal(guided_noise(network, text, null, domains, 1, **inputs)(x, t), with_text)
+    assert torch.equal(guided_noise(network, {"text": null}, domains, 1, text=text, **inputs)(x, t), with_text)
     assert (guided - with_text).abs().max() > 1e-3
 
 
@@ -107,7 +107,7 @@ def test_sample_k_does_not_depend_on_its_batch(network):
     options = dict(mode="real", views=4, num_steps=3)
     whole = sample_images(network, text, control=control, **options)
     one_by_one = sample_images(network, text, control=control, batch=1, **options)
-    tail = sample_images(network, text[4:], control=control[4:], first=4, **options)
+    tail = sample_images(network, text[4:], control=control[4:], keys=range(4, 6), **options)
     assert torch.allclose(whole, one_by_one, atol=1e-5) and torch.allclose(whole[4:], tail, atol=1e-5)
     assert (whole[0] - whole[2]).abs().max() > 1e-2  # same caption and control, another number
 
@@ -148,7 +148,7 @@ def test_real_set_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     calls, real = [], sample.sample_images
 
     def dies_at_the_second_chunk(*args, **kwargs):
-        calls.append(kwargs["first"])
+        calls.append(kwargs["keys"][0])
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*args, **kwargs)

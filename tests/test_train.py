@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,8 @@ import evaluate
 import train_stage2
 from dit import load_tensors
 from domain_shifter import REAL, SYN, ShiftedDiT
-from train_stage1 import Iteration, data_indices, denoising_loss, draw_noise, fill_defaults, learning_rate, train
+from train_stage1 import (Iteration, data_indices, denoising_loss, draw_noise, fill_defaults, learning_rate, prefetched,
+                          split, train)
 from train_stage2 import iteration_macs, stage2_plan
 
 WORKER = "tests/train_worker.py"
@@ -220,26 +222,54 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """20 mixed iterations on two gloo ranks."""
+def two_nodes(tmp_path_factory):
+    """10 mixed iterations on two torchrun agents of two gloo ranks each, as on two nodes."""
     out = tmp_path_factory.mktemp("two")
-    done = script(WORKER, out, "mixed", "--steps", 20, "--batch", 1, "--real_warmup", 2, "--lr", 1e-3, torchrun=2)
-    assert done.returncode == 0, done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",
+               f"--rdzv_endpoint={endpoint}", "--rdzv_id=test", WORKER, str(out), "mixed", *MIXED, "--batch", "1"]
+    agents = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    errors = [agent.communicate(timeout=300)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], errors
     return out
 
 
-def test_replicas_stay_identical_with_stochastic_freezing(two_ranks):
-    a, b = final(two_ranks, 0), final(two_ranks, 1)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+MIXED = ("--steps", "10", "--real_warmup", "2", "--lr", "1e-3", "--warmup", "0")
+
+
+def test_replicas_stay_identical_with_stochastic_freezing(two_nodes):
+    ranks = [final(two_nodes, rank) for rank in range(4)]
+    assert all(torch.equal(ranks[0][name], other[name]) for other in ranks[1:] for name in other)
     start = random_model().state_dict()
-    assert max((a[f"dit.{name}"] - start[name]).abs().max() for name in start) > 1e-3
+    assert max((ranks[0][f"dit.{name}"] - start[name]).abs().max() for name in start) > 1e-3
 
 
-def test_two_ranks_with_half_the_batch_match_one_with_all_of_it(two_ranks, tmp_path):
-    done = script(WORKER, tmp_path, "mixed", "--steps", 20, "--batch", 2, "--real_warmup", 2, "--lr", 1e-3)
+def test_two_nodes_of_two_ranks_match_one_process_with_the_whole_batch(two_nodes, tmp_path):
+    """Also computed in three parts, and with batches read ahead by two threads."""
+    done = script(WORKER, tmp_path, "mixed", *MIXED, "--batch", 4, "--accumulate", 3, "--workers", 2)
     assert done.returncode == 0, done.stderr
-    one, two = final(tmp_path), final(two_ranks)
-    assert max((one[name] - two[name]).abs().max() for name in one) < 2e-5  # the steps themselves are up to 2e-2
+    one, four = final(tmp_path), final(two_nodes)
+    assert max((one[name] - four[name]).abs().max() for name in one) < 2e-5  # the steps themselves are up to 1e-2
+
+
+def test_batches_are_read_ahead_and_in_order():
+    read, seen = [], []
+    for step in prefetched(lambda step: read.append(step) or step, range(3, 9), 2):
+        seen.append(step)
+        assert set(range(3, min(step + 3, 9))) >= set(read) >= set(seen)
+    assert seen == list(range(3, 9)) == list(prefetched(lambda step: step, range(3, 9), 0))
+
+
+def test_parts_of_a_batch_are_the_batch():
+    batch = {"image": torch.arange(7), "text": torch.arange(14).view(7, 2)}
+    for parts in (1, 2, 3, 9):
+        found = split(batch, parts)
+        assert torch.equal(torch.cat([part["image"] for _, _, part in found]), batch["image"])
+        assert all(torch.equal(part["text"], batch["text"][k:k + len(part["text"])]) for k, _, part in found)
+        assert sum(share for _, share, _ in found) == pytest.approx(1) and len(found) <= parts
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
