@@ -1,5 +1,6 @@
 """Shared by all tests: one thread (the machine is small), the path, a tiny model and a tiny trained run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -75,6 +76,25 @@ def one_line_error(result, code, *words):
     assert "error: " in last, last
     for word in words:
         assert str(word) in last, last
+
+
+def tiny_clip(folder):
+    """A tiny random CLIP saved as Hugging Face does: (model, tokenizer, image processor). Needs transformers."""
+    transformers = pytest.importorskip("transformers")
+    words = ["!", "a</w>", "red</w>", "mug</w>", "re", "mu", *"redmug", "d</w>", "g</w>"]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\nm u\nmu g</w>\n")
+    part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=part | dict(vocab_size=16, max_position_embeddings=12, bos_token_id=14, eos_token_id=15),
+        vision_config=part | dict(image_size=32, patch_size=16), projection_dim=8))
+    model.save_pretrained(folder)
+    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    resize = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    transformers.CLIPProcessor(resize, tokenizer).save_pretrained(folder)
+    return model.eval(), tokenizer, resize
 
 
 @pytest.fixture(scope="session")

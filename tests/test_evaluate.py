@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_STAGE2
+from conftest import TINY_STAGE2, tiny_clip
 from safetensors.torch import load_file
 
 import data
@@ -524,21 +524,8 @@ def test_missing_or_wrong_networks_say_what_to_get(tmp_path):
 
 
 def test_clip_score_of_a_model_on_disk(tmp_path):
-    """A tiny random CLIP saved as Hugging Face does, against its own embeddings."""
-    transformers = pytest.importorskip("transformers")
-    words = ["!", "a</w>", "red</w>", "mug</w>", "re", "mu", *"redmug", "d</w>", "g</w>"]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    (tmp_path / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\nm u\nmu g</w>\n")
-    part = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    torch.manual_seed(0)
-    model = transformers.CLIPModel(transformers.CLIPConfig(
-        text_config=part | dict(vocab_size=16, max_position_embeddings=12, bos_token_id=14, eos_token_id=15),
-        vision_config=part | dict(image_size=32, patch_size=16), projection_dim=8))
-    model.save_pretrained(tmp_path)
-    tokenizer = transformers.CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
-    resize = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    transformers.CLIPProcessor(resize, tokenizer).save_pretrained(tmp_path)
+    """Against the model's own embeddings."""
+    model, tokenizer, resize = tiny_clip(tmp_path)
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     captions = ["a red mug", "a mug", "a red mug"]
     got = evaluate.load_clip(str(tmp_path))(images, captions)
