@@ -7,6 +7,7 @@
     python evaluate.py table1                       # Table 1 (table2, table3) on the toy world; hours on a CPU
     python evaluate.py findings                     # the paper's claims against the tables in results/
     python evaluate.py folders OURS THEIRS --inception inception-2015-12-05.pt      # any images: FID, KID
+    python evaluate.py curate FOLDER OUT --clip DIR # the photographs of FID_I: CLIP's best of every class
     python evaluate.py benchmark                    # FID by the nuclear norm against the square root of a matrix
 
 Each measure is a plain function of images in [0, 1], (B, V, 3, H, W). In the toy world distances are taken on the
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.linalg import sqrtm
 from scipy.stats import spearmanr
 from tqdm import tqdm
@@ -509,6 +510,81 @@ def folders(args):
         views = folder_consistency(args.ours, args.positions, args.azimuths, args.elevation, args.extent, weights)
         line += ["re-rendered"] + [f"{name} {value:.4f}" for name, value in views.items()]
     print(" ".join(line))
+
+
+def cut_out(image, path):
+    """An image (3, H, W) in [0, 1] on white, cut out by the grey mask of its size at `path`, 255 = object. Raises
+    naming the mask where there is none, or one of another size, coloured or without an object."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no mask {path}: --masks wants one of every chosen image")
+    mask = read_image(path)
+    if mask.shape != image.shape:
+        raise ValueError(f"the mask {path} has {mask.shape[2]} x {mask.shape[1]} pixels, its image {image.shape[2]} x "
+                         f"{image.shape[1]}")
+    if (mask != mask[:1]).any() or mask.max() < 0.5:
+        raise ValueError(f"{path} is no mask: --masks wants grey images, 255 on the object and 0 around it")
+    return 1 - mask + mask * image
+
+
+def curate(args):
+    """Picks the photographs that FID_I and KID_I are taken against (C.1: ImageNet val, 42 classes, 4 images of each by
+    CLIP, background removed).
+
+    FOLDER holds a folder of images per class, named by the words that CLIP shall look for: the images (or a link to
+    them) in photos/coffee_mug are scored against "a photo of a coffee mug". Type
+
+        python evaluate.py curate photos chosen --clip clip-vit-base-patch32
+
+    and the best four of each class are chosen/coffee_mug/NAME.png, ..; look at them in chosen.png, their scores are in
+    chosen.json. To remove the background, make a grey mask of each with any tool, masks/coffee_mug/NAME.png (255 on the
+    object, 0 around it), and type the same again with --masks masks: they now stand on white. Then
+
+        python evaluate.py folders OURS chosen --inception inception-2015-12-05.pt
+    """
+    device, out, stem = launch(args.threads)[0], Path(args.out), lambda image: os.path.splitext(image)[0]
+    if args.k < 1 or (args.size is not None and args.size < 1):
+        raise ValueError(f"--k and --size must be at least 1, not {args.k} and {args.size}")
+    if "{}" not in args.prompt:
+        raise ValueError(f"--prompt wants {{}} where the class goes, as 'a photo of a {{}}', not '{args.prompt}'")
+    for folder in filter(None, (args.source, args.masks)):
+        if out.resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"{out} lies in {folder}: name a folder outside it for the chosen images")
+    classes = {path.name: find_images(path) for path in sorted(Path(args.source).glob("*")) if path.is_dir()}
+    if not classes:
+        raise FileNotFoundError(f"{args.source} holds no folder of images per class, as {args.source}/coffee_mug")
+    for name, images in classes.items():
+        if len(images) < args.k:
+            raise ValueError(f"{args.source}/{name} has {len(images)} image(s), fewer than --k {args.k}")
+        names = [*map(stem, images)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{args.source}/{name} has two images called {max(names, key=names.count)}: rename one")
+    score, chosen = load_clip(args.clip, device), {}
+    for name, images in tqdm(classes.items(), desc="CLIP", unit="class"):
+        caption = args.prompt.replace("{}", name.replace("_", " "))
+        scores = in_batches([f"{args.source}/{name}/{image}" for image in images], lambda x, _: score(x, [caption]),
+                            size=1)                 # one by one: a score must not hang on what shares the batch
+        ranked = sorted(zip(images, scores.double().numpy().round(6).tolist()), key=lambda pair: -pair[1])
+        chosen[name] = dict(ranked[:args.k])        # the sort is stable: equals stay ordered by name
+    left = set(out.rglob("*.png")) - {out / name / f"{stem(image)}.png" for name in chosen for image in chosen[name]}
+    if left:
+        raise ValueError(f"{min(left)} is not among the chosen images: empty {out}, or name another folder")
+    rows = []
+    for name in tqdm(chosen, desc=str(out), unit="class"):
+        tiles = []
+        for image in chosen[name]:
+            pixels = read_image(f"{args.source}/{name}/{image}")
+            if args.masks:
+                pixels = cut_out(pixels, f"{args.masks}/{name}/{stem(image)}.png")
+            picture = Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
+            if args.size:
+                picture = ImageOps.fit(picture, (args.size, args.size))
+            sample.save_image(f"{out}/{name}/{stem(image)}.png", picture)
+            tiles.append(torch.from_numpy(np.array(ImageOps.fit(picture, (96, 96)))).permute(2, 0, 1))
+        rows.append((name.replace("_", " "), torch.stack(tiles)))
+    sample.save_picture(f"{out}.png", rows, scale=1)                    # beside OUT: `folders` reads all that is in it
+    write_json(f"{out}.json", dict(settings=settings(args), classes=chosen))
+    print(f"wrote {args.k} images of each of {len(chosen)} classes to {out}, their scores to {out}.json, all on one "
+          f"sheet to {out}.png")
 
 
 def benchmark(args):
@@ -1150,6 +1226,16 @@ def main():
     sub.add_argument("--azimuths", type=float, nargs="+", default=data.AZIMUTHS, help="of the views, degrees")
     sub.add_argument("--elevation", type=float, default=data.ELEVATION, help="of the views, degrees")
     sub.add_argument("--extent", type=float, default=data.EXTENT, help="half the width of a view in the maps' units")
+    sub = command("curate", curate, "the photographs of FID_I: those of each class that CLIP likes best", "threads")
+    sub.add_argument("source", metavar="FOLDER", help="folder of images per class: FOLDER/coffee_mug/..")
+    sub.add_argument("out", metavar="OUT", help="folder to write to: OUT/coffee_mug/NAME.png, OUT.json, OUT.png")
+    sub.add_argument("--clip", metavar="DIR", required=True, help="CLIP model as Hugging Face has it")
+    sub.add_argument("--k", type=int, default=4, help="images to take of each class (default 4)")
+    sub.add_argument("--masks", metavar="DIR", help="grey masks DIR/coffee_mug/NAME.png of the images' own size, 255 = "
+                     "object: what is around it becomes white")
+    sub.add_argument("--prompt", default="a photo of a {}", help="caption that images are scored "
+                     "against, {} being the class (default '%(default)s')")
+    sub.add_argument("--size", type=int, metavar="N", help="centre-crop and resize to N x N (default: as they are)")
     sub = command("benchmark", benchmark, "time FID against scipy.linalg.sqrtm")
     sub.add_argument("--num", type=int, default=1000, help="images a set")
     sub.add_argument("--width", type=int, default=2048, help="features an image")
