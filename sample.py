@@ -486,15 +486,19 @@ def object_sheet(path, network, objects, task="texturing", modes=tuple(MODES), d
 
 
 def save_views(folder, images, objects, names):
-    """Writes each view as a file of its own: FOLDER/MODE/NAME/color_000.png, .., and the positions it shows, where the
-    objects have them, as FOLDER/positions/NAME/position_000.npy, float32 (H, W, 3), NaN off the object.
+    """Writes each view as a file of its own: FOLDER/MODE/NAME/color_000.png, .., the caption beside it in meta.json and the
+    positions it shows, where the objects have them, as FOLDER/positions/NAME/position_000.npy, float32 (H, W, 3), NaN off
+    the object.
 
     images: {mode: (N, V, 3, H, W) in [-1, 1]}. objects: from data.evaluation_set. names: N of them.
     """
     for mode, grids in images.items():
-        for name, grid in zip(names, data.to_uint8(grids)):
+        for k, (name, grid) in enumerate(zip(names, data.to_uint8(grids))):
             for v, image in enumerate(grid):
                 save_image(f"{folder}/{mode}/{name}/color_{v:03}.png", Image.fromarray(image.permute(1, 2, 0).numpy()))
+            if "captions" in objects:
+                meta = json.dumps({"caption": objects["captions"][k]}) + "\n"
+                write_bytes(f"{folder}/{mode}/{name}/meta.json", meta.encode())
     for k, name in enumerate(names if "position" in objects else ()):
         os.makedirs(f"{folder}/positions/{name}", exist_ok=True)
         maps = objects["position"][k].masked_fill(objects["mask"][k] < 255, math.nan)
@@ -750,6 +754,7 @@ def latent_objects(args, network, device):
     if len(captions) != len(meshes) or not captions:
         raise ValueError("give a --prompt, one for --mesh, or rendered objects with --objects")
     objects = encode_captions(captions, data.load_text_encoder(args.text_encoder, device), network.dit)
+    objects["captions"] = captions
     if drawn:
         maps = torch.cat([data.control_maps(views) for views in drawn])                             # (N, V, 6, H, W)
         if maps.shape[-2:] != (size, size):
