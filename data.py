@@ -9,7 +9,7 @@ The toy world: procedural objects seen as photos (the real domain) and as flat r
 An object is a category with random proportions, a colour, a material and a light; twenty signed distance functions of
 a few primitives say where its surface is, and orthographic rays are sphere-traced. A photo shows the material, the
 light, the shadow, the grain; a render shows the plain colour and nothing else. Control maps are normals and positions;
-of a mesh, the toy's or a user's OBJ or GLB, a rasteriser draws the same.
+of a mesh, the toy's or a user's OBJ or GLB, a rasteriser draws the same; of objects rendered elsewhere, files hold it.
 
 Frame of the object (and of the world): y up, z to the front; the camera of azimuth 0 stands at +z and sees the front
 with x to the right of the image; the camera of azimuth 90 stands at +x and sees the side that was on the right.
@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -891,6 +892,243 @@ def node_matrix(node):
     matrix[:3, :3] = turn * np.array(node.get("scale", (1, 1, 1)))
     matrix[:3, 3] = node.get("translation", (0, 0, 0))
     return matrix
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rendered objects on disk: a folder each, with square images of one size. Two layouts are read; v numbers the views.
+#
+# Our own: four views, 000 .. 003.
+#   meta.json       {"caption": "a red mug", "azimuths": [0, 90, 180, 270], "elevation": 20, "extent": 0.55}: cameras
+#                   as in `camera`, orthographic; extent is half the width of an image in the object's units
+#   color_v.png     RGBA, alpha = coverage; or RGB before white
+#   normal_v.png    n / 2 + 0.5, n in the object's frame (see the top of this file); of 16 bits the upper 8 are read
+#   position_v.npy  float (H, W, 3), NaN off the object; or position_v.png, p + 0.5 for p in [-0.5, 0.5], white off it
+#
+# Objaverse-Ortho10View (of MV-Adapter), z up: any number of views, of which the four at AZIMUTHS are taken.
+#   meta.json       "locations", each with "index" (v = 0000 ..), "transform_matrix" (4 x 4, camera to world; the camera
+#                   looks along its -z, y is up), "ortho_scale" (an image's width in the world's units), and perhaps
+#                   "projection_type"
+#   color_v.webp    as above; normal_v.webp likewise, n in the world's frame
+#   depth_v.exr     or .npy, (H, W): distance from the camera's plane; 0, huge or not finite off the object
+#
+# A caption that meta.json lacks is read from caption.txt.
+
+def object_folders(root):
+    """Sorted list of the folders (Path) in root that hold a meta.json. Raises FileNotFoundError where root is no
+    folder, ValueError where it has none of them."""
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f"no such folder: {root}")
+    found = sorted(path.parent for path in Path(root).glob("*/meta.json") if path.parent.suffix != ".tmp")
+    if not found:
+        raise ValueError(f"{root} has no folder of a rendered object, ID/meta.json with its images (see data.py)")
+    return found
+
+
+def read_object(folder):
+    """(caption, Views) of one rendered object in either layout: N = 1, V = 4 at AZIMUTHS, rgb before white.
+
+    Positions are scaled so that an image spans EXTENT to each side, as `project` has it. A pixel at an edge whose
+    normal or position is mostly background does not count as object. Raises FileNotFoundError or ValueError, naming
+    the file, where one is missing, damaged, of another size, or does not fit its camera.
+    """
+    folder = Path(folder)
+    path = first_of(folder / "meta", ".json")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        text = meta.get("caption")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not readable JSON, an object {{..}}: {error}") from None
+    if text is None and (folder / "caption.txt").is_file():
+        text = (folder / "caption.txt").read_text(encoding="utf-8", errors="replace").strip()
+    if not text or not isinstance(text, str):
+        raise ValueError(f'{path} has no caption: add "caption": "a red mug", or a file caption.txt beside it')
+    elevation, extent, views = (read_ortho10view if "locations" in meta else read_own)(folder, meta)
+    size, maps = views[0][1].shape[-1], []
+    for azimuth, (files, color, normal, position, step) in zip(AZIMUTHS, views):
+        for file, values in zip(files, (color[:3], normal, position)):
+            if values.shape != (3, size, size):
+                raise ValueError(f"{file} has the shape {tuple(values.shape)}, not (3, {size}, {size}): images are "
+                                 f"square and as wide as {views[0][0][0].name}")
+        scale = EXTENT / extent
+        maps.append(checked_maps(files, color, normal, position * scale, step * scale, azimuth, elevation))
+    views = Views(*(torch.stack(part)[None] for part in zip(*maps)))
+    if not views.normal.any():
+        raise ValueError(f"{folder}: no view shows an object")
+    return text, views
+
+
+def checked_maps(files, color, normal, position, step, azimuth, elevation):
+    """One view's rgb (3, H, W), mask (1, H, W), normal and position (3, H, W) as in `Views`.
+
+    files: color's, normal's and position's, which a ValueError names; color (3 or 4, H, W); position: NaN off the
+    object, exact to `step`. All checks but the last are of pixels that the object fills, as others are mixtures.
+    """
+    known = position.isfinite().all(dim=0)
+    mask = color[3] if len(color) == 4 else known.float()
+    full = known & (mask > 0.99)
+    norm, reach, limit = normal.norm(dim=0), position.abs().amax(dim=0), 0.505 + step   # half floats are off by 0.002
+    if full.any():
+        gap = float((norm - 1).abs()[full].median())
+        if gap > 0.05:                  # 8 bits give 0.01 and edges are few; a forgotten gamma gives 0.2
+            raise ValueError(f"{files[1]}: its normals are off unit length by {gap:.2f} (median): n / 2 + 0.5 is read")
+        forward = camera(azimuth, elevation)[2][:, None, None]
+        if (normal * forward).sum(dim=0)[full].median() > 0:
+            raise ValueError(f"{files[1]}: most of its normals look away from the camera: are they in another frame?")
+        if reach[full].max() > limit:
+            raise ValueError(f"{files[2]}: a position is {reach[full].max():.3f} from the middle, more than 0.5 (where "
+                             f"an image spans {EXTENT}): make the object smaller, or the image wider")
+        column, row, _ = project(position, azimuth, elevation)
+        line = torch.arange(color.shape[-1]) + 0.5
+        gap = float(torch.hypot(column - line, row - line[:, None])[full].median())
+        if gap > 1 + step * len(line) / (2 * EXTENT):
+            raise ValueError(f"{files[2]} lies {gap:.1f} pixels off its camera (median), azimuth {azimuth}, elevation "
+                             f"{elevation:g}: do the cameras in meta.json fit?")
+    apart = (known & (mask == 0)) | (~known & (mask > 0.99))
+    if apart.sum() > 0.25 * known.sum():                                # edges alone: 0.12 at 16 pixels, 0.01 at 64
+        raise ValueError(f"{files[2]}: the object is not where {files[0].name} is opaque, {int(apart.sum())} pixels "
+                         f"differ and {int(known.sum())} have a position")
+    there = known & ((norm - 1).abs() < 0.5) & (reach <= limit)
+    return (color[:3] * mask + 1 - mask if len(color) == 4 else color, mask[None],
+            F.normalize(normal, dim=0).masked_fill(~there, 0), position.clamp(-0.5, 0.5).masked_fill(~there, 0))
+
+
+def read_own(folder, meta):
+    """Elevation, extent and, for each of the four views of a folder in our own layout, the files of colour, normal and
+    position, what they hold (3 or 4, H, W), and the position's step."""
+    path, turns, elevation, extent = folder / "meta.json", *(meta.get(k) for k in ("azimuths", "elevation", "extent"))
+    if turns != list(AZIMUTHS):
+        raise ValueError(f"{path} has the azimuths {turns}, the model takes {list(AZIMUTHS)}")
+    for name, value, low, high in (("elevation", elevation, -90, 90), ("extent", extent, 0, math.inf)):
+        if not isinstance(value, (int, float)) or not low < value < high:
+            raise ValueError(f"{path}: {name} must be a number between {low} and {high}, not {value}")
+    views = []
+    for v in range(len(AZIMUTHS)):
+        files = [first_of(folder / f"{name}_{v:03}", *kinds) for name, *kinds in
+                 (("color", ".png"), ("normal", ".png"), ("position", ".npy", ".png"))]
+        color, normal, position = (read_pixels(file).movedim(-1, 0) for file in files)
+        exact = files[2].suffix == ".npy"
+        if exact and (~position.isfinite().all(dim=0) & ~position.isnan().all(dim=0)).any():
+            raise ValueError(f"{files[2]} holds infinite values, or pixels that are NaN in part")
+        if not exact:
+            position = (position[:3] - 0.5).masked_fill((position[:3] == 1).all(dim=0), math.nan)
+        views.append((files, color, 2 * normal[:3] - 1, position, 0 if exact else 1 / 255))
+    return elevation, extent, views
+
+
+def read_ortho10view(folder, meta):
+    """What `read_own` gives, of a folder in Ortho10View's layout: of the elevations with views at all of AZIMUTHS, to
+    within 1 degree, the one nearest to ELEVATION."""
+    path, cameras = folder / "meta.json", []
+    try:
+        for place in meta["locations"]:
+            index, kind = int(place["index"]), place.get("projection_type", meta.get("projection_type", "orthographic"))
+            if str(kind).lower() not in ("ortho", "orthographic") or "ortho_scale" not in place:
+                raise ValueError(f"view {index} is not orthographic with an ortho_scale")
+            matrix = torch.tensor(place["transform_matrix"], dtype=torch.float64)
+            turn = matrix[:3, :3]
+            if matrix.shape != (4, 4) or not (turn.T @ turn - torch.eye(3)).abs().max() < 1e-3:
+                raise ValueError(f"the transform_matrix of view {index} is no camera's, 4 x 4 and without scale")
+            x, y, z = y_up(turn[:, 2]).tolist()                         # from the object towards the camera
+            cameras.append((math.degrees(math.atan2(x, z)), math.degrees(math.atan2(y, math.hypot(x, z))), index,
+                            matrix, float(place["ortho_scale"])))
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        reason = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path}: its locations cannot be read: {reason}") from None
+    apart = lambda view, azimuth: abs((view[0] - azimuth + 180) % 360 - 180)
+    for elevation in sorted((view[1] for view in cameras), key=lambda e: abs(e - ELEVATION)):
+        ring = [view for view in cameras if abs(view[1] - elevation) <= 1]
+        four = [min(ring, key=lambda view: apart(view, azimuth)) for azimuth in AZIMUTHS]
+        if all(apart(view, azimuth) <= 1 for view, azimuth in zip(four, AZIMUTHS)):
+            break
+    else:
+        raise ValueError(f"{folder} has no four views at the azimuths {list(AZIMUTHS)} and one elevation")
+    scale = four[0][4]
+    if not 0 < scale < math.inf or any(abs(view[4] - scale) > 1e-4 * scale for view in four):
+        raise ValueError(f"{path}: ortho_scale must be above 0 and the same in all views")
+    views = []
+    for _, _, index, matrix, _ in four:
+        files = [first_of(folder / f"{name}_{index:04}", *kinds) for name, *kinds in
+                 (("color", ".webp"), ("normal", ".webp"), ("depth", ".exr", ".npy"))]
+        color, normal, depth = (read_pixels(file) for file in files)
+        if depth.ndim != 2:
+            raise ValueError(f"{files[2]} has the shape {tuple(depth.shape)}, not (H, W)")
+        height, width = depth.shape
+        x = ((torch.arange(width) + 0.5) / width - 0.5) * scale
+        y = (0.5 - (torch.arange(height)[:, None] + 0.5) / height) * scale
+        right, up, back, origin = matrix[:3].T[:, :, None, None]
+        off = ~((depth > 0) & (depth < 1000 * scale))
+        if color.shape == (height, width, 4):
+            off |= color[..., 3] == 0
+        position = y_up(origin + x * right + y * up - depth * back).float().masked_fill(off, math.nan)
+        views.append((files, color.movedim(-1, 0), y_up(2 * normal.movedim(-1, 0) - 1), position, 0))
+    return elevation, scale / 2, views
+
+
+def y_up(vectors):
+    """(3, ...) in a frame with z up -> in ours; what looks along y from -y looks from our +z, at azimuth 0."""
+    return torch.stack([vectors[0], vectors[2], -vectors[1]])
+
+
+def first_of(path, *endings):
+    """The first of the files path + ending that is there. Raises FileNotFoundError where none is."""
+    files = [path.with_name(path.name + ending) for ending in endings]
+    for file in files:
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"no such file: {' or '.join(map(str, files))}")
+
+
+def read_pixels(path):
+    """float32 (H, W, C) in [0, 1] of an image, C = 3 or, where it has transparency, 4; (H, W) of the first channel of
+    an OpenEXR file; the array of a .npy file. Raises ValueError where it cannot be read."""
+    from PIL import Image
+    try:
+        if path.suffix == ".npy":
+            pixels = np.load(path)
+        elif path.suffix == ".exr":
+            import OpenEXR
+            pixels = next(iter(OpenEXR.File(str(path)).channels().values())).pixels
+            pixels = pixels.reshape(*pixels.shape[:2], -1)[..., 0]      # R, G and B come as one
+        else:
+            with Image.open(path) as image:
+                alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+                pixels = np.float32(image.convert("RGBA" if alpha else "RGB")) / 255
+        return torch.from_numpy(pixels.astype(np.float32))
+    except ImportError:
+        raise ValueError(f"{path} needs the package OpenEXR: pip install OpenEXR") from None
+    except (OSError, SyntaxError, RuntimeError, EOFError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
+def write_object(folder, caption, views, k=0, elevation=ELEVATION, extent=EXTENT):
+    """Writes object k of Views at AZIMUTHS, before white, as a new folder in our own layout.
+
+    elevation: degrees; extent: half the width of an image in the units of views.position. Raises ValueError where it
+    cannot be written, or where the folder holds something already.
+    """
+    from PIL import Image
+    folder = Path(folder)
+    if any(part is None or part.shape[1] != len(AZIMUTHS) for part in views):
+        raise ValueError(f"{folder}: an object is written with colours and maps of {len(AZIMUTHS)} views")
+    rgb, mask, normal, position = (part[k].float().cpu() for part in views)                         # (V, C, H, W)
+    off = (normal == 0).all(dim=1, keepdim=True)
+    color = torch.where(mask > 0, (rgb + mask - 1) / mask, 1)           # without the white
+    pictures = {"color": torch.cat([color, mask], dim=1), "normal": (normal / 2 + 0.5).masked_fill(off, 1)}
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        for v in range(len(AZIMUTHS)):
+            for name, maps in pictures.items():
+                pixels = (maps[v].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+                Image.fromarray(pixels).save(partial / f"{name}_{v:03}.png")
+            np.save(partial / f"position_{v:03}.npy", position[v].masked_fill(off[v], math.nan).permute(1, 2, 0))
+        meta = dict(caption=caption, azimuths=AZIMUTHS, elevation=elevation, extent=extent)
+        (partial / "meta.json").write_text(json.dumps(meta) + "\n", encoding="utf-8")
+        os.replace(partial, folder)
+    except OSError as error:
+        raise ValueError(f"cannot write {folder} ({error.strerror or error}), choose another folder") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
