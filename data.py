@@ -902,7 +902,7 @@ def node_matrix(node):
 #                   as in `camera`, orthographic; extent is half the width of an image in the object's units
 #   color_v.png     RGBA, alpha = coverage; or RGB before white
 #   normal_v.png    n / 2 + 0.5, n in the object's frame (see the top of this file); of 16 bits the upper 8 are read
-#   position_v.npy  float (H, W, 3), NaN off the object; or position_v.png, p + 0.5 for p in [-0.5, 0.5], white off it
+#   position_v.npy  p + 0.5 for p in [-0.5, 0.5], float (H, W, 3), NaN off the object; or .png, white off it
 #
 # Objaverse-Ortho10View (of MV-Adapter), z up: any number of views, of which the four at AZIMUTHS are taken.
 #   meta.json       "locations", each with "index" (v = 0000 ..), "transform_matrix" (4 x 4, camera to world; the camera
@@ -1006,11 +1006,11 @@ def read_own(folder, meta):
         files = [first_of(folder / f"{name}_{v:03}", *kinds) for name, *kinds in
                  (("color", ".png"), ("normal", ".png"), ("position", ".npy", ".png"))]
         color, normal, position = (read_pixels(file).movedim(-1, 0) for file in files)
-        exact = files[2].suffix == ".npy"
-        if exact and (~position.isfinite().all(dim=0) & ~position.isnan().all(dim=0)).any():
-            raise ValueError(f"{files[2]} holds infinite values, or pixels that are NaN in part")
+        exact, position = files[2].suffix == ".npy", position[:3] - 0.5
         if not exact:
-            position = (position[:3] - 0.5).masked_fill((position[:3] == 1).all(dim=0), math.nan)
+            position = position.masked_fill((position == 0.5).all(dim=0), math.nan)
+        elif (~position.isfinite().all(dim=0) & ~position.isnan().all(dim=0)).any():
+            raise ValueError(f"{files[2]} holds infinite values, or pixels that are NaN in part")
         views.append((files, color, 2 * normal[:3] - 1, position, 0 if exact else 1 / 255))
     return elevation, extent, views
 
@@ -1081,7 +1081,6 @@ def first_of(path, *endings):
 def read_pixels(path):
     """float32 (H, W, C) in [0, 1] of an image, C = 3 or, where it has transparency, 4; (H, W) of the first channel of
     an OpenEXR file; the array of a .npy file. Raises ValueError where it cannot be read."""
-    from PIL import Image
     try:
         if path.suffix == ".npy":
             pixels = np.load(path)
@@ -1106,7 +1105,6 @@ def write_object(folder, caption, views, k=0, elevation=ELEVATION, extent=EXTENT
     elevation: degrees; extent: half the width of an image in the units of views.position. Raises ValueError where it
     cannot be written, or where the folder holds something already.
     """
-    from PIL import Image
     folder = Path(folder)
     if any(part is None or part.shape[1] != len(AZIMUTHS) for part in views):
         raise ValueError(f"{folder}: an object is written with colours and maps of {len(AZIMUTHS)} views")
@@ -1121,7 +1119,7 @@ def write_object(folder, caption, views, k=0, elevation=ELEVATION, extent=EXTENT
             for name, maps in pictures.items():
                 pixels = (maps[v].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
                 Image.fromarray(pixels).save(partial / f"{name}_{v:03}.png")
-            np.save(partial / f"position_{v:03}.npy", position[v].masked_fill(off[v], math.nan).permute(1, 2, 0))
+            np.save(partial / f"position_{v:03}.npy", (position[v] + 0.5).masked_fill(off[v], math.nan).permute(1, 2, 0))
         meta = dict(caption=caption, azimuths=AZIMUTHS, elevation=elevation, extent=extent)
         (partial / "meta.json").write_text(json.dumps(meta) + "\n", encoding="utf-8")
         os.replace(partial, folder)
@@ -1359,8 +1357,8 @@ def encode_objects(objects, out, vae, text_encoder, size=512, shard=64, launched
 
     vae, text_encoder: folders, see `load_vae` and `load_text_encoder`. size: pixels to a side that the views must have.
     An object ID becomes ID.color, ID.normal, ID.position (V, 2, C, h, w), mean and deviation of the unscaled latents,
-    and ID.text (n, D), its valid tokens, all float16; null_text is the empty caption's. The header holds "key", which
-    says how they were made, and the captions. Shards are spread over the ranks of torchrun; each is a pure function of
+    and ID.text (n, D), its valid tokens, all float16; null_text is the empty caption's. The header says under "shard" how
+    they were made and holds the captions. Shards are spread over the ranks of torchrun; each is a pure function of
     its objects and written whole, so that a run that was stopped goes on. Raises ValueError where `out` holds shards
     made otherwise or of other objects, and naming the file of a bad object.
     """
@@ -1387,15 +1385,15 @@ def encode_objects(objects, out, vae, text_encoder, size=512, shard=64, launched
                     tensors[f"{folder.name}.{name}"] = latents
                 tensors[f"{folder.name}.text"], captions[folder.name] = encode_text([caption])[0].half(), caption
                 progress.update()
-            save_tensors(path, tensors, key=key, captions=captions)
+            save_tensors(path, tensors, shard=dict(key=key, captions=captions))    # one entry: several have no order
     if world > 1:
         torch.distributed.barrier()
 
 
 def check_shard(path, key, ids):
     """Raises ValueError unless the shard at path was made with this key and holds the objects `ids`."""
-    metadata = read_metadata(path)
-    was = metadata.get("key") or {}
+    metadata = read_metadata(path).get("shard") or {}
+    was = metadata.get("key", {})
     other = [f"{name} {was.get(name)} (now {key[name]})" for name in key if was.get(name) != key[name]]
     if other:
         raise ValueError(f"{path} was made otherwise: {', '.join(other)}; choose another folder, or delete this one")
@@ -1424,8 +1422,8 @@ class LatentSet:
     def __init__(self, folder, config, views=True, control=False):
         self.config, self.control, self.places, self.key = config, control, [], None
         for path in sorted(Path(folder).rglob("*.safetensors")):
-            key, ids = (read_metadata(str(path)).get(part) for part in ("key", "captions"))
-            if not key or ids is None:
+            key, ids = ((read_metadata(str(path)).get("shard") or {}).get(part) for part in ("key", "captions"))
+            if not key or not ids:
                 raise ValueError(f"{path} is no shard of data.py encode or sample.py --real_set")
             if (self.key or key) != key:
                 raise ValueError(f"{path} was made otherwise than the shards before it: {key}, not {self.key}")
@@ -1490,7 +1488,7 @@ def benchmark_reading(folder, config, workers, batch=8, rounds=40):
             tensors = {f"{name}.{part}": torch.randn(shape).half() for name in ids for part in MAPS}
             tensors |= {f"{name}.text": torch.randn(20, c.text_dim).half() for name in ids}
             save_tensors(f"{folder}/{ids[0]}.safetensors", tensors | {"null_text": torch.randn(1, c.text_dim).half()},
-                         key=dict(random=True), captions=dict.fromkeys(ids, ""))
+                         shard=dict(key=dict(random=True), captions=dict.fromkeys(ids, "")))
     grids = LatentSet(folder, config, control=True)
     batches = torch.randint(grids.shape[0], (rounds, batch), generator=torch.Generator().manual_seed(0))
     with ThreadPoolExecutor(workers) as pool:
@@ -1524,6 +1522,8 @@ def export(out, num, size=512, seed=0):
     """Writes `num` toy objects as rendered objects on disk: an example of the format, to try the full pipeline on."""
     assets = sample_assets(num, seed)
     for k in tqdm(range(num), desc="rendering", unit="object"):
+        if os.path.isdir(f"{out}/{k:04}"):
+            continue
         one = take(assets, slice(k, k + 1))
         write_object(f"{out}/{k:04}", asset_captions(one)[0], render(one, style="render", size=size))
     print(f"wrote {num} objects to {out}")

@@ -446,8 +446,8 @@ def surface_normals(position):
 def folder_consistency(images, positions, azimuths, elevation, extent, lpips_weights=None):
     """`consistency` of IMAGES/ID/color_000.png, .. on POSITIONS/ID/position_000.npy, .., a view per azimuth.
 
-    Positions (H, W, 3) lie in the object's frame (y up, see data.py), NaN off the object; an orthographic image spans
-    extent units to each side. Returns a dict of means over the objects. Raises ValueError where a map does not fit its
+    Positions p + 0.5 (H, W, 3) lie in the object's frame (y up, see data.py), NaN off the object; an orthographic image
+    spans extent units to each side. Returns a dict of means over the objects. Raises ValueError where a map does not fit its
     camera.
     """
     rows = []
@@ -456,7 +456,7 @@ def folder_consistency(images, positions, azimuths, elevation, extent, lpips_wei
         try:
             image = torch.stack([read_image(f"{images}/{folder.name}/color_{v:03}.png") for v in range(len(azimuths))])
             position = torch.stack([torch.from_numpy(np.load(folder / f"position_{v:03}.npy")).float().permute(2, 0, 1)
-                                    for v in range(len(azimuths))]) * data.EXTENT / extent
+                                    for v in range(len(azimuths))]).sub(0.5) * data.EXTENT / extent
         except (RuntimeError, EOFError) as error:
             raise ValueError(f"{folder.name}: its views or maps are not of one size, or damaged: {error}") from None
         if image.shape != position.shape:

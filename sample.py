@@ -248,7 +248,7 @@ def write_latent_real_set(out, base, synthetic, text_encoder, seed=0, num_steps=
     device, rank, world = launched or launch()
     key = dict(base=file_id(base), text_encoder=data.encoder_id(text_encoder), seed=seed, num_steps=num_steps,
                cfg_scale=cfg_scale, scale=data.LATENT_SCALE)
-    shards = {str(path): read_metadata(str(path)).get("captions") or {} for path in
+    shards = {str(path): (read_metadata(str(path)).get("shard") or {}).get("captions") or {} for path in
               sorted(Path(synthetic).rglob("*.safetensors"))}
     if not any(shards.values()):
         raise ValueError(f"{synthetic} holds no shards with captions: write them with python data.py encode")
@@ -275,7 +275,7 @@ def write_latent_real_set(out, base, synthetic, text_encoder, seed=0, num_steps=
             for name, mean, text in zip(captions, latents, encode_text([*map(data.real_prompt, captions.values())])):
                 tensors |= {f"{name}.color": torch.stack([mean, torch.zeros_like(mean)], dim=1),
                             f"{name}.text": text.half()}
-            save_tensors(path, tensors, key=key, captions=captions)
+            save_tensors(path, tensors, shard=dict(key=key, captions=captions))
     if world > 1:
         torch.distributed.barrier()
 
@@ -487,8 +487,8 @@ def object_sheet(path, network, objects, task="texturing", modes=tuple(MODES), d
 
 def save_views(folder, images, objects, names):
     """Writes each view as a file of its own: FOLDER/MODE/NAME/color_000.png, .., the caption beside it in meta.json and the
-    positions it shows, where the objects have them, as FOLDER/positions/NAME/position_000.npy, float32 (H, W, 3), NaN off
-    the object.
+    positions it shows, where the objects have them, as FOLDER/positions/NAME/position_000.npy, p + 0.5, float32 (H, W, 3),
+    NaN off the object.
 
     images: {mode: (N, V, 3, H, W) in [-1, 1]}. objects: from data.evaluation_set. names: N of them.
     """
@@ -501,7 +501,7 @@ def save_views(folder, images, objects, names):
                 write_bytes(f"{folder}/{mode}/{name}/meta.json", meta.encode())
     for k, name in enumerate(names if "position" in objects else ()):
         os.makedirs(f"{folder}/positions/{name}", exist_ok=True)
-        maps = objects["position"][k].masked_fill(objects["mask"][k] < 255, math.nan)
+        maps = (objects["position"][k] + 0.5).masked_fill(objects["mask"][k] < 255, math.nan)
         for v, position in enumerate(maps):
             np.save(f"{folder}/positions/{name}/position_{v:03}.npy", position.permute(1, 2, 0).cpu().numpy())
 

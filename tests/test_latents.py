@@ -132,7 +132,7 @@ def test_encode_is_resumable_and_refuses_another_making(full_run):
     assert {path.name: path.read_bytes() for path in (out / "latents").glob("*")} == first
     tensors, metadata = load_tensors(str(out / "latents" / "0001.safetensors"))
     caption, views = data.read_object(out / "objects" / "0001")
-    assert metadata["captions"] == {"0001": caption}
+    assert metadata["shard"]["captions"] == {"0001": caption}
     mean = tensors["0001.normal"][:, 0].float() * data.LATENT_SCALE
     assert (mean[:, :3] - F.avg_pool2d(data.control_maps(views)[0, :, :3], 8)).abs().max() < 2e-3
     assert tensors["0001.text"].shape == (len(caption.split()) + 1, 32) and tensors["0001.color"].dtype == torch.float16
@@ -156,7 +156,7 @@ def shards(tmp_path):
     for name, ids in (("0", "01"), ("more/2", "2")):
         tensors = {n: tensor for n, tensor in objects.items() if n[0] in ids} | {"null_text": draw(1, 32) if ids == "01" else
                                                                                 torch.ones(1, 32).half()}
-        save_tensors(f"{tmp_path}/{name}.safetensors", tensors, key=key, captions=dict.fromkeys(ids, "a"))
+        save_tensors(f"{tmp_path}/{name}.safetensors", tensors, shard=dict(key=key, captions=dict.fromkeys(ids, "a")))
     return tmp_path, objects
 
 
@@ -183,10 +183,10 @@ def test_shards_that_do_not_fit_are_refused(shards):
         data.LatentSet(folder, CONFIG.__class__(**vars(CONFIG) | dict(text_dim=16)))
     extra = {name: tensor for name, tensor in objects.items() if name[0] == "2"} | {"null_text": torch.ones(1, 32).half()}
     key = dict(scale=data.LATENT_SCALE, text_encoder="t5")
-    save_tensors(f"{folder}/more/3.safetensors", extra, key=key, captions={"2": "a"})
+    save_tensors(f"{folder}/more/3.safetensors", extra, shard=dict(key=key, captions={"2": "a"}))
     with pytest.raises(ValueError, match="object 2 twice"):
         data.LatentSet(folder, CONFIG)
-    save_tensors(f"{folder}/more/3.safetensors", extra, key=key | {"scale": 1}, captions={"3": "a"})
+    save_tensors(f"{folder}/more/3.safetensors", extra, shard=dict(key=key | {"scale": 1}, captions={"3": "a"}))
     with pytest.raises(ValueError, match="made otherwise"):
         data.LatentSet(folder, CONFIG)
     save_file({"x": torch.ones(1)}, folder / "a.safetensors")
