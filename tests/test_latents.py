@@ -3,13 +3,17 @@ PixArt at full shapes but depth and width, and a stand-in for the VAE and the T5
 """
 
 import json
+import os
+import random
+import subprocess
 import sys
+import time
 import zlib
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN
+from conftest import GOLDEN, ROOT
 from safetensors.torch import load_file, save_file
 
 import data
@@ -232,6 +236,44 @@ def test_real_latents_are_a_function_of_caption_and_seed(full_run):
     assert (a["0001.color"][0, 0] - a["0001.color"][1, 0]).abs().max() > 0.1  # another view phrase and noise
     with pytest.raises(ValueError, match="seed 0 .now 1."):
         run(sample, *draw, "real", "--synthetic", "latents", "--seed", 1)
+
+
+@pytest.mark.skipif("KILLS" not in os.environ, reason="takes minutes: KILLS=10 pytest tests/test_latents.py -k killed")
+@pytest.mark.parametrize("what", ["encode", "real set", "training"])
+def test_killed_and_started_again_ends_with_the_same_tensors(full_run, what):
+    """kill -9 at KILLS random moments of work, the same command each time; then the files of a run that was left alone."""
+    run, out = full_run
+    run(data, "export", "objects", "--num", 24, "--size", 128)
+    run(data, "encode", "objects", "latents", *ENCODERS, "--size", 128, "--shard", 2)
+    draw = ("--base", "pixart.pth", "--synthetic", "latents", "--text_encoder", "text_encoder", "--num_steps", 20)
+    run(sample, *draw, "--real_set", "real")
+    train = (*TRAIN, "--joint", "--steps", 150, "--save_every", 5)
+    command, whole = {
+        "encode": (("data", "encode", "objects", "cut", *ENCODERS, "--size", 128, "--shard", 2), "latents"),
+        "real set": (("sample", *draw, "--real_set", "cut"), "real"),
+        "training": (("train_stage2", *train, "--name", "cut"), "whole"),
+    }[what]
+    if what == "training":
+        run(train_stage2, *train, "--name", "whole")
+    worker = [sys.executable, str(ROOT / "tests" / "latents_worker.py"), *map(str, command)]
+    generator, kills = random.Random(0), int(os.environ["KILLS"])
+    for kill in range(kills):
+        process = subprocess.Popen(worker, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(list(out.glob("cut/*")))
+        while process.poll() is None and len(list(out.glob("cut/*"))) == before:
+            time.sleep(0.005)  # from here on it works
+        time.sleep(generator.random() * 0.1)
+        assert process.poll() is None, f"finished before kill {kill}"
+        process.kill()
+        process.wait()
+    done = subprocess.run(worker, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if what == "training":
+        a, b = (load_tensors(f"{name}.safetensors")[0] for name in ("whole", "cut"))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    else:
+        read = lambda folder: {path.name: path.read_bytes() for path in out.glob(f"{folder}/*.safetensors")}  # noqa: E731
+        assert read(whole) == read("cut") and len(read("cut")) == 12
 
 
 def test_encoders_of_diffusers_and_transformers(tmp_path):
