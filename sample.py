@@ -715,13 +715,10 @@ def domain_word(word):
     return s
 
 
-def chosen_objects(args, parser, size, task):
+def chosen_objects(args, size, task):
     """What the command line asks for: objects as from data.evaluation_set, and in the same order {name: Mesh, or None
     for the hull of the views}."""
-    try:
-        text = data.tokenize(args.prompt or [])
-    except ValueError as error:
-        parser.error(str(error))
+    text = data.tokenize(args.prompt or [])
     if args.mesh:
         mesh = data.read_mesh(args.mesh)
         views = data.mesh_views(mesh, size)
@@ -789,6 +786,11 @@ def main():
         return draw_real_set(args, launched)
     if min(args.object) < 0:
         parser.error(f"--object must be 0 or more, not {min(args.object)}")
+    if args.prompt and not args.text_encoder:                       # then it is in words of the toy world
+        try:
+            data.tokenize(args.prompt)
+        except ValueError as error:
+            parser.error(str(error))
     path = args.model or default_model(args.preset, args.task or "texturing")
     network = load_network(path, device, shifters=args.shifters)
     config = network.dit.config
@@ -813,7 +815,7 @@ def main():
     if rank > 0:
         return
     if config.vocab_size:
-        objects, meshes = chosen_objects(args, parser, config.image_size, task)
+        objects, meshes = chosen_objects(args, config.image_size, task)
         decode = lambda x: x
     else:
         objects, meshes, decode = latent_objects(args, network, device)

@@ -8,6 +8,7 @@ from conftest import TINY_STAGE2, one_line_error, script
 from PIL import Image
 
 import data
+import sample
 import train_stage2
 from dit import PRESETS, load_model, load_tensors
 from domain_shifter import load_adapter, load_shifters
@@ -95,29 +96,23 @@ def test_sample_py_draws_an_object_in_every_mode(tiny_run, tmp_path):
     assert done.returncode == 0 and Image.open(out).height == 98
 
 
-def test_text_task_and_syn_only(tiny_run, tmp_path):
+def test_text_task_and_syn_only(tiny_run, tmp_path, monkeypatch):
+    def run(module, *flags):
+        monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, flags), "--threads", "1"])
+        module.main()
+
     flags = ("--out", tiny_run, *TINY_STAGE2)
-    assert script("train_stage2.py", "--task", "text", *flags).returncode == 0
-    model = load_model(str(tiny_run / "realiz3d_text.safetensors"))
+    run(train_stage2, "--task", "text", *flags)
+    text_model = str(tiny_run / "realiz3d_text.safetensors")
+    model = load_model(text_model)
     assert model.control_embedder.weight.abs().max() == 0 < model.view_encoding.abs().max()
-    done = script(
-        "sample.py",
-        "--model",
-        tiny_run / "realiz3d_text.safetensors",
-        "--prompt",
-        "a red wooden mug",
-        "--domain",
-        "real",
-        "--num_steps",
-        2,
-        "--out",
-        tmp_path / "t.png",
-    )
-    assert done.returncode == 0, done.stderr
-    assert script("train_stage2.py", "--method", "syn_only", *flags).returncode == 0
+    run(sample, "--model", text_model, "--prompt", "a red wooden mug", "--domain", "real", "--num_steps", 2,
+        "--out", tmp_path / "t.png")
+    assert (tmp_path / "t.png").exists()
+    run(train_stage2, "--method", "syn_only", *flags)
     assert load_shifters(str(tiny_run / "syn_only_texturing.safetensors")) is None
     assert all(json.loads(line)["domain"] == "syn" for line in open(tiny_run / "syn_only_texturing" / "log.jsonl"))
-    assert script("train_stage2.py", "--joint", *flags).returncode == 0
+    run(train_stage2, "--joint", *flags)
     joint, stage1 = (
         load_shifters(str(tiny_run / name))
         for name in ("realiz3d_texturing-joint.safetensors", "shifters.safetensors")
