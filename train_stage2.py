@@ -5,7 +5,8 @@
     python train_stage2.py --method syn_only                   # the baseline: fine-tune on renders alone
     python train_stage2.py --no_freezing --no_reassignment     # an ablation (Table 2, row 3)
     python train_stage2.py --layer_selective                   # what moved the authors to it (A.2, Fig. 6)
-    python train_stage2.py --benchmark                         # what layer-aware freezing saves
+    python train_stage2.py --benchmark                         # what a step costs and freezing saves
+    python train_stage2.py --benchmark --preset full --dtype bfloat16   # on a laptop: memory and operations, counted
     torchrun --nproc_per_node=8 train_stage2.py --preset full --base pixart.safetensors \\
         --synthetic latents --real real   # eight GPUs, after train_stage1.py likewise
 
@@ -25,6 +26,7 @@ from glob import glob
 from typing import NamedTuple
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
@@ -33,8 +35,9 @@ import train_stage1
 from dit import PRESETS, DiT, T, launch, run_cli, seeded_generator
 from domain_shifter import (DomainShifters, ShiftedDiT, block_count, draw_frozen_blocks, draw_reassigned_blocks,
                             load_adapter, load_shifters, with_adapter)
-from train_stage1 import (DEFAULTS, DRAWS, Iteration, base_model, denoising_loss, fill_defaults, finish, null_caption,
-                          on_rank_0_first, stage1_file, train, train_shifters, training_arguments, training_sets)
+from train_stage1 import (DEFAULTS, DRAWS, Iteration, base_model, data_indices, denoising_loss, fill_defaults, finish,
+                          null_caption, on_rank_0_first, peak_memory, stage1_file, train, train_shifters,
+                          training_arguments, training_sets)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Realiz3D and its baselines (Sec. 5)
@@ -204,7 +207,7 @@ def print_selective(measured, args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Benchmark: what a real iteration saves by freezing (Sec. 4.2), measured and counted
+# Benchmark: what an iteration costs and what freezing saves (Sec. 4.2), counted and measured
 
 
 def iteration_macs(config, views, frozen_blocks=0, text_length=None):
@@ -221,67 +224,208 @@ def iteration_macs(config, views, frozen_blocks=0, text_length=None):
     return forward + backward
 
 
-def benchmark(args, launched):
-    """Times real iterations at every i against unfrozen ones, in turn in one process, beside the counted ratio."""
-    if args.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, not {args.rounds}")
-    device = launched[0]
+def parameter_counts(config):
+    """How many numbers the matrices of one block, those outside the blocks, and all of the backbone hold."""
+    c, d, patch = config, config.width, config.patch_size ** 2
+    block = (3 + 1 + 1 + 2 + 1 + 4 + 4) * d * d                 # qkv and proj; q, kv and proj over the text; MLP
+    outside = patch * (c.channels + c.control_channels + c.out_channels) * d \
+        + (256 + d + 6 * d + c.text_dim + d) * d                # patches in and out; time, modulation, text
+    small = (1 + 2 + 6 + 2) * d + patch * c.out_channels + c.depth * (13 + 6) * d + (c.num_views + 2) * d
+    small += (c.vocab_size + c.text_length) * c.text_dim if c.vocab_size else 0
+    small += 4 * c.depth * d // c.heads if c.qk_norm else 0     # before: biases, and tables of blocks, views and output
+    return block, outside, c.depth * block + outside + small
+
+
+def memory_bytes(config, batch, views, dtype, checkpointing):
+    """What a stage-2 iteration holds in device memory, counted: no model is built or run.
+
+    config: Config. batch: samples of `views` jointly attending views. dtype: "float32", or "bfloat16" for fp32 weights
+    under autocast. checkpointing: as --grad_checkpointing, which keeps the input of every block, and everything only
+    of the one that is being recomputed. Returns {part: bytes}. Not counted: frozen shifters, what lives for a moment,
+    the average of --ema, and DDP's buckets (as much as the gradients).
+    """
+    c, d, size = config, config.width, 2 if dtype == "bfloat16" else 4
+    tokens, words = batch * views * (c.image_size // c.patch_size) ** 2, batch * c.text_length
+    pixels = tokens * c.patch_size ** 2
+    stream, wide = 4 * tokens * d, size * tokens * d            # (tokens, d) in fp32, as autocast leaves norms and
+    matrices, outer_matrices, parameters = parameter_counts(config)     # residuals, and as matrix products take it
+
+    block = 4 * stream                                          # both LayerNorms: input, output (times 1 + scale)
+    block += 2 * wide                                           # both modulated, the inputs of attention and MLP
+    block += (3 + 1 + 1) * wide                                 # attention: q k v, its output, projected (times gate)
+    block += (1 + 1 + 1) * wide + 2 * size * words * d          # to the text: input, q, output; its k v
+    block += (4 + 4 + 1) * wide                                 # MLP: GELU's input and output, projected (times gate)
+    block += 4 * tokens * (2 * 2 + 2 * c.heads)                 # mean and deviation; flash attention's log-sum-exp
+    block += 8 * stream if c.qk_norm else 0                     # q, k and q to the text in an unfused RMSNorm; copies
+    outside = size * pixels * (c.channels + c.control_channels) + 4 * pixels * c.channels     # patches; the loss
+    outside += size * words * (c.text_dim + 3 * d)              # text embedder: input, GELU's input and output, output
+    outside += 2 * stream + wide                                # final LayerNorm: input and output; modulated
+    if dtype == "bfloat16":                                     # autocast's copies of the weights
+        block, outside = block + 2 * matrices, outside + 2 * outer_matrices
+    return {"parameters": 4 * parameters, "gradients": 4 * parameters, "AdamW's moments": 2 * 4 * parameters,
+            "saved activations": outside + (c.depth * stream + block if checkpointing else c.depth * block)}
+
+
+def tera_operations(args, views, frozen_blocks=0):
+    """10^12 operations of an iteration of one process on samples of `views` views, two for each multiply-add."""
+    config = PRESETS[args.preset]
+    L = data.TEXT_LENGTH if config.vocab_size else config.text_length
+    return 2e-12 * args.batch * 4 / views * iteration_macs(config, views, frozen_blocks, L)
+
+
+def print_counted(args):
+    """Memory by part, without and with checkpointing, and operations of an iteration."""
+    print(f"{args.preset}, {args.batch} grids of 4 views a step in {args.dtype}, counted")
+    print(f"{'GiB':20}{'no checkpointing':>18}{'--grad_checkpointing':>24}")
+    kept, recomputed = (memory_bytes(PRESETS[args.preset], args.batch, 4, args.dtype, checkpointing)
+                        for checkpointing in (False, True))
+    for part in kept:
+        print(f"{part:20}{kept[part] / 2 ** 30:18.3f}{recomputed[part] / 2 ** 30:24.3f}")
+    print(f"{'sum':20}{sum(kept.values()) / 2 ** 30:18.3f}{sum(recomputed.values()) / 2 ** 30:24.3f}")
+    print(f"TFLOP an iteration: synthetic {tera_operations(args, 4):.4g}, real {tera_operations(args, 1):.4g} (no "
+          "freezing, nothing recomputed)", flush=True)
+
+
+def benchmark_sets(args):
+    """Random sets in the types in which real ones are kept, and the empty caption, as from `stage2_sets`."""
+    config, rows = PRESETS[args.preset], 2 * args.batch
+    size = (config.image_size, config.image_size)
+
+    def one_set(num, views):
+        if config.vocab_size:
+            return {"image": torch.randint(256, (num, views, config.channels, *size), dtype=torch.uint8),
+                    "text": torch.randint(1, len(data.VOCAB), (num, data.TEXT_LENGTH))}
+        return {"image": torch.randn(num, views, config.channels, *size).half(),
+                "text": torch.randn(num, config.text_length, config.text_dim).half(),
+                "text_mask": torch.ones(num, config.text_length, dtype=torch.uint8)}
+    syn, real = one_set(rows, 4), one_set(4 * rows, 1)
+    syn["view"] = torch.arange(4).expand(rows, 4)
+    syn["control"] = torch.randn(rows, 4, config.control_channels, *size).half()
+    null = {key: value[:1] for key, value in real.items() if key != "image"}
+    return {"syn": syn, "real": real}, null
+
+
+def timed_step(model, optimizer, sets, null, iteration, args, device, parts=None):
+    """Seconds of one training step like those of `train`.
+
+    parts: {name: [seconds]}, to which the time of each part is added; the device is waited for after each.
+    """
+    def lap(part):
+        if parts is not None:
+            wait(device)
+            clock.append(time.perf_counter())
+            parts[part].append(clock[-1] - clock[-2])
+    wait(device)
+    clock = [time.perf_counter()]
+    dataset = sets[iteration.domain]
+    index = data_indices(len(dataset["image"]), 0, len(dataset["image"]) // 2, args.seed)
+    batch = {key: value[index].to(device, non_blocking=True) for key, value in dataset.items()}
+    lap("data")
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        loss, _ = denoising_loss(model, batch, iteration, null, args.seed, 0, 0, args.text_dropout,
+                                 even=args.loss == "even")
+    lap("forward")
+    loss.backward()
+    lap("backward")
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    lap("optimizer")
+    wait(device)
+    return time.perf_counter() - clock[0]
+
+
+def measure(args, launched):
+    """Times the synthetic, the unfrozen real and the real iteration at every i in turn, then the synthetic in parts.
+
+    Returns medians of seconds, {"syn", "real", i: ...} and {part: ...}, and the peak memory in GiB.
+    """
+    device, _, world = launched
     config = PRESETS[args.preset]
     network = ShiftedDiT(DiT(config), DomainShifters(config, args.rank).requires_grad_(False)).to(device)
     optimizer = torch.optim.AdamW(network.dit.parameters(), lr=0.0, fused=device.type == "cuda")
-    size = (config.channels, config.image_size, config.image_size)
+    model = DistributedDataParallel(network, find_unused_parameters=True) if world > 1 else network
+    if args.compile:
+        for block in network.dit.blocks:
+            block.compile()
+    network.dit.grad_checkpointing = args.grad_checkpointing
+    sets, null = benchmark_sets(args)
+    null = {key: value.to(device) for key, value in null.items()}
+    iterations = {"syn": Iteration("syn", 0), "real": Iteration("real", 0)}
+    iterations |= {i: Iteration("real", 0, frozen_blocks=i) for i in range(block_count(args.tau_B, config.depth) + 1)}
+    times = {name: [] for name in iterations}
+    parts = {part: [] for part in ("data", "forward", "backward", "all-reduce", "optimizer")}
+    for _ in range(args.rounds + 2):                                # the first two rounds warm up
+        for name, iteration in iterations.items():
+            times[name].append(timed_step(model, optimizer, sets, null, iteration, args, device))
+    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if device.type == "cuda" else peak_memory()
+    gradients = torch.zeros(parameter_counts(config)[-1] if world > 1 else 0, device=device)
+    for _ in range(args.rounds + 2):                                # without DDP: its all-reduce is timed by itself
+        timed_step(network, optimizer, sets, null, iterations["syn"], args, device, parts)
+        parts["all-reduce"].append(seconds(lambda: torch.distributed.all_reduce(gradients), device)
+                                   if world > 1 else 0.0)
+    times, parts = ({name: sorted(values[2:])[args.rounds // 2] for name, values in table.items()}
+                    for table in (times, parts))
+    return times, parts, peak
 
-    def batch(rows, views):
-        images = torch.randint(256, (rows, views, *size), dtype=torch.uint8, device=device) if config.vocab_size else \
-            torch.randn(rows, views, *size, device=device)
-        L = data.TEXT_LENGTH if config.vocab_size else config.text_length
-        text = torch.randint(1, len(data.VOCAB), (rows, L), device=device) if config.vocab_size else \
-            torch.randn(rows, L, config.text_dim, device=device)
-        return {"image": images, "text": text}
-    real, syn = batch(4 * args.batch, 1), batch(args.batch, 4)
-    syn["view"] = torch.arange(4, device=device).expand(args.batch, 4)
-    syn["control"] = torch.randn(args.batch, 4, config.control_channels, *size[1:], device=device)
-    null = {"text": data.tokenize([""]).to(device)} if config.vocab_size else {}
 
-    def seconds(inputs, iteration):
-        wait(device)
-        start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss, _ = denoising_loss(network, inputs, iteration, null, args.seed, 0, 0, args.text_dropout,
-                                     even=args.loss == "even")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.dit.parameters(), args.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        wait(device)
-        return time.perf_counter() - start
-    deepest = block_count(args.tau_B, config.depth)
-    cases = [("syn", syn, Iteration("syn", 0)), ("real", real, Iteration("real", 0))]
-    cases += [(i, real, Iteration("real", 0, frozen_blocks=i)) for i in range(deepest + 1)]
-    times = {name: [] for name, _, _ in cases}
-    for k in range(args.rounds + 2):
-        for name, inputs, iteration in cases:
-            elapsed = seconds(inputs, iteration)
-            if k >= 2:                                              # the first two rounds warm up
-                times[name].append(elapsed)
-    images = 4 * args.batch
-    median = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
-    print(f"{args.preset} on {device} in {args.dtype}, {torch.get_num_threads()} CPU threads, {images} images a step")
-    print(f"synthetic iteration {images / median['syn']:8.1f} images/s   (attention over 4 views, control)")
-    print(f"real iteration      {images / median['real']:8.1f} images/s   (no freezing)")
+def print_measured(args, launched, times, parts, peak):
+    """What `measure` found, beside the rate of a plain matrix product and beside the counted ratios."""
+    device, _, world = launched
+    n, images = 1024 if device.type == "cpu" else 8192, 4 * args.batch * world
+    a, b = torch.randn(2, n, n, device=device).to(getattr(torch, args.dtype))
+    matrix_rate = 2e-12 * n ** 3 / min(seconds(lambda: a @ b, device) for _ in range(10))
+    print(f"{args.preset} on {device} in {args.dtype}, {torch.get_num_threads()} CPU threads, {images} images a step; "
+          f"{matrix_rate:.4g} TFLOP/s in a matrix product of size {n}")
+    for name, domain, views, what in (("synthetic", "syn", 4, "attention over 4 views, control"),
+                                      ("real", "real", 1, "no freezing")):
+        rate = tera_operations(args, views) / times[domain]         # of one process
+        print(f"{name + ' iteration':19} {images / times[domain]:8.1f} images/s {rate:9.4g} TFLOP/s, "
+              f"{rate / matrix_rate:.1%} of that   ({what})")
+    print("synthetic by part, ms: " + ", ".join(f"{part} {1000 * took:.1f}" for part, took in parts.items()))
+    print(f"peak memory         {peak:8.3f} GiB ({'allocated' if device.type == 'cuda' else 'resident, with Python'})")
     print("blocks frozen, i    time / unfrozen   counted")
-    macs = [iteration_macs(config, 1, i, real["text"].shape[1]) for i in range(deepest + 1)]
-    counted = {i: macs[i] / macs[0] for i in range(deepest + 1)}
-    for i in range(deepest + 1):
-        print(f"{i:16d} {median[i] / median['real']:17.3f} {counted[i]:9.3f}")
-    mean = [sum(values) / (deepest + 1) for values in ([median[i] / median["real"] for i in counted], counted.values())]
-    print(f"{'average':>16} {mean[0]:17.3f} {mean[1]:9.3f}")
+    rows = [(times[i] / times["real"], tera_operations(args, 1, i) / tera_operations(args, 1))
+            for i in range(block_count(args.tau_B, PRESETS[args.preset].depth) + 1)]
+    for i, (measured, counted) in enumerate(rows):
+        print(f"{i:16d} {measured:17.3f} {counted:9.3f}")
+    measured, counted = (sum(column) / len(rows) for column in zip(*rows))
+    print(f"{'average':>16} {measured:17.3f} {counted:9.3f}")
+
+
+def benchmark(args, launched):
+    """Prints memory and operations of an iteration, counted; then speed and what freezing saves, measured."""
+    device, rank, _ = launched
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, not {args.rounds}")
+    timed = args.preset != "full" or device.type == "cuda"
+    if rank == 0:
+        print_counted(args)
+        if not timed:
+            print("to time preset full takes a GPU; toy and small are timed on a CPU as well")
+    if timed:
+        try:
+            measured = measure(args, launched)
+        except torch.OutOfMemoryError:
+            raise ValueError(f"no memory left on {device}: use --grad_checkpointing, --dtype bfloat16 or a --batch "
+                             f"below {args.batch}") from None
+        if rank == 0:
+            print_measured(args, launched, *measured)
 
 
 def wait(device):
     """Waits for the device, so that a clock read next is right."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def seconds(work, device):
+    """How long work() takes, device included."""
+    wait(device)
+    start = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - start
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,16 +439,11 @@ def step_seconds(args, device):
     x = torch.randn(images, 1, config.channels, config.image_size, config.image_size, device=device)
     t, text = torch.zeros(images, dtype=torch.long, device=device), data.tokenize([""] * images).to(device)
 
-    def seconds(work):
-        for _ in range(3):                                          # the last one counts
-            wait(device)
-            start = time.perf_counter()
-            work()
-            wait(device)
-        return (time.perf_counter() - start) / images
+    def third(work):                                                # the first two warm up
+        return [seconds(work, device) for _ in range(3)][-1] / images
     with torch.no_grad():
-        forward = seconds(lambda: model(x, t, text))
-    return seconds(lambda: model(x, t, text).square().mean().backward()), forward
+        forward = third(lambda: model(x, t, text))
+    return third(lambda: model(x, t, text).square().mean().backward()), forward
 
 
 def announce(args, launched):
