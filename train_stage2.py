@@ -247,8 +247,9 @@ def memory_bytes(config, batch, views, dtype, checkpointing):
     c, d, size = config, config.width, 2 if dtype == "bfloat16" else 4
     tokens, words = batch * views * (c.image_size // c.patch_size) ** 2, batch * c.text_length
     pixels = tokens * c.patch_size ** 2
-    stream, wide = 4 * tokens * d, size * tokens * d            # (tokens, d) in fp32, as autocast leaves norms and
-    matrices, outer_matrices, parameters = parameter_counts(config)     # residuals, and as matrix products take it
+    stream = 4 * tokens * d                                     # (tokens, d) in fp32: norms and residuals
+    wide = size * tokens * d                                    # (tokens, d) in --dtype: matrix products
+    matrices, outer_matrices, parameters = parameter_counts(config)
 
     block = 4 * stream                                          # both LayerNorms: input, output (times 1 + scale)
     block += 2 * wide                                           # both modulated, the inputs of attention and MLP

@@ -1,4 +1,4 @@
-"""The benchmark of stage 2: memory and operations counted by formulas, beside what autograd keeps and what is printed."""
+"""The benchmark of stage 2: memory counted by formulas beside what autograd keeps, and what is printed."""
 
 import re
 from dataclasses import replace
@@ -14,8 +14,8 @@ from domain_shifter import DomainShifters, ShiftedDiT, uniform_domains
 from train_stage2 import memory_bytes, parameter_counts
 
 LIKE_TOY = replace(TINY, image_size=32, depth=3, width=32, text_dim=32)
-LIKE_FULL = replace(LIKE_TOY, patch_size=2, image_size=16, out_channels=6, vocab_size=0, text_dim=80, qk_norm=False,
-                    output_skip=False)  # fmt: skip
+LIKE_FULL = replace(LIKE_TOY, patch_size=2, image_size=16, out_channels=6, vocab_size=0, text_dim=80, text_length=120,
+                    qk_norm=False, output_skip=False)  # fmt: skip
 
 
 def saved_bytes(config, batch, views, dtype, checkpointing):
@@ -29,9 +29,10 @@ def saved_bytes(config, batch, views, dtype, checkpointing):
         return tensor
 
     x = torch.randn(batch, views, config.channels, config.image_size, config.image_size)
-    text = torch.randint(1, 50, (batch, 16)) if config.vocab_size else torch.randn(batch, 16, config.text_dim)
+    L = config.text_length
+    text = torch.randint(1, 50, (batch, L)) if config.vocab_size else torch.randn(batch, L, config.text_dim)
     inputs = dict(
-        text_mask=torch.ones(batch, 16),
+        text_mask=torch.ones(batch, L),
         control=torch.randn(batch, views, config.control_channels, config.image_size, config.image_size),
         view=torch.arange(views).expand(batch, views),
     )
@@ -73,7 +74,7 @@ def test_counted_parameters_are_those_of_the_model(config):
     assert block == sum(size for name, size in matrices.items() if name.startswith("blocks.0."))
     assert outside == sum(size for name, size in matrices.items() if not name.startswith("blocks."))
     memory = memory_bytes(config, 1, 4, "bfloat16", False)
-    assert [memory[part] for part in ("parameters", "gradients", "AdamW's moments")] == [4 * every, 4 * every, 8 * every]
+    assert [memory[part] / every for part in ("parameters", "gradients", "AdamW's moments")] == [4, 4, 8]
 
 
 def run_benchmark(monkeypatch, capsys, *flags):
@@ -118,8 +119,8 @@ def test_benchmark_prints_rates_and_parts_that_agree(monkeypatch, capsys):
         assert rate == pytest.approx(images / views * operations / 1e12, rel=0.01)
         assert share == pytest.approx(100 * rate / float(product), rel=0.01, abs=0.1)
     (parts,) = [line for line in out.splitlines() if line.startswith("synthetic by part")]
-    assert re.findall(r"(\S+) [\d.]+(?:,|$)", parts) == ["data", "forward", "backward", "optimizer", "all-reduce"]
-    assert parts.endswith("all-reduce 0.0")
+    assert re.findall(r"(\S+) [\d.]+(?:,|$)", parts) == ["data", "forward", "backward", "all-reduce", "optimizer"]
+    assert "all-reduce 0.0," in parts
     assert 0.01 < float(re.search(r"peak memory +([\d.]+)", out)[1]) < 100
     run_benchmark(monkeypatch, capsys, "--batch", "1", "--rounds", "1", "--compile", "--grad_checkpointing")
     assert len(compiled) == LIKE_TOY.depth and len(recomputed) > LIKE_TOY.depth
