@@ -1248,8 +1248,9 @@ def evaluation_set(num, seed=SEEDS["evaluation"], size=32, folder="runs/toy/sets
 def selective_set(num, style, seed, size=32, folder="runs/toy/sets", device="cpu"):
     """A set of layer-selective training (A.2), one view of each object -> image uint8 (N, 1, 3, H, W), text (N, L).
 
-    Renders lie before white and photos before anything else, under the same kind of caption ("a red wooden mug"): so
-    one sees from which of the two sets a model has the look of an object, and from which the background.
+    Renders lie before white ("a red wooden mug"), photos before anything else, which the caption names ("a red wooden mug,
+    sunset background"): so one sees from which of the two sets a model has the look of an object, and from which the
+    background.
     """
     def draw(assets, first):
         u = uniforms(len(assets.category), seed + 1000, 2, first)
@@ -1258,7 +1259,8 @@ def selective_set(num, style, seed, size=32, folder="runs/toy/sets", device="cpu
         view = 90. * (u[:, 1] * 4).long()
         image = render(assets, view[:, None], style, background, size, geometry=False, seed=seed * 10**6 + first,
                        device=device).rgb
-        return dict(image=to_uint8(2 * image - 1), text=tokenize(asset_captions(assets)))
+        text = tokenize(asset_captions(assets, background=None if style == "render" else background))
+        return dict(image=to_uint8(2 * image - 1), text=text)
     return build_set(f"selective_{style}", num, seed, size, folder, device, draw)
 
 

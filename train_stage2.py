@@ -26,7 +26,6 @@ from glob import glob
 from typing import NamedTuple
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
@@ -35,9 +34,10 @@ import train_stage1
 from dit import PRESETS, DiT, T, launch, run_cli, seeded_generator
 from domain_shifter import (DomainShifters, ShiftedDiT, block_count, draw_frozen_blocks, draw_reassigned_blocks,
                             load_adapter, load_shifters, with_adapter)
-from train_stage1 import (DEFAULTS, DRAWS, Iteration, base_model, data_indices, denoising_loss, fill_defaults, finish,
-                          null_caption, on_rank_0_first, peak_memory, stage1_file, train, train_shifters,
+from train_stage1 import (DEFAULTS, DRAWS, Iteration, base_model, denoising_loss, fill_defaults, finish, in_training,
+                          null_caption, on_rank_0_first, peak_memory, read_batch, stage1_file, train, train_shifters,
                           training_arguments, training_sets)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Realiz3D and its baselines (Sec. 5)
@@ -162,7 +162,9 @@ def layer_selective(args, launched):
     judge = on_rank_0_first(launched[2], rank, lambda: evaluate.train_feature_net(
         folder, size=config.image_size, backgrounds=data.BACKGROUNDS))
     photos = evaluate.world_features(judge, folder, device)
-    text = data.tokenize(data.asset_captions(data.sample_assets(args.num_prompts, data.SEEDS["evaluation"])))
+    assets = data.sample_assets(args.num_prompts, data.SEEDS["evaluation"])
+    others = [data.BACKGROUNDS[1 + k % (len(data.BACKGROUNDS) - 1)] for k in range(args.num_prompts)]
+    plain, asked = (data.tokenize(data.asset_captions(assets, background=name)) for name in (None, others))
     measured, pictures = {}, []
     for seed in range(args.seeds):
         for variant in ("base", *VARIANTS):
@@ -172,9 +174,11 @@ def layer_selective(args, launched):
                 run = argparse.Namespace(**vars(args) | dict(seed=seed, name=f"selective_{variant}_{seed}"))
                 train(network, sets, {"text": data.tokenize([""])}, selective_plan(variant, config.depth), run,
                       f"{args.out}/{run.name}", launched)
-            images = data.to_uint8(sample.sample_images(network, text, seed=seed, num_steps=args.picture_steps)[:, 0])
-            pictures += [(variant, images[:12])] if seed == 0 else []
-            measured.setdefault(variant, []).append(selective_measures(images / 255, judge, photos))
+            draw = lambda text: data.to_uint8(sample.sample_images(network, text, seed=seed,
+                                                                   num_steps=args.picture_steps)[:, 0])
+            images, elsewhere = draw(plain), draw(asked)
+            pictures += [(variant, torch.cat([images[:6], elsewhere[:6]]))] if seed == 0 else []
+            measured.setdefault(variant, []).append(selective_measures(images / 255, elsewhere / 255, judge, photos))
     if rank == 0:
         print_selective(measured, args)
         sample.save_picture(f"{args.out}/layer_selective.png", pictures)
@@ -182,20 +186,20 @@ def layer_selective(args, launched):
         print(f"wrote {args.out}/layer_selective.png and .json: the same prompts and noise, one row a variant (seed 0)")
 
 
-def selective_measures(images, judge, photos):
-    """Of images (N, 3, H, W) in [0, 1]: share called a photo, distances to held-out photos before white, and the share
-    that lies before white."""
+def selective_measures(images, elsewhere, judge, photos):
+    """Of images (N, 3, H, W) in [0, 1] after captions that name no background: share called a photo, distances to held-out
+    photos before white; of images `elsewhere`, after captions that name another background: share before white."""
     features = judge.features(images)
-    edge = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], dim=-1)  # (N, 3, 4 W)
+    edge = torch.cat([elsewhere[..., 0, :], elsewhere[..., -1, :], elsewhere[..., 0], elsewhere[..., -1]], dim=-1)
     return dict(photo=(judge.photo_probability(images) > 0.5).double().mean().item(),
-                white=((edge > 0.9).all(dim=1).double().mean(dim=1) > 0.9).double().mean().item(),
+                white=((edge > 0.9).all(dim=1).double().mean(dim=1) > 0.9).double().mean().item(),      # edge (N, 3, 4 W)
                 FD=evaluate.fid(photos, features), KD=1000 * evaluate.kid(photos, features))
 
 
 def print_selective(measured, args):
     """Prints mean and, with several seeds, standard deviation of each measure."""
-    print(f"{args.num_prompts} prompts, {args.seeds} seed(s): share called a photo, share before white, distances to "
-          "held-out photos before white")
+    print(f"{args.num_prompts} prompts, {args.seeds} seed(s): share called a photo, share before white where another "
+          "background is asked for, distances to held-out photos before white")
     print(f"{'':64}{'photo':>14}{'white':>14}{'FD':>14}{'KD x1000':>14}")
     for variant, rows in measured.items():
         cells = []
@@ -296,7 +300,7 @@ def benchmark_sets(args):
         if config.vocab_size:
             return {"image": torch.randint(256, (num, views, config.channels, *size), dtype=torch.uint8),
                     "text": torch.randint(1, len(data.VOCAB), (num, data.TEXT_LENGTH))}
-        return {"image": torch.randn(num, views, config.channels, *size).half(),
+        return {"image": torch.randn(num, views, 2, config.channels, *size).half(),
                 "text": torch.randn(num, config.text_length, config.text_dim).half(),
                 "text_mask": torch.ones(num, config.text_length, dtype=torch.uint8)}
     syn, real = one_set(rows, 4), one_set(4 * rows, 1)
@@ -318,9 +322,8 @@ def timed_step(model, optimizer, sets, null, iteration, args, device, parts=None
             parts[part].append(clock[-1] - clock[-2])
     wait(device)
     clock = [time.perf_counter()]
-    dataset = sets[iteration.domain]
-    index = data_indices(len(dataset["image"]), 0, len(dataset["image"]) // 2, args.seed)
-    batch = {key: value[index].to(device, non_blocking=True) for key, value in dataset.items()}
+    _, _, _, batch = read_batch(0, iteration, sets, args, (device, 0, 1))
+    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     lap("data")
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         loss, _ = denoising_loss(model, batch, iteration, null, args.seed, 0, 0, args.text_dropout,
@@ -345,11 +348,7 @@ def measure(args, launched):
     config = PRESETS[args.preset]
     network = ShiftedDiT(DiT(config), DomainShifters(config, args.rank).requires_grad_(False)).to(device)
     optimizer = torch.optim.AdamW(network.dit.parameters(), lr=0.0, fused=device.type == "cuda")
-    model = DistributedDataParallel(network, find_unused_parameters=True) if world > 1 else network
-    if args.compile:
-        for block in network.dit.blocks:
-            block.compile()
-    network.dit.grad_checkpointing = args.grad_checkpointing
+    model = in_training(network, args, world)
     sets, null = benchmark_sets(args)
     null = {key: value.to(device) for key, value in null.items()}
     iterations = {"syn": Iteration("syn", 0), "real": Iteration("real", 0)}

@@ -106,7 +106,7 @@ def test_benchmark_prints_rates_and_parts_that_agree(monkeypatch, capsys):
     monkeypatch.setitem(train_stage2.PRESETS, "toy", LIKE_TOY)
     compiled, recomputed = [], []
     original = dit.checkpoint
-    monkeypatch.setattr(dit.Block, "compile", lambda block: compiled.append(block))
+    monkeypatch.setattr(dit.Block, "compile", lambda block, dynamic: compiled.append(block))
     monkeypatch.setattr(dit, "checkpoint", lambda *a, **k: recomputed.append(1) or original(*a, **k))
     out = run_benchmark(monkeypatch, capsys, "--batch", "2", "--rounds", "1")
     assert not compiled and not recomputed
