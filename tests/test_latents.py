@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,9 +22,11 @@ import evaluate
 import sample
 import train_stage1
 import train_stage2
-from dit import PRESETS, Config, load_model, load_pixart, load_tensors, save_tensors
+from dit import (PIXART_BLOCK_NAMES, PIXART_NAMES, PRESETS, Config, DiT, load_model, load_pixart, load_tensors,
+                 save_tensors)
 from domain_shifter import load_shifters
 
+FULL = PRESETS["full"]
 CONFIG = Config(
     image_size=16,
     patch_size=2,
@@ -57,9 +60,27 @@ def stand_in_text_encoder(folder, device="cpu", length=120):
     """A random vector for each word, and one for the end."""
 
     def vector(word):
-        return torch.randn(32, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
+        return torch.randn(PRESETS["full"].text_dim, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
 
     return lambda captions: [torch.stack([vector(word) for word in [*caption.split(), "</s>"]]) for caption in captions]
+
+
+def tiny_pixart():
+    """The golden case's weights, under PixArt's own names."""
+    golden = load_file(GOLDEN / "pixart.safetensors").items()
+    return {name.removeprefix("official."): tensor for name, tensor in golden if name.startswith("official.")}
+
+
+def random_pixart(config):
+    """Weights of this configuration, under PixArt's own names."""
+    torch.manual_seed(0)
+    model = DiT(config)
+    torch.nn.init.normal_(model.final_linear.weight, std=0.02)
+    names = {ours: theirs for ours, (theirs, _) in PIXART_NAMES.items()}
+    names |= {f"blocks.{k}.{ours}": f"blocks.{k}.{theirs}" for k in range(config.depth)
+              for ours, (theirs, _) in PIXART_BLOCK_NAMES.items()}
+    return {name.replace(ours, names[ours]): tensor for name, tensor in model.state_dict().items() for ours in names
+            if name in (ours, f"{ours}.weight", f"{ours}.bias")}
 
 
 @pytest.fixture
@@ -68,12 +89,7 @@ def full_run(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "full", CONFIG)
     monkeypatch.setattr(data, "load_vae", stand_in_vae)
     monkeypatch.setattr(data, "load_text_encoder", stand_in_text_encoder)
-    pixart = {
-        name.removeprefix("official."): tensor
-        for name, tensor in load_file(GOLDEN / "pixart.safetensors").items()
-        if name.startswith("official.")
-    }
-    torch.save({"state_dict": pixart}, tmp_path / "pixart.pth")
+    torch.save({"state_dict": tiny_pixart()}, tmp_path / "pixart.pth")
     for part in ("vae", "text_encoder"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps({"part": part}))
@@ -123,6 +139,26 @@ def test_the_whole_pipeline_from_renders_to_measures(full_run, capsys):
         "--out", "text.png")
     assert (out / "text.png").exists()
     capsys.readouterr()
+
+
+@pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes: SLOW=1 pytest tests/test_latents.py -k full_shapes")
+def test_the_pipeline_at_full_shapes(full_run, monkeypatch):
+    """The same commands with 512-px views, 4,096 tokens, width 1152 and text of width 4096; only the depth is 2."""
+    run, out = full_run
+    config = replace(FULL, depth=2)
+    monkeypatch.setitem(PRESETS, "full", config)
+    torch.save(random_pixart(config), "pixart.pth")
+    run(data, "export", "objects", "--num", 1)
+    run(data, "encode", "objects", "latents", *ENCODERS)
+    run(sample, "--base", "pixart.pth", "--real_set", "real", "--synthetic", "latents", "--text_encoder", "text_encoder",
+        "--num_steps", 1)
+    run(train_stage1, *TRAIN, "--steps", 2, "--dtype", "bfloat16")
+    run(train_stage2, *TRAIN, "--steps", 2, "--dtype", "bfloat16", "--real_warmup", 1, "--accumulate", 4,
+        "--grad_checkpointing")
+    run(sample, "--model", "realiz3d_texturing.safetensors", "--objects", "objects/0000", *ENCODERS, "--domain", "shifted",
+        "--num_steps", 1, "--views", "views", "--out", "sample.png")
+    measured = evaluate.folder_consistency("views/shifted", "objects", [0, 90, 180, 270], 20, 0.55)
+    assert measured["psnr"] > 0 and evaluate.read_image("views/shifted/0000/color_000.png").shape == (3, 512, 512)
 
 
 def test_encode_is_resumable_and_refuses_another_making(full_run):
