@@ -1119,7 +1119,8 @@ def write_object(folder, caption, views, k=0, elevation=ELEVATION, extent=EXTENT
             for name, maps in pictures.items():
                 pixels = (maps[v].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
                 Image.fromarray(pixels).save(partial / f"{name}_{v:03}.png")
-            np.save(partial / f"position_{v:03}.npy", (position[v] + 0.5).masked_fill(off[v], math.nan).permute(1, 2, 0))
+            place = (position[v] + 0.5).masked_fill(off[v], math.nan)
+            np.save(partial / f"position_{v:03}.npy", place.permute(1, 2, 0))
         meta = dict(caption=caption, azimuths=AZIMUTHS, elevation=elevation, extent=extent)
         (partial / "meta.json").write_text(json.dumps(meta) + "\n", encoding="utf-8")
         os.replace(partial, folder)
@@ -1248,9 +1249,9 @@ def evaluation_set(num, seed=SEEDS["evaluation"], size=32, folder="runs/toy/sets
 def selective_set(num, style, seed, size=32, folder="runs/toy/sets", device="cpu"):
     """A set of layer-selective training (A.2), one view of each object -> image uint8 (N, 1, 3, H, W), text (N, L).
 
-    Renders lie before white ("a red wooden mug"), photos before anything else, which the caption names ("a red wooden mug,
-    sunset background"): so one sees from which of the two sets a model has the look of an object, and from which the
-    background.
+    Renders lie before white ("a red wooden mug"), photos before anything else, which the caption names ("a red wooden
+    mug, sunset background"): so one sees from which of the two sets a model has the look of an object, and from which
+    the background.
     """
     def draw(assets, first):
         u = uniforms(len(assets.category), seed + 1000, 2, first)
@@ -1287,7 +1288,7 @@ def real_captions(assets):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Latents on disk, what the full model trains on: rendered objects through a VAE (Sec. 4) and a T5, in safetensors shards
+# Latents on disk, what the full model trains on: rendered objects through a VAE (Sec. 4) and a T5, in shards
 
 LATENT_SCALE = 0.18215                  # of PixArt's VAE: the model sees its latents times this
 MAPS = ("color", "normal", "position")
@@ -1321,8 +1322,10 @@ def load_text_encoder(folder, device="cpu", length=120):
     """
     T5EncoderModel = optional_class("transformers", "T5EncoderModel", folder, "text_encoder")
     from transformers import AutoTokenizer
-    beside = os.path.join(os.path.dirname(os.path.abspath(folder)), "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(beside if os.path.isdir(beside) else folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(folder), local_files_only=True)
+    except ImportError:
+        raise ValueError("T5's tokenizer needs more packages: pip install sentencepiece protobuf") from None
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32        # in float16 T5 overflows
     t5 = T5EncoderModel.from_pretrained(folder, local_files_only=True, dtype=dtype).to(device).eval()
 
@@ -1333,11 +1336,17 @@ def load_text_encoder(folder, device="cpu", length=120):
     return encode
 
 
+def tokenizer_folder(text_encoder):
+    """PixArt's folder "tokenizer" beside the text encoder, or the text encoder's own."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(text_encoder)), "tokenizer")
+    return beside if os.path.isdir(beside) else text_encoder
+
+
 def optional_class(package, name, folder, part):
-    """A class of an optional package that reads a model folder. Raises with what to install or where to get the folder."""
+    """A class of an optional package that reads a model folder. Raises with what to install or where to get it."""
     if not os.path.isfile(f"{folder}/config.json"):
-        raise FileNotFoundError(f"no {name} in {folder}: get the files of huggingface.co/PixArt-alpha/PixArt-XL-2-512x512 "
-                                f"and name its folder {part}")
+        raise FileNotFoundError(f"no {name} in {folder}: get the files of huggingface.co/PixArt-alpha/PixArt-XL-2-"
+                                f"512x512 and name its folder {part}")
     try:
         return getattr(__import__(package), name)
     except ImportError:
@@ -1345,10 +1354,10 @@ def optional_class(package, name, folder, part):
 
 
 def encoder_id(folder):
-    """Name of a model folder and a checksum of its configuration and of the sizes and first bytes of its weights."""
+    """Name of a model folder and a checksum of the sizes and first bytes of its configuration, weights, tokenizer."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*")):
-        if path.suffix in (".json", ".safetensors", ".bin") and path.is_file():
+    for path in sorted({*Path(folder).glob("*"), *Path(tokenizer_folder(folder)).glob("*")}):
+        if path.suffix in (".json", ".safetensors", ".bin", ".model") and path.is_file():
             with open(path, "rb") as file:
                 digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(1 << 20))
     return f"{os.path.basename(os.path.abspath(folder))} {digest.hexdigest()[:12]}"
@@ -1359,8 +1368,8 @@ def encode_objects(objects, out, vae, text_encoder, size=512, shard=64, launched
 
     vae, text_encoder: folders, see `load_vae` and `load_text_encoder`. size: pixels to a side that the views must have.
     An object ID becomes ID.color, ID.normal, ID.position (V, 2, C, h, w), mean and deviation of the unscaled latents,
-    and ID.text (n, D), its valid tokens, all float16; null_text is the empty caption's. The header says under "shard" how
-    they were made and holds the captions. Shards are spread over the ranks of torchrun; each is a pure function of
+    and ID.text (n, D), its valid tokens, all float16; null_text is the empty caption's. The header says under "shard"
+    how they were made and holds the captions. Shards are spread over the ranks of torchrun; each is a pure function of
     its objects and written whole, so that a run that was stopped goes on. Raises ValueError where `out` holds shards
     made otherwise or of other objects, and naming the file of a bad object.
     """
@@ -1368,12 +1377,13 @@ def encode_objects(objects, out, vae, text_encoder, size=512, shard=64, launched
     folders = object_folders(objects)
     key = dict(vae=encoder_id(vae), text_encoder=encoder_id(text_encoder), size=size, scale=LATENT_SCALE,
                dtype="float16")
-    shards = {f"{out}/{folders[k].name}.safetensors": folders[k:k + shard] for k in range(0, len(folders), shard)}
-    for path in map(str, sorted(Path(out).glob("*.safetensors"))):
+    shards = {Path(out) / f"{folders[k].name}.safetensors": folders[k:k + shard] for k in range(0, len(folders), shard)}
+    for path in sorted(Path(out).glob("*.safetensors")):
         check_shard(path, key, [folder.name for folder in shards.get(path, ())])
-    encode_image, encode_text = load_vae(vae, device)[0], load_text_encoder(text_encoder, device)
-    null_text = encode_text([""])[0].half()
-    mine = {path: folders for path, folders in list(shards.items())[rank::world] if not os.path.exists(path)}
+    mine = {str(path): folders for path, folders in list(shards.items())[rank::world] if not path.exists()}
+    if mine:                                                            # T5 takes its time to load
+        encode_image, encode_text = load_vae(vae, device)[0], load_text_encoder(text_encoder, device)
+        null_text = encode_text([""])[0].half()
     with tqdm(total=sum(map(len, mine.values())), desc="encoding", unit="object", disable=rank > 0) as progress:
         for path, members in mine.items():
             tensors, captions = {"null_text": null_text}, {}
@@ -1427,6 +1437,8 @@ class LatentSet:
             key, ids = ((read_metadata(str(path)).get("shard") or {}).get(part) for part in ("key", "captions"))
             if not key or not ids:
                 raise ValueError(f"{path} is no shard of data.py encode or sample.py --real_set")
+            if key["scale"] != LATENT_SCALE:
+                raise ValueError(f"{path} is for latents times {key['scale']}, here they are times {LATENT_SCALE}")
             if (self.key or key) != key:
                 raise ValueError(f"{path} was made otherwise than the shards before it: {key}, not {self.key}")
             self.key, file = key, safe_open(path, "pt")
@@ -1481,8 +1493,8 @@ def rows(dataset, index):
 
 
 def benchmark_reading(folder, config, workers, batch=8, rounds=40):
-    """Prints how many grids of four views with control a second a LatentSet gives: from `folder`, or from shards of full
-    size that it writes there first, of random numbers."""
+    """Prints how many grids of four views with control a second a LatentSet gives: from `folder`, or from shards of
+    full size that it writes there first, of random numbers."""
     if not os.path.isdir(folder):
         shape, c = (4, 2, config.channels, config.image_size, config.image_size), config
         for first in range(0, 128, 64):
@@ -1490,7 +1502,7 @@ def benchmark_reading(folder, config, workers, batch=8, rounds=40):
             tensors = {f"{name}.{part}": torch.randn(shape).half() for name in ids for part in MAPS}
             tensors |= {f"{name}.text": torch.randn(20, c.text_dim).half() for name in ids}
             save_tensors(f"{folder}/{ids[0]}.safetensors", tensors | {"null_text": torch.randn(1, c.text_dim).half()},
-                         shard=dict(key=dict(random=True), captions=dict.fromkeys(ids, "")))
+                         shard=dict(key=dict(scale=LATENT_SCALE), captions=dict.fromkeys(ids, "")))
     grids = LatentSet(folder, config, control=True)
     batches = torch.randint(grids.shape[0], (rounds, batch), generator=torch.Generator().manual_seed(0))
     with ThreadPoolExecutor(workers) as pool:
@@ -1499,7 +1511,8 @@ def benchmark_reading(folder, config, workers, batch=8, rounds=40):
             for _ in pool.map(grids.rows, batches):
                 pass
     speed = rounds * batch / (time.perf_counter() - start)
-    print(f"{speed:.0f} grids/s in batches of {batch}, {workers} threads, from {grids.shape[0]} objects in the disk cache")
+    print(f"{speed:.0f} grids/s in batches of {batch}, {workers} thread(s), from {grids.shape[0]} objects in the disk "
+          "cache")
 
 
 def contact_sheet(out, size=32, seed=0):
@@ -1542,13 +1555,13 @@ def main():
     sub.add_argument("--num", type=int, default=8, help="how many objects")
     sub.add_argument("--size", type=int, default=512, help="pixels to a side")
     sub.add_argument("--seed", type=int, default=0, help="which objects")
-    sub = commands.add_parser("encode", help="VAE latents and T5 tokens of rendered objects, the synthetic set of --preset "
-                                             "full; also under torchrun")
+    sub = commands.add_parser("encode", help="VAE latents and T5 tokens of rendered objects, the synthetic set of "
+                                             "--preset full; also under torchrun")
     sub.add_argument("objects", help="folder of object folders")
     sub.add_argument("out", help="folder to write shards to")
     sub.add_argument("--vae", required=True, metavar="DIR", help="PixArt's vae folder (needs diffusers)")
-    sub.add_argument("--text_encoder", required=True, metavar="DIR", help="PixArt's text_encoder folder, with tokenizer "
-                     "beside it (needs transformers)")
+    sub.add_argument("--text_encoder", required=True, metavar="DIR", help="PixArt's text_encoder folder, with "
+                     "tokenizer beside it (needs transformers)")
     sub.add_argument("--size", type=int, default=512, help="pixels to a side of the views")
     sub.add_argument("--shard", type=int, default=64, help="objects a file")
     sub = commands.add_parser("read", help="time the reading of shards for --preset full")

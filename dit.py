@@ -114,8 +114,8 @@ def epsilon_loss(prediction, noise, t, even=False):
 
 def timestep_embedding(t, dim=256, max_period=10000):
     """Sinusoidal embedding of t (B,) -> (B, dim) in fp32, cosines first."""
-    freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32) / (dim // 2))
-    angles = t.float()[:, None] * freqs.to(t.device)                                                # (B, dim / 2)
+    freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    angles = t.float()[:, None] * freqs                                                             # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -462,7 +462,7 @@ def convert_pixart(source, path="the state_dict"):
     The position table is left out, being recomputed. Raises ValueError naming tensors that are missing or left over.
     """
     source = {name: tensor for name, tensor in source.items() if name not in ("pos_embed", "pos_embed.pos_embed")}
-    null_text = source.pop("y_embedder.y_embedding", None)                                          # (L, text_dim)
+    null_text = source.pop("y_embedder.y_embedding", source.pop("caption_projection.y_embedding", None))    # (L, D)
     names, prefix = (1, "transformer_blocks") if "pos_embed.proj.weight" in source else (0, "blocks")
     depth = 1 + max((int(name.split(".")[1]) for name in source if name.startswith(f"{prefix}.")), default=-1)
     table = {ours: theirs[names] for ours, theirs in PIXART_NAMES.items()}

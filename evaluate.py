@@ -447,8 +447,8 @@ def folder_consistency(images, positions, azimuths, elevation, extent, lpips_wei
     """`consistency` of IMAGES/ID/color_000.png, .. on POSITIONS/ID/position_000.npy, .., a view per azimuth.
 
     Positions p + 0.5 (H, W, 3) lie in the object's frame (y up, see data.py), NaN off the object; an orthographic image
-    spans extent units to each side. Returns a dict of means over the objects. Raises ValueError where a map does not fit its
-    camera.
+    spans extent units to each side. Returns a dict of means over the objects. Raises ValueError where a map does not
+    fit its camera.
     """
     rows = []
     for folder in tqdm(sorted(path for path in Path(positions).glob("*") if path.is_dir()), desc="consistency",

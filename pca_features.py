@@ -50,9 +50,9 @@ def sampled_features(network, text, null, num_steps=20, spacing="trailing", cfg_
     """Samples one image a prompt and keeps the tokens at STEPS and DEPTHS (A.1).
 
     network: ShiftedDiT. text (P, L) or (P, L, D); null: the empty caption, {"text": (1, L, ..)}; inputs: text_mask.
-    Returns images (P, C, H, W)
-    and {(t, block): (P, N, d)}: t is the visited step nearest to each of STEPS (with 20 trailing steps 799, 699, 499
-    and 199, with leading ones exactly 800, 700, 500 and 200), block how many blocks the tokens have passed.
+    Returns images (P, C, H, W) and {(t, block): (P, N, d)}: t is the visited step nearest to each of STEPS (with 20
+    trailing steps 799, 699, 499 and 199, with leading ones exactly 800, 700, 500 and 200), block how many blocks the
+    tokens have passed.
     """
     config, like = network.dit.config, network.dit.positions
     visited = sample.ddim_timesteps(num_steps, spacing)
@@ -199,8 +199,8 @@ def readability_plot(path, found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", "--base", help="checkpoint, ours or PixArt-alpha's .pth or safetensors (default: the base model of the "
-        "toy's run folder, else the shipped one)")
+    add("--model", "--base", help="checkpoint, ours or PixArt-alpha's .pth or safetensors (default: the base model of "
+        "the toy's run folder, else the shipped one)")
     add("--num", type=int, default=60, help="prompts, all of them in the PCA")
     add("--num_objects", type=int, default=800, help="objects that the readings are fitted and tested on")
     add("--prompt", nargs="+", help="full: captions of many objects in many styles")
@@ -227,7 +227,7 @@ def main():
         text, null = inputs.pop("text"), inputs.pop("null")
     else:
         raise ValueError(f"{path} is a model of latents: give it --prompt and --text_encoder")
-    cfg_scale = args.cfg_scale or (sample.CFG_SCALE if network.dit.config.vocab_size else sample.LATENT_CFG_SCALE)
+    cfg_scale = sample.guidance(args, not network.dit.config.vocab_size)
     on_device = lambda tensors: {key: value.to(device) for key, value in tensors.items()}
     images, features = sampled_features(network, text.to(device), on_device(null), args.num_steps, args.spacing,
                                         cfg_scale, args.seed, **on_device(inputs))

@@ -123,15 +123,15 @@ def ticking(predict_noise, progress, share):
 
 
 @torch.no_grad()
-def sample_images(network, text, mode="real", views=1, control=None, seed=0, keys=None, cfg_scale=CFG_SCALE, num_steps=50,
-                  spacing="trailing", B_max=0.3, t_max=950, use_views=True, batch=64, progress=None, text_mask=None,
-                  null=None):
+def sample_images(network, text, mode="real", views=1, control=None, seed=0, keys=None, cfg_scale=CFG_SCALE,
+                  num_steps=50, spacing="trailing", B_max=0.3, t_max=950, use_views=True, batch=64, progress=None,
+                  text_mask=None, null=None):
     """Samples one grid per caption.
 
     network: ShiftedDiT. text: (N, L) ids; or vectors (N, L, D), with text_mask (N, L) and the empty caption, null, as
-    `guided_noise` takes it. views: images a grid, V; 1 is single-image mode. control: (N, V, C_c, H, W) or None. keys: N
-    whole numbers (default 0, 1, ..): sample k starts from noise of its own generator, (seed, keys[k]), so it does not
-    depend on batch size or on how samples are spread over ranks.
+    `guided_noise` takes it. views: images a grid, V; 1 is single-image mode. control: (N, V, C_c, H, W) or None. keys:
+    N whole numbers (default 0, 1, ..): sample k starts from noise of its own generator, (seed, keys[k]), so it does not
+    depend on batch size or on how samples are spread over ranks. Latents are sampled in bf16 on CUDA.
     Returns (N, V, C, H, W) in the model's range, on the CPU.
     """
     config, like = network.dit.config, network.dit.positions            # like: its device and dtype
@@ -151,7 +151,8 @@ def sample_images(network, text, mode="real", views=1, control=None, seed=0, key
         noise = guided_noise(network, null, domains, cfg_scale, **inputs)
         if progress is not None:
             noise = ticking(noise, progress, 1 / num_steps)
-        images.append(ddim_sample(noise, x, num_steps, spacing, clip_x0=config.output_skip).cpu())
+        with torch.autocast(like.device.type, torch.bfloat16, enabled=like.is_cuda and not config.vocab_size):
+            images.append(ddim_sample(noise, x, num_steps, spacing, clip_x0=config.output_skip).cpu())
     return torch.cat(images)
 
 
@@ -213,8 +214,8 @@ def write_real_set(path, base, num_assets, seed=0, num_steps=20, cfg_scale=1.0, 
             if up_to_date(part, key):
                 progress.update(len(rows))
                 continue
-            images = sample_images(network, rows, seed=seed, keys=range(start, start + chunk), cfg_scale=cfg_scale, num_steps=num_steps,
-                                   batch=chunk, progress=progress)
+            images = sample_images(network, rows, seed=seed, keys=range(start, start + chunk), cfg_scale=cfg_scale,
+                                   num_steps=num_steps, batch=chunk, progress=progress)
             save_tensors(part, {"image": data.to_uint8(images)}, key=key)
     if world > 1:
         torch.distributed.barrier()
@@ -229,11 +230,11 @@ def write_real_set(path, base, num_assets, seed=0, num_steps=20, cfg_scale=1.0, 
 
 
 def encode_captions(captions, encode_text, dit):
-    """Captions as `sample_images` takes them: text (N, L, D), text_mask (N, L) and null, PixArt's own where dit has it."""
-    length = dit.config.text_length
-    words = lambda captions: dict(zip(("text", "text_mask"), map(torch.stack, zip(
-        *(data.padded(text, length) for text in encode_text(captions))))))
-    return words(captions) | {"null": words([""]) if dit.null_text is None else {"text": dit.null_text[None]}}
+    """Captions as `sample_images` takes them: text (N, L, D), text_mask (N, L), and null, PixArt's own if there is."""
+    def padded(captions):
+        text, mask = zip(*(data.padded(words, dit.config.text_length) for words in encode_text(captions)))
+        return {"text": torch.stack(text), "text_mask": torch.stack(mask)}
+    return padded(captions) | {"null": padded([""]) if dit.null_text is None else {"text": dit.null_text[None]}}
 
 
 def write_latent_real_set(out, base, synthetic, text_encoder, seed=0, num_steps=20,
@@ -241,9 +242,9 @@ def write_latent_real_set(out, base, synthetic, text_encoder, seed=0, num_steps=
     """The real set of the full model (C.1): four images for each caption of the synthetic set, drawn by the base model.
 
     base: its file, of latents. synthetic: folder of `data.encode_objects`, whose captions are taken; text_encoder: as
-    there. Writes a shard for each of its shards into OUT, of the same form without maps (an image drawn as latents has no
-    deviation), spread over the ranks; a run that was stopped goes on. Each image is a function of its caption, its view
-    phrase and seed, whatever the number of ranks.
+    there. Writes a shard for each of its shards into OUT, of the same form without maps (an image drawn as latents has
+    no deviation), spread over the ranks; a run that was stopped goes on. Each image is a function of its caption, its
+    view phrase and seed, whatever the number of ranks.
     """
     device, rank, world = launched or launch()
     key = dict(base=file_id(base), text_encoder=data.encoder_id(text_encoder), seed=seed, num_steps=num_steps,
@@ -252,18 +253,15 @@ def write_latent_real_set(out, base, synthetic, text_encoder, seed=0, num_steps=
               sorted(Path(synthetic).rglob("*.safetensors"))}
     if not any(shards.values()):
         raise ValueError(f"{synthetic} holds no shards with captions: write them with python data.py encode")
-    todo = {}
-    for path, captions in shards.items():
-        drawn = os.path.join(out, os.path.relpath(path, synthetic))
-        if os.path.exists(drawn):
-            data.check_shard(drawn, key, list(captions))
-        todo[drawn] = captions
-    network, encode_text = load_network(base, device), data.load_text_encoder(text_encoder, device)
-    null_text = encode_text([""])[0].half()
-    mine = {path: captions for path, captions in list(todo.items())[rank::world] if not os.path.exists(path)}
+    shards = {os.path.join(out, os.path.relpath(path, synthetic)): captions for path, captions in shards.items()}
+    for path in filter(os.path.exists, shards):
+        data.check_shard(path, key, list(shards[path]))
+    mine = {path: captions for path, captions in list(shards.items())[rank::world] if not os.path.exists(path)}
+    if mine:                                                            # T5 takes its time to load
+        network, encode_text = load_network(base, device), data.load_text_encoder(text_encoder, device)
+        null_text = encode_text([""])[0].half()
     with tqdm(total=4 * sum(map(len, mine.values())), desc="real set, drawn by the base model", unit="image",
-              bar_format=BAR, disable=rank > 0) as progress, \
-            torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+              bar_format=BAR, disable=rank > 0) as progress:
         for path, captions in mine.items():
             places = [(caption, view) for caption in captions.values() for view in data.VIEW_PHRASES]
             prompts = encode_captions([data.real_prompt(*place) for place in places], encode_text, network.dit)
@@ -290,8 +288,8 @@ def up_to_date(path, key):
 
 def file_id(path):
     """Name of a checkpoint and the sum over its tensors of their absolute values: changes when the checkpoint does."""
-    tensors, _ = load_tensors(path)
-    return [os.path.basename(path), sum(float(tensor.double().abs().sum()) for tensor in tensors.values())]
+    tensors, _ = load_tensors(path)             # numpy adds in the same order on any number of threads
+    return [os.path.basename(path), sum(float(np.abs(tensor.double().numpy()).sum()) for tensor in tensors.values())]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,14 +457,15 @@ MODES = {"syn": "synthetic mode", "real": "real mode", "shifted": "shifted"}
 def sampled(network, objects, task, modes, decode=lambda x: x, **options):
     """Samples objects in several domain modes: {mode: images (N, V, 3, H, W) in [-1, 1]}.
 
-    objects: {"text": (N, L), "control": (N, V, 6, H, W)}, as from data.evaluation_set, or as from `latent_objects`. task:
-    "texturing", or "text" for four views an object from the caption alone, or None for one image a caption. decode: makes
-    images of what is sampled. options: see `sample_images`.
+    objects: {"text": (N, L), "control": (N, V, 6, H, W)}, as from data.evaluation_set, or as from `latent_objects`.
+    task: "texturing", or "text" for four views an object from the caption alone, or None for one image a caption.
+    decode: makes images of what is sampled. options: see `sample_images`.
     """
     inputs = {key: objects[key] for key in ("text", "text_mask", "null") if key in objects}
     inputs |= {"control": objects["control"]} if task == "texturing" else {}
     views = 4 if task else 1
-    with tqdm(total=len(modes) * len(inputs["text"]) * views, desc="sampling", unit="image", bar_format=BAR) as progress:
+    total = len(modes) * len(inputs["text"]) * views
+    with tqdm(total=total, desc="sampling", unit="image", bar_format=BAR) as progress:
         return {mode: decode(sample_images(network, mode=mode, views=views, progress=progress, **inputs, **options))
                 for mode in modes}
 
@@ -486,9 +485,9 @@ def object_sheet(path, network, objects, task="texturing", modes=tuple(MODES), d
 
 
 def save_views(folder, images, objects, names):
-    """Writes each view as a file of its own: FOLDER/MODE/NAME/color_000.png, .., the caption beside it in meta.json and the
-    positions it shows, where the objects have them, as FOLDER/positions/NAME/position_000.npy, p + 0.5, float32 (H, W, 3),
-    NaN off the object.
+    """Writes each view as a file of its own: FOLDER/MODE/NAME/color_000.png, .., the caption beside it in meta.json and
+    the positions it shows as FOLDER/positions/NAME/position_000.npy, p + 0.5, float32 (H, W, 3), NaN off the object;
+    both where the objects have them.
 
     images: {mode: (N, V, 3, H, W) in [-1, 1]}. objects: from data.evaluation_set. names: N of them.
     """
@@ -668,8 +667,8 @@ def parse_args(argv=None):
     """The command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", "--base", help="checkpoint, of a base model too: ours or PixArt-alpha's .pth or safetensors (default: "
-        "the run folder's realiz3d of this task, else the shipped one)")
+    add("--model", "--base", help="checkpoint, of a base model too: ours or PixArt-alpha's .pth or safetensors "
+        "(default: the run folder's realiz3d of this task, else the shipped one)")
     add("--shifters", help="shifters of stage 1, to put into a model without its own")
     add("--preset", choices=PRESETS, default="toy", help="which default model")
     add("--task", choices=("texturing", "text"), help="default: the one the model was trained for")
@@ -696,7 +695,8 @@ def parse_args(argv=None):
     add("--objects", nargs="+", metavar="DIR", help="full: folders of rendered objects, in place of --object")
     add("--vae", metavar="DIR", help="full: PixArt's vae folder (needs diffusers)")
     add("--text_encoder", metavar="DIR", help="full: PixArt's text_encoder folder (needs transformers)")
-    add("--real_set", metavar="FILE", help="draw the real set of stages 1 and 2 with the base model, instead; full: a folder")
+    add("--real_set", metavar="FILE", help="draw the real set of stages 1 and 2 with the base model, instead; full: a "
+        "folder")
     add("--num_assets", type=int, default=640, help="real set: assets, four images each")
     add("--synthetic", metavar="DIR", help="real set, full: folder of data.py encode, whose captions are drawn")
     return parser, parser.parse_args(argv)
@@ -734,9 +734,15 @@ def chosen_objects(args, size, task):
     return {key: value[list(meshes)] for key, value in held.items()}, meshes
 
 
+def guidance(args, latents):
+    """--cfg_scale, or its default."""
+    return (LATENT_CFG_SCALE if latents else CFG_SCALE) if args.cfg_scale is None else args.cfg_scale
+
+
 def latent_objects(args, network, device):
-    """What the command line asks for, as `chosen_objects`, for a model of latents: --objects, or --mesh with a --prompt,
-    or --prompt, through the encoders. Adds "maps" (N, V, 6, H, W), the control as pictures. Also returns decode."""
+    """What the command line asks for, as `chosen_objects`, for a model of latents: --objects, or --mesh with a
+    --prompt, or --prompt, through the encoders. Adds "maps" (N, V, 6, H, W), the control as pictures. Also returns
+    decode, which `sampled` takes."""
     if not (args.vae and args.text_encoder):
         raise ValueError("a model of latents needs PixArt's encoders: name their folders with --vae and --text_encoder")
     encode_image, decode = data.load_vae(args.vae, device)
@@ -767,11 +773,11 @@ def draw_real_set(args, launched):
     """The real set of stages 1 and 2, in pixels of the toy world or in latents."""
     base = args.model or default_base(args.preset)
     if read_metadata(base).get("config", {}).get("vocab_size"):
-        write_real_set(args.real_set, base, args.num_assets, args.seed, args.num_steps, args.cfg_scale or CFG_SCALE,
+        write_real_set(args.real_set, base, args.num_assets, args.seed, args.num_steps, guidance(args, False),
                        launched=launched)
     elif args.synthetic and args.text_encoder:
         write_latent_real_set(args.real_set, base, args.synthetic, args.text_encoder, args.seed, args.num_steps,
-                              args.cfg_scale or LATENT_CFG_SCALE, launched=launched)
+                              guidance(args, True), launched=launched)
     else:
         raise ValueError("the real set of a model of latents needs --synthetic DIR, whose captions are drawn, and "
                          "--text_encoder DIR")
@@ -807,9 +813,9 @@ def main():
     if args.domain != "all" and not network.knows_domains():
         raise ValueError(f"{path} has no Domain Shifters, so no --domain; add some with --shifters FILE")
     B_max, t_max = selected_shift(path)
-    cfg_scale = args.cfg_scale or (CFG_SCALE if config.vocab_size else LATENT_CFG_SCALE)
-    options = dict(seed=args.seed, cfg_scale=cfg_scale, num_steps=args.num_steps, spacing=args.spacing,
-                   B_max=B_max if args.B_max is None else args.B_max, t_max=t_max if args.t_max is None else args.t_max)
+    options = dict(seed=args.seed, cfg_scale=guidance(args, not config.vocab_size), num_steps=args.num_steps,
+                   spacing=args.spacing, B_max=B_max if args.B_max is None else args.B_max,
+                   t_max=t_max if args.t_max is None else args.t_max)
     out = args.out or f"runs/{args.preset}/sample.png"
     modes = ("syn", "real", "shifted") if args.domain == "all" else (args.domain,)
     if rank > 0:

@@ -46,8 +46,8 @@ DEFAULTS = {
     ("small", "base"):      (100000, 256, 3e-4,   1000,         0.01, 0.9999),
     ("small", "stage1"):    (2000,    16, 5e-4,    100,          0.0,   0.0),
     ("small", "stage2"):    (20000,   16, 5e-5,    200,         0.01, 0.999),
-    ("full", "stage1"):     (2350,     8, 5e-5,    100,          0.0,   0.0),    # 120K assets / 512 grids a step: 235
-    ("full", "stage2"):     (4700,     8, 5e-5,    100,         0.01,   0.0),    # steps an epoch and domain, 10 epochs
+    ("full", "stage1"):     (4700,     8, 5e-5,    100,          0.0,   0.0),    # 64 GPUs: 512 of 120K grids a step;
+    ("full", "stage2"):     (4700,     8, 5e-5,    100,         0.01,   0.0),    # 10 epochs of each domain
 }
 
 
@@ -143,7 +143,7 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
                                   fused=device.type == "cuda")
     ema = {name: p.detach().clone() for name, p in params.items()} if args.ema else {}
-    start = load_state(out, params, ema, optimizer, args)
+    start = load_state(out, params, ema, optimizer, args, world)
     describe(network, params, sets, args, out, launched, start)
     model = in_training(network, args, world)
     autocast = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
@@ -179,7 +179,7 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
         if saving or (step + 1) % args.log_every == 0:      # first: it stops at a loss that is not finite
             bar.set_postfix_str(log.flush(step, learning_rate(step, args)))
         if saving:
-            save_state(out, step + 1, params, ema, optimizer, args, rank)
+            save_state(out, step + 1, params, ema, optimizer, args, rank, world)
         if stopping and not last:
             bar.close()
             if rank == 0:
@@ -202,11 +202,12 @@ def in_training(network, args, world):
         for block in network.dit.blocks:            # without one, and where the graph begins
             block.compile(dynamic=False)
     network.dit.grad_checkpointing = args.grad_checkpointing
-    # find_unused_parameters: the blocks frozen in an iteration get no gradient; without it the ranks drift apart. To run
-    # them and set their gradients to None takes 8 to 10 % longer, and trains the time and text embedders through them;
-    # an all-reduce by hand takes 1 to 3 % less on two gloo ranks, but would not run beside the backward pass on GPUs.
-    return DistributedDataParallel(network, find_unused_parameters=True, gradient_as_bucket_view=True) if world > 1 else \
-        network
+    # find_unused_parameters: the blocks frozen in an iteration get no gradient; without it the ranks drift apart. To
+    # run them and set their gradients to None takes 8 to 10 % longer, and trains the embedders through them; an
+    # all-reduce by hand takes up to 3 % less on two gloo ranks, but on GPUs would not overlap with the backward pass.
+    if world == 1:
+        return network
+    return DistributedDataParallel(network, find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
 def read_batch(step, iteration, sets, args, launched):
@@ -269,7 +270,8 @@ def describe(network, params, sets, args, out, launched, start):
     if rank == 0:
         print(f"{args.name}: trains {trained:,} of {total:,} parameters, {args.steps - start} of {args.steps} steps of "
               f"{images} images x {world} process(es) = {images * world}, on {device} in {args.dtype}; "
-              + ", ".join("{} set of {} x {} image(s)".format(name, *data.set_shape(s)) for name, s in sets.items()) + f"; into {out}",
+              + ", ".join("{} set of {} x {} image(s)".format(name, *data.set_shape(s)) for name, s in sets.items())
+              + f"; into {out}",
               flush=True)
 
 
@@ -313,22 +315,24 @@ def settings(args):
     return {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
 
 
-def save_state(out, step, params, ema, optimizer, args, rank):
+def save_state(out, step, params, ema, optimizer, args, rank, world):
     """Writes out/state_STEP.safetensors (rank 0), and keeps the one before it."""
     if rank > 0:
         return
     tensors = {f"param.{name}": p for name, p in params.items()} | {f"ema.{name}": p for name, p in ema.items()}
     for name, p in params.items():
         tensors |= {f"{key}.{name}": torch.as_tensor(value) for key, value in optimizer.state[p].items()}
-    save_tensors(f"{out}/state_{step:08d}.safetensors", tensors, step=step, settings=settings(args))
+    save_tensors(f"{out}/state_{step:08d}.safetensors", tensors, step=step,
+                 settings=settings(args) | {"processes": world})
     for old in sorted(glob(f"{out}/state_*.safetensors"))[:-2]:
         os.remove(old)
 
 
-def load_state(out, params, ema, optimizer, args):
+def load_state(out, params, ema, optimizer, args, world):
     """Restores the newest readable state in `out` and returns its step, 0 if there is none.
 
-    Raises ValueError if that state was made with other settings.
+    Raises ValueError if that state was made with other settings, or by another number of processes, which see other
+    data.
     """
     for path in sorted(glob(f"{out}/state_*.safetensors"), reverse=True):
         try:
@@ -336,7 +340,7 @@ def load_state(out, params, ema, optimizer, args):
         except ValueError as error:
             print(f"skipping a damaged state: {error}", file=sys.stderr)
             continue
-        was, now = metadata["settings"], json.loads(json.dumps(settings(args)))
+        was, now = metadata["settings"], json.loads(json.dumps(settings(args) | {"processes": world}))
         other = [f"{key} {was.get(key)} (now {now.get(key)})" for key in sorted(was.keys() | now.keys())
                  if was.get(key) != now.get(key)]
         if other:
@@ -347,8 +351,9 @@ def load_state(out, params, ema, optimizer, args):
             if ema:
                 ema[name].copy_(tensors[f"ema.{name}"])
             if f"step.{name}" in tensors:
-                optimizer.state[p] = {"step": tensors[f"step.{name}"]} | {
-                    key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+                step = tensors[f"step.{name}"]          # a fused optimizer counts on the device, the others on the CPU
+                optimizer.state[p]["step"] = step.to(p.device) if optimizer.defaults["fused"] else step
         return metadata["step"]
     return 0
 
@@ -441,12 +446,12 @@ def training_arguments(parser):
     add("--preset", choices=PRESETS, default="toy", help="size of model and world (default toy)")
     add("--out", help="run folder (default runs/PRESET)")
     add("--name", help="name of this training below the run folder (default says what it is)")
-    add("--base", help="base model: a checkpoint of ours, or PixArt-alpha's .pth or safetensors (default: the run folder's, else "
-                       "the one shipped in weights/)")
+    add("--base", help="base model: a checkpoint of ours, or PixArt-alpha's .pth or safetensors (default: the run "
+                       "folder's, else the one shipped in weights/)")
     add("--synthetic", help="synthetic set; full: folder of data.py encode (toy, small: a safetensors file, default is "
         "to render it)")
-    add("--real", help="real set; full: folder of sample.py --real_set (toy, small: a safetensors file, default is to let "
-        "the base model draw it)")
+    add("--real", help="real set; full: folder of sample.py --real_set (toy, small: a safetensors file, default is to "
+        "let the base model draw it)")
     add("--num_assets", type=int, default=640, help="assets of the synthetic set the toy world renders")
     add("--real_steps", type=int, default=10, help="DDIM steps for the images of the real set")
     for flag, kind, text in (("steps", int, "training steps"), ("batch", int, "per process: grids of four views; base: "
@@ -463,8 +468,8 @@ def training_arguments(parser):
     add("--seed", type=int, default=0, help="decides initial weights, data order, noise and draws")
     add("--dtype", choices=("float32", "bfloat16"), help="autocast (default bfloat16 on CUDA, float32 elsewhere)")
     add("--compile", action="store_true", help="torch.compile each block")
-    add("--accumulate", type=int, default=1, help="parts that a batch is computed in, one after the other: less memory, "
-        "same result")
+    add("--accumulate", type=int, default=1, help="parts that a batch is computed in, one after the other: less "
+        "memory, same result")
     add("--workers", type=int, help="threads that read batches ahead (default 2 on CUDA, 0 elsewhere)")
     add("--grad_checkpointing", action="store_true", help="recompute blocks in the backward pass to save memory")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
@@ -544,8 +549,9 @@ def train_shifters(args, launched):
     synthetic, real = training_sets(args, launched, needs_real=network.knows_domains(), views=False)
     sets = {"syn": synthetic, "real": real} if network.knows_domains() else {"syn": synthetic}
     turns = list(sets)
-    losses = train(network, sets, null_caption(network.dit, synthetic), lambda step: Iteration(turns[step % len(turns)], step // len(turns)), args,
-                   f"{args.out}/{args.name}", launched, domain_preview(network, args))
+    plan = lambda step: Iteration(turns[step % len(turns)], step // len(turns))
+    losses = train(network, sets, null_caption(network.dit, synthetic), plan, args, f"{args.out}/{args.name}", launched,
+                   domain_preview(network, args))
     return finish(stage1_file(args.out, args.adapter, args.rank), network, args, losses, launched, keep_model=False)
 
 
@@ -583,7 +589,6 @@ def base_path(args):
     return args.base or sample.default_base(args.preset, args.out)
 
 
-
 def base_model(args, device):
     """The base model of the preset's configuration: `base_path`'s."""
     return load_base(base_path(args), device, PRESETS[args.preset])
@@ -592,15 +597,15 @@ def base_model(args, device):
 def training_sets(args, launched, needs_real=True, views=True, control=False):
     """(synthetic, real): of --synthetic and --real, or of the toy world and the base model (C.1).
 
-    needs_real: False leaves the real set undrawn, and None in its place. views: whether the synthetic set comes in grids
-    of views that know their index, or as single images. control: whether with its maps.
+    needs_real: False leaves the real set undrawn, and None in its place. views: whether the synthetic set comes in
+    grids of views that know their index, or as single images. control: whether with its maps.
     """
     device, rank, world = launched
     config, folder = PRESETS[args.preset], f"{args.out}/sets"
     if not config.vocab_size:
         if not args.synthetic or needs_real and not args.real:
-            raise FileNotFoundError(f"preset {args.preset} needs --synthetic DIR, from python data.py encode, and --real "
-                                    "DIR, from python sample.py --real_set")
+            raise FileNotFoundError(f"preset {args.preset} needs --synthetic DIR, from python data.py encode, and "
+                                    "--real DIR, from python sample.py --real_set")
         synthetic = data.LatentSet(args.synthetic, config, views, control)
         real = data.LatentSet(args.real, config, views=False) if needs_real else synthetic
         if real.key["text_encoder"] != synthetic.key["text_encoder"]:

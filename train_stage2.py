@@ -187,12 +187,13 @@ def layer_selective(args, launched):
 
 
 def selective_measures(images, elsewhere, judge, photos):
-    """Of images (N, 3, H, W) in [0, 1] after captions that name no background: share called a photo, distances to held-out
-    photos before white; of images `elsewhere`, after captions that name another background: share before white."""
+    """Of images (N, 3, H, W) in [0, 1] after captions that name no background: share called a photo, distances to
+    held-out photos before white; of images `elsewhere`, after captions that name another one: share before white."""
     features = judge.features(images)
     edge = torch.cat([elsewhere[..., 0, :], elsewhere[..., -1, :], elsewhere[..., 0], elsewhere[..., -1]], dim=-1)
+    is_white = (edge > 0.9).all(dim=1).double()                                                     # (N, 4 W)
     return dict(photo=(judge.photo_probability(images) > 0.5).double().mean().item(),
-                white=((edge > 0.9).all(dim=1).double().mean(dim=1) > 0.9).double().mean().item(),      # edge (N, 3, 4 W)
+                white=(is_white.mean(dim=1) > 0.9).double().mean().item(),
                 FD=evaluate.fid(photos, features), KD=1000 * evaluate.kid(photos, features))
 
 
@@ -320,11 +321,12 @@ def timed_step(model, optimizer, sets, null, iteration, args, device, parts=None
             wait(device)
             clock.append(time.perf_counter())
             parts[part].append(clock[-1] - clock[-2])
-    wait(device)
     clock = [time.perf_counter()]
     _, _, _, batch = read_batch(0, iteration, sets, args, (device, 0, 1))
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     lap("data")
+    wait(device)
+    start = time.perf_counter()                 # `train` reads while the device computes: not part of the step
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         loss, _ = denoising_loss(model, batch, iteration, null, args.seed, 0, 0, args.text_dropout,
                                  even=args.loss == "even")
@@ -336,7 +338,7 @@ def timed_step(model, optimizer, sets, null, iteration, args, device, parts=None
     optimizer.zero_grad(set_to_none=True)
     lap("optimizer")
     wait(device)
-    return time.perf_counter() - clock[0]
+    return time.perf_counter() - start
 
 
 def measure(args, launched):
@@ -398,6 +400,8 @@ def benchmark(args, launched):
     device, rank, _ = launched
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, not {args.rounds}")
+    if args.accumulate > 1:
+        raise ValueError("--benchmark times whole batches: leave out --accumulate, or take a smaller --batch")
     timed = args.preset != "full" or device.type == "cuda"
     if rank == 0:
         print_counted(args)

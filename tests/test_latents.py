@@ -226,9 +226,10 @@ def test_shards_that_do_not_fit_are_refused(shards):
     save_tensors(f"{folder}/more/3.safetensors", extra, shard=dict(key=key, captions={"2": "a"}))
     with pytest.raises(ValueError, match="object 2 twice"):
         data.LatentSet(folder, CONFIG)
-    save_tensors(f"{folder}/more/3.safetensors", extra, shard=dict(key=key | {"scale": 1}, captions={"3": "a"}))
-    with pytest.raises(ValueError, match="made otherwise"):
-        data.LatentSet(folder, CONFIG)
+    for other, match in ((dict(scale=1), "for latents times 1, here"), (dict(text_encoder="clip"), "made otherwise")):
+        save_tensors(f"{folder}/more/3.safetensors", extra, shard=dict(key=key | other, captions={"3": "a"}))
+        with pytest.raises(ValueError, match=match):
+            data.LatentSet(folder, CONFIG)
     save_file({"x": torch.ones(1)}, folder / "a.safetensors")
     with pytest.raises(ValueError, match="no shard of data.py encode"):
         data.LatentSet(folder, CONFIG)
