@@ -516,7 +516,7 @@ def test_missing_or_wrong_networks_say_what_to_get(tmp_path):
     (tmp_path / "text").write_text("hello")
     with pytest.raises(ValueError, match="not a TorchScript file"):
         evaluate.load_inception(str(tmp_path / "text"))
-    with pytest.raises(ValueError, match="not a readable file"):
+    with pytest.raises(ValueError, match="is not a readable"):
         evaluate.load_lpips(str(tmp_path / "text"))
     torch.save({"lin0.model.1.weight": torch.zeros(1)}, tmp_path / "part.pt")
     with pytest.raises(ValueError, match="lacks lin1.model.1.weight"):
