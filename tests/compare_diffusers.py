@@ -2,10 +2,10 @@
 
     pip install diffusers; python tests/compare_diffusers.py            # on an idle machine
     python tests/compare_diffusers.py --cpu_time --threads 1            # on a busy one
-    python tests/compare_diffusers.py --compile                         # our blocks compiled, as train_stage1.py does
 
 Both take turns in one process: a training step (forward, epsilon loss, backward, clipping, AdamW) in fp32 and in bf16
-autocast, and DDIM with guidance. The ratio is diffusers' time over ours. tests/test_diffusers.py checks the numbers.
+autocast, and 50 steps of DDIM with guidance. The ratio is diffusers' time over ours; a loss is that before the first
+step. tests/test_diffusers.py checks the numbers of smaller models.
 """
 
 import argparse
@@ -15,17 +15,18 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import partial
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 try:
     from diffusers import DDIMScheduler, PixArtTransformer2DModel
 except ImportError:
     sys.exit("error: this compares with diffusers: pip install diffusers")
-from safetensors.torch import save_file
 
 from dit import epsilon_loss, load_pixart
 from domain_shifter import ShiftedDiT
@@ -34,27 +35,18 @@ from sample import ddim_sample, domain_mode, guided_noise
 TOKENS, TEXT_DIM, GUIDANCE = 16, 64, 4.5
 
 
-def make_models(depth=12, width=384, heads=6, size=32, seed=0):
+def make_models(depth=12, width=384, heads=6, size=32):
     """diffusers' model with random weights, none of them zero, and ours with the same ones."""
-    torch.manual_seed(seed)
-    theirs = PixArtTransformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=width // heads,
-        cross_attention_dim=width,
-        num_layers=depth,
-        sample_size=size,
-        in_channels=4,
-        out_channels=8,
-        patch_size=2,
-        caption_channels=TEXT_DIM,
-        use_additional_conditions=False,
-    )
+    torch.manual_seed(0)
+    options = dict(num_layers=depth, sample_size=size, patch_size=2, in_channels=4, out_channels=8)
+    options |= dict(num_attention_heads=heads, attention_head_dim=width // heads, cross_attention_dim=width)
+    theirs = PixArtTransformer2DModel(**options, caption_channels=TEXT_DIM, use_additional_conditions=False)
     with tempfile.TemporaryDirectory() as folder:
         save_file(theirs.state_dict(), f"{folder}/pixart.safetensors")
         return theirs, load_pixart(f"{folder}/pixart.safetensors", heads, size)
 
 
-def make_batch(batch, size=32):
+def make_batch(batch=8, size=32):
     """x and noise (B, 4, H, W), t (B,), text (B, L, D) and its mask (B, L), 1 = a real token, of various lengths."""
     torch.manual_seed(1)
     x, noise = torch.randn(2, batch, 4, size, size)
@@ -63,7 +55,7 @@ def make_batch(batch, size=32):
 
 
 def their_loss(model, x, noise, t, text, mask):
-    eps = model(x, encoder_hidden_states=text, timestep=t, encoder_attention_mask=mask, return_dict=False)[0][:, :4]
+    eps = model(x, encoder_hidden_states=text, timestep=t, encoder_attention_mask=mask).sample.chunk(2, dim=1)[0]
     return F.mse_loss(eps.float(), noise)
 
 
@@ -72,7 +64,6 @@ def our_loss(model, x, noise, t, text, mask):
 
 
 def training_step(model, optimizer, loss_of, batch, autocast):
-    """One step; returns the loss before it."""
     with autocast:
         loss = loss_of(model, *batch)
     loss.backward()
@@ -83,84 +74,68 @@ def training_step(model, optimizer, loss_of, batch, autocast):
 
 
 @torch.no_grad()
-def their_sample(model, x, text, null_text, mask, num_steps):
-    """The loop of diffusers' PixArtAlphaPipeline, with its DDIM."""
-    scheduler = DDIMScheduler(
-        1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, timestep_spacing="trailing"
-    )
+def their_sample(model, x, text, null_text, mask, num_steps=50):
+    """The loop of diffusers' PixArtAlphaPipeline, with diffusers' DDIM."""
+    betas = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    scheduler = DDIMScheduler(1000, **betas, clip_sample=False, timestep_spacing="trailing")
     scheduler.set_timesteps(num_steps)
-    both, mask = torch.cat([null_text.expand_as(text), text]), torch.cat([mask, mask])
+    text, mask = torch.cat([null_text.expand_as(text), text]), torch.cat([mask, mask])
     for t in scheduler.timesteps:
-        noise = model(
-            torch.cat([x, x]),
-            encoder_hidden_states=both,
-            encoder_attention_mask=mask,
-            timestep=t.expand(len(both)),
-            return_dict=False,
-        )[0]
-        without_text, with_text = noise.chunk(2)
+        inputs = dict(encoder_hidden_states=text, encoder_attention_mask=mask, timestep=t.expand(len(text)))
+        without_text, with_text = model(torch.cat([x, x]), **inputs).sample.chunk(2)
         noise = (without_text + GUIDANCE * (with_text - without_text)).chunk(2, dim=1)[0]
-        x = scheduler.step(noise, t, x, return_dict=False)[0]
+        x = scheduler.step(noise, t, x).prev_sample
     return x
 
 
 @torch.no_grad()
-def our_sample(model, x, text, null_text, mask, num_steps):
+def our_sample(model, x, text, null_text, mask, num_steps=50):
     domains = domain_mode("real", model.config.depth)
     noise = guided_noise(ShiftedDiT(model), {"text": null_text}, domains, GUIDANCE, text=text, text_mask=mask)
     return ddim_sample(noise, x[:, None], num_steps)[:, 0]
 
 
 def take_turns(title, theirs, ours, rounds, clock):
-    """Times both, `rounds` times in turn after one round to warm up; returns what they returned in that first round."""
-    first, times = None, []
+    """Times both in turn after a round to warm up; prints the times and returns what they returned in that round."""
+    results, times = [], []
     for _ in range(rounds + 1):
-        start = clock()
-        a = theirs()
-        middle = clock()
-        b = ours()
-        first = first or (a, b)
-        times.append((middle - start, clock() - middle))
-    line = f"{title}:"
+        start, a, middle, b, end = clock(), theirs(), clock(), ours(), clock()
+        results.append((a, b))
+        times.append((middle - start, end - middle))
+    print(title, end="")
     for name, of in (("median", statistics.median), ("best", min)):
-        a, b = (of(column) for column in zip(*times[1:]))
-        line += f" {name} diffusers {a:.3f} s, ours {b:.3f} s, ratio {a / b:.2f};"
-    print(line, end=" ", flush=True)
-    return first
+        a, b = map(of, zip(*times[1:]))
+        print(f", {name}: diffusers {a:.3f} s, ours {b:.3f} s, ratio {a / b:.2f}", end="")
+    return results[0]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="training steps that are timed (sampling: a third)")
+    parser.add_argument("--rounds", type=int, default=6, help="training steps that are timed; images: a third as many")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--num_steps", type=int, default=50, help="DDIM steps")
-    parser.add_argument("--batch", type=int, default=8, help="samples of a training step; sampling draws half as many")
-    parser.add_argument("--compile", action="store_true", help="compile our blocks")
+    parser.add_argument("--compile", action="store_true", help="compile our blocks, as train_stage1.py --compile does")
     parser.add_argument("--cpu_time", action="store_true", help="count CPU seconds, not those of the clock")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    batch = make_batch(args.batch)
+    clock, batch = time.process_time if args.cpu_time else time.perf_counter, make_batch()
     for name in ("fp32", "bf16"):
-        theirs, ours = make_models()
+        models = make_models()
         if args.compile:
-            for block in ours.blocks:
-                block.compile(dynamic=False)
-        runs = [
-            (model, torch.optim.AdamW(model.parameters(), lr=1e-4), loss_of)
-            for model, loss_of in ((theirs, their_loss), (ours, our_loss))
-        ]
+            for block in models[1].blocks:
+                block.compile()
         autocast = torch.autocast("cpu", torch.bfloat16) if name == "bf16" else nullcontext()
-        steps = [lambda run=run: training_step(*run, batch, autocast) for run in runs]
-        a, b = take_turns(f"training step, {name}", *steps, args.rounds, clock)
-        print(f"loss {a:.6f} and {b:.6f}")
-    theirs, ours = make_models()
-    x, _, _, text, mask = (tensor[: args.batch // 2] for tensor in batch)
-    inputs = x, text, torch.randn(1, TOKENS, TEXT_DIM), mask, args.num_steps
-    samplers = [lambda: their_sample(theirs, *inputs), lambda: our_sample(ours, *inputs)]
-    a, b = take_turns(f"{args.num_steps} steps of sampling, fp32", *samplers, (args.rounds + 2) // 3, clock)
-    print(f"largest difference of a pixel {(a - b).abs().max() / a.std():.1e} (of an image of standard deviation 1)")
+        turns = [
+            partial(training_step, model, torch.optim.AdamW(model.parameters(), lr=1e-4), loss_of, batch, autocast)
+            for model, loss_of in zip(models, (their_loss, our_loss))
+        ]
+        a, b = take_turns(f"training step, {name}", *turns, args.rounds, clock)
+        print(f"; loss {a:.6f} and {b:.6f}, difference {abs(a - b):.1e}")
+    (theirs, ours), (x, _, _, text, mask) = make_models(), make_batch(4)
+    inputs = x, text, torch.randn(1, TOKENS, TEXT_DIM), mask
+    turns = partial(their_sample, theirs, *inputs), partial(our_sample, ours, *inputs)
+    a, b = take_turns("50 steps of sampling, fp32", *turns, max(1, args.rounds // 3), clock)
+    print(f"; largest difference of a pixel {(a - b).abs().max() / a.std():.1e} standard deviations of the image")
 
 
 if __name__ == "__main__":
