@@ -161,10 +161,10 @@ def ssim(a, b, where=None):
     """
     if min(a.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs images of at least 11 x 11 pixels, not {tuple(a.shape[-2:])}")
-    g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64)**2 / (2 * 1.5**2))
-    window = (g[:, None] * g / g.sum()**2)[None, None].to(a.device)
+    g = torch.exp(-torch.arange(-5, 6, dtype=torch.float64)**2 / (2 * 1.5**2)).to(a.device)
+    rows, columns = (g / g.sum()).view(1, 1, 11, 1), (g / g.sum()).view(1, 1, 1, 11)
     x, y = (z.double().reshape(-1, 1, *z.shape[-2:]) for z in (a, b))
-    mean = lambda z: F.conv2d(z, window).view(*a.shape[:-2], a.shape[-2] - 10, a.shape[-1] - 10)
+    mean = lambda z: F.conv2d(F.conv2d(z, rows), columns).view(*a.shape[:-2], a.shape[-2] - 10, a.shape[-1] - 10)
     mx, my = mean(x), mean(y)
     vx, vy, vxy = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
     c1, c2 = 0.01**2, 0.03**2
