@@ -33,11 +33,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from tqdm import tqdm
 
-from dit import PRESETS, launch, read_metadata, run_cli, save_tensors
+from dit import PRESETS, launch, load_tensors, read_metadata, run_cli, save_tensors, up_to_date
 
 WORLD_VERSION = 1                       # raise it when pixels or captions change: cached sets are then made again
 VIEWS = ("front", "right", "back", "left")
@@ -1150,22 +1149,11 @@ def to_pixels(images):
 
 def cached(path, key, build):
     """The dict of tensors in the file at path if it was made from key; else build() it and keep it there."""
-    path, key = Path(path), json.dumps(dict(key, version=WORLD_VERSION), sort_keys=True)
-    if path.exists():
-        try:
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("key") == key:
-                    return {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError:
-            print(f"{path} is damaged, making it again")
+    key = dict(key, version=WORLD_VERSION)
+    if up_to_date(path, key):
+        return load_tensors(path)[0]
     tensors = build()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"key": key})
-        os.replace(partial, path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path} ({error.strerror}), choose another folder") from None
+    save_tensors(path, tensors, key=key)
     return tensors
 
 

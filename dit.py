@@ -8,6 +8,8 @@ leaves the base model exactly as it was until it is trained:
     view     a learned encoding of the view's index, starts at zero
     shift    a vector per block and sample, added to every token before the block       (domain_shifter.py, Sec. 4.1)
 
+and a number, frozen_blocks: how many of the first blocks run without a graph (layer-aware training, Sec. 4.2).
+
 Symbols: B batch, V views (1 = single-image mode, 4 = attention over all views), N tokens a view, L text tokens,
 d width, N_B depth, T = 1000 diffusion steps, alpha_bar_t = alphas_cumprod[t].
 
@@ -20,6 +22,7 @@ import os
 import sys
 import warnings
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import cache
 
 import numpy as np
@@ -51,7 +54,7 @@ class Config:
     vocab_size: int         # 0: text comes as vectors (L, text_dim); else as ids, embedded here, id 0 = padding
     output_skip: bool       # eps = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) F(x_t) in place of eps = F(x_t)
     qk_norm: bool           # RMS-normalise queries and keys: keeps attention logits bounded in long fine-tuning
-    pos_scale: float = 1.0  # positions are divided by this (PixArt at 1024 px: 2)
+    pos_scale: float = 1.0  # positions are divided by this (2: a table trained at half the resolution)
 
 
 PRESETS = {
@@ -140,8 +143,9 @@ class Linear(nn.Linear):
     """nn.Linear, but fp32 on a CPU goes through oneDNN: MKL, PyTorch's choice, is half as fast on AMD's processors."""
 
     def forward(self, x):
-        by_mkl = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkl.is_available()
-        if not by_mkl or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        # is_compiling first: behind it torch.compile sees nothing that it cannot trace
+        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32 \
+                or torch.is_autocast_enabled("cpu") or not torch.backends.mkl.is_available():
             return super().forward(x)
         return torch._C._nn.mkldnn_linear(x.to_mkldnn(), self.weight, self.bias).to_dense()
 
@@ -314,7 +318,7 @@ class DiT(nn.Module):
         with torch.set_grad_enabled(grad and frozen_blocks == 0):
             h = self.embed_tokens(x, control, view)                                                 # (B, V N, d)
         for k, block in enumerate(self.blocks):
-            with torch.set_grad_enabled(grad and k >= frozen_blocks):
+            with torch.set_grad_enabled(grad and k >= frozen_blocks):                               # Sec. 4.2
                 inputs = h, mod, text, text_mask, None if shift is None else shift[k]
                 recompute = self.grad_checkpointing and torch.is_grad_enabled()
                 h = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
@@ -375,6 +379,17 @@ def read_metadata(path):
             return {key: parse_metadata(value) for key, value in (file.metadata() or {}).items()}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a readable safetensors file (cut off, or another type): {error}") from None
+
+
+def up_to_date(path, key):
+    """Whether `path` is a file that `save_tensors` wrote with this metadatum `key`; says so where it is damaged."""
+    try:
+        return read_metadata(path).get("key") == json.loads(json.dumps(key))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        print(f"{path} is damaged, making it again")
+        return False
 
 
 def parse_metadata(value):
@@ -538,17 +553,25 @@ def launch(threads=None):
     """
     rank, local, world = (int(os.environ.get(key, default)) for key, default in
                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    if threads:
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"--threads must be at least 1, not {threads}")
         torch.set_num_threads(threads)
     # under bf16 autocast RMSNorm keeps its weight in fp32, which is what we want, and says so at length
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else
                           "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
-    if device.type == "cuda":
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this node has no GPU: --nproc_per_node must be at most "
+                             f"{torch.cuda.device_count()}")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # two hours: ranks that encode or draw a set work alone and meet at its end, some of them early
+        torch.distributed.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(hours=2),
+                                             device_id=device if on_cuda else None)
     return device, rank, world
 
 

@@ -409,14 +409,18 @@ def read_image(path):
 
 
 def read_caption(path):
-    """The caption of an image: NAME.txt beside it, or "caption" in the meta.json of its folder."""
-    text, meta = os.path.splitext(path)[0] + ".txt", os.path.join(os.path.dirname(path), "meta.json")
-    if os.path.isfile(text):
-        with open(text) as file:
-            return file.read().strip()
-    if os.path.isfile(meta):
+    """The caption of an image: NAME.txt beside it, or of its folder: "caption" in meta.json, or caption.txt."""
+    text, meta, of_all = os.path.splitext(path)[0] + ".txt", *(os.path.join(os.path.dirname(path), name)
+                                                               for name in ("meta.json", "caption.txt"))
+    if not os.path.isfile(text) and os.path.isfile(meta):
         with open(meta) as file:
-            return json.load(file)["caption"]
+            caption = json.load(file).get("caption")
+        if caption:
+            return caption
+    for name in (text, of_all):
+        if os.path.isfile(name):
+            with open(name) as file:
+                return file.read().strip()
     raise FileNotFoundError(f"no caption for {path}: --clip wants {text}, or a 'caption' in {meta}")
 
 

@@ -213,6 +213,8 @@ def main():
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--out", default="runs/toy/pca.png", help="the figure; the plot gets _readable before .png")
     args = parser.parse_args()
+    if min(args.num_objects, args.num) < 10:
+        parser.error("--num and --num_objects must be at least 10")
     device = launch(args.threads)[0]
     path, inputs = args.model or sample.default_base("toy"), {}
     network = sample.load_network(path, device)

@@ -1,6 +1,6 @@
 """Sampling (Sec. 4.3, B.3): DDIM, guidance on the text, Domain Shifters switched by block and by timestep.
 
-    python sample.py                                        # an object of the toy world, from the shipped weights
+    python sample.py                                        # three toy objects, from the shipped weights
     python sample.py --object 3 7 --domain shifted          # objects 3 and 7 of the held-out ones, shifted mode only
     python sample.py --model runs/toy/realiz3d_text.safetensors --prompt "a red wooden mug"     # four views from text
     python sample.py --object 3 --textured runs/toy/textured                    # a textured 3D object: GLB, OBJ
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from dit import (PRESETS, T, add_noise, alphas_cumprod, launch, load_base, load_tensors, read_metadata, run_cli,
-                 save_tensors, seeded_generator)
+                 save_tensors, seeded_generator, up_to_date)
 from domain_shifter import REAL, SYN, ShiftedDiT, load_adapter, load_shifters, shifted_domains, uniform_domains
 
 CFG_SCALE = 1.0         # guidance on the text, 1 = none: more burns toy photos to flat colours that look rendered
@@ -44,7 +44,7 @@ SAMPLES = 4             # first key of the generators of initial noise (train_st
 def ddim_timesteps(num_steps, spacing="trailing"):
     """The timesteps DDIM visits, from noise to image: (num_steps,) decreasing integers in [0, T).
 
-    "trailing" ends on T - 1, so three of 50 steps lie at t >= t_max = 950; "leading" and "linspace" as in diffusers.
+    "trailing" starts at T - 1, so three of 50 steps lie at t >= t_max = 950; "leading" and "linspace" as in diffusers.
     """
     if not 1 <= num_steps <= T:
         raise ValueError(f"num_steps must lie in 1..{T}, not {num_steps}")
@@ -66,9 +66,11 @@ def ddim_sample(predict_noise, x, num_steps=50, spacing="trailing", clip_x0=Fals
     which only makes sense where x is pixels. t_start: x is an image noised to this step; later ones are left out.
     """
     steps = ddim_timesteps(num_steps, spacing)
-    for t in steps[steps <= t_start]:
+    following = steps - T // num_steps if spacing == "linspace" else [*steps[1:].tolist(), -1]      # linspace: diffusers
+    for t, previous in zip(steps, following):
+        if t > t_start:
+            continue
         eps = predict_noise(x, t.to(x.device))
-        previous = int(t) - T // num_steps
         alpha_bar = float(alphas_cumprod[t])
         alpha_bar_previous = float(alphas_cumprod[previous]) if previous >= 0 else 1.0
         x0 = (x - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar ** 0.5
@@ -278,14 +280,6 @@ def write_latent_real_set(out, base, synthetic, text_encoder, seed=0, num_steps=
         torch.distributed.barrier()
 
 
-def up_to_date(path, key):
-    """Whether `path` is a readable file made with this key."""
-    try:
-        return read_metadata(path).get("key") == key
-    except (FileNotFoundError, ValueError):
-        return False
-
-
 def file_id(path):
     """Name of a checkpoint and the sum over its tensors of their absolute values: changes when the checkpoint does."""
     tensors, _ = load_tensors(path)             # numpy adds in the same order on any number of threads
@@ -422,7 +416,7 @@ def default_base(preset="toy", folder=None):
 
 
 def default_model(preset="toy", task="texturing", method="realiz3d"):
-    """Path of the newest trained model: the run folder's, else the one that comes with the repository."""
+    """Path of the trained model: the run folder's, else the one that comes with the repository."""
     here = os.path.dirname(os.path.abspath(__file__))
     for path in (f"runs/{preset}/{method}_{task}.safetensors", f"{here}/weights/{preset}_{method}_{task}.safetensors"):
         if os.path.isfile(path):
@@ -445,7 +439,7 @@ def selected_shift(path):
     with open(choice) as file:
         stored = json.load(file)
     (name, total), (now_name, now) = stored["model"], file_id(path)
-    if name != now_name or not math.isclose(total, now, rel_tol=1e-9):      # threads add in another order
+    if name != now_name or not math.isclose(total, now, rel_tol=1e-9):      # numpy may add otherwise elsewhere
         raise ValueError(f"{choice} was chosen for another model of this name: run python evaluate.py select --model "
                          f"{path} again, or delete it")
     return stored["B_max"], stored["t_max"]
@@ -746,6 +740,8 @@ def latent_objects(args, network, device):
     if not (args.vae and args.text_encoder):
         raise ValueError("a model of latents needs PixArt's encoders: name their folders with --vae and --text_encoder")
     encode_image, decode = data.load_vae(args.vae, device)
+    if args.objects and args.prompt:
+        raise ValueError("--objects bring their own captions: leave out --prompt")
     captions, drawn, meshes = args.prompt or [], [], dict.fromkeys(range(len(args.prompt or [])))
     size = 8 * network.dit.config.image_size
     if args.mesh:
@@ -753,6 +749,10 @@ def latent_objects(args, network, device):
         drawn, meshes = [data.mesh_views(mesh, size)], {Path(args.mesh).stem: mesh}
     elif args.objects:
         captions, drawn = zip(*map(data.read_object, args.objects))
+        for folder, views in zip(args.objects, drawn):
+            if views.mask.shape[-2:] != (size, size):
+                raise ValueError(f"{folder} is of {views.mask.shape[-1]} x {views.mask.shape[-2]} pixels, the model takes "
+                                 f"{size}")
         meshes = dict.fromkeys(os.path.basename(os.path.abspath(folder)) for folder in args.objects)
     if len(captions) != len(meshes) or not captions:
         raise ValueError("give a --prompt, one for --mesh, or rendered objects with --objects")
@@ -760,8 +760,6 @@ def latent_objects(args, network, device):
     objects["captions"] = captions
     if drawn:
         maps = torch.cat([data.control_maps(views) for views in drawn])                             # (N, V, 6, H, W)
-        if maps.shape[-2:] != (size, size):
-            raise ValueError(f"the objects are of {maps.shape[-1]} x {maps.shape[-2]} pixels, the model takes {size}")
         latents = [encode_image(view.unflatten(0, (2, 3)))[:, 0].flatten(0, 1) for view in maps.flatten(0, 1)]
         objects |= dict(maps=maps, control=data.LATENT_SCALE * torch.stack(latents).unflatten(0, (-1, 4)),
                         position=torch.cat([views.position for views in drawn]),

@@ -31,9 +31,9 @@ import data
 import sample
 from dit import (PRESETS, DiT, T, add_noise, epsilon_loss, launch, load_base, load_tensors, run_cli,
                  save_model, save_tensors, seeded_generator)
-from domain_shifter import ADAPTERS, REAL, SYN, ShiftedDiT, adapter_rank, uniform_domains, with_adapter
+from domain_shifter import (ADAPTERS, SYN, ShiftedDiT, adapter_rank, reassigned_domains, uniform_domains,
+                            with_adapter)
 
-DOMAINS = {"syn": SYN, "real": REAL}
 ORDER, NOISE, DRAWS = 1, 2, 3           # first key of each family of generators, so that none repeats another's numbers
 
 # Images are counted in grids of V = 4 views in stages 1 and 2 (a real grid: four single images), one by one at base.
@@ -63,9 +63,9 @@ class Iteration:
 
     def domains(self, num_blocks, batch, device):
         """The (N_B, B) table of domains in which the blocks run."""
-        table = uniform_domains(DOMAINS.get(self.domain, REAL), num_blocks, batch, device)
-        table[:self.reassigned_blocks] = SYN
-        return table
+        if self.domain == "syn":
+            return uniform_domains(SYN, num_blocks, batch, device)
+        return reassigned_domains(self.reassigned_blocks, num_blocks, batch, device)                # Sec. 4.2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,6 +144,7 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
                                   fused=device.type == "cuda")
     ema = {name: p.detach().clone() for name, p in params.items()} if args.ema else {}
     start = load_state(out, params, ema, optimizer, args, world)
+    check_ranks(start, out, world)
     describe(network, params, sets, args, out, launched, start)
     model = in_training(network, args, world)
     autocast = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
@@ -188,6 +189,7 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
         if preview and rank == 0 and (step + 1) % args.sample_every == 0 and not last:
             with swapped(params, ema), torch.compiler.set_stance("force_eager"):  # not worth a compilation
                 preview(f"{out}/samples_{step + 1:07d}.png")
+    signal.signal(signal.SIGTERM, stop["before"])
     for name, average in ema.items():
         params[name].data.copy_(average)
     if preview and rank == 0:
@@ -205,9 +207,11 @@ def in_training(network, args, world):
     # find_unused_parameters: the blocks frozen in an iteration get no gradient; without it the ranks drift apart. To
     # run them and set their gradients to None takes 8 to 10 % longer, and trains the embedders through them; an
     # all-reduce by hand takes up to 3 % less on two gloo ranks, but on GPUs would not overlap with the backward pass.
+    # Where the backbone is frozen (stage 1) nothing is unused, and the buffers are constants.
     if world == 1:
         return network
-    return DistributedDataParallel(network, find_unused_parameters=True, gradient_as_bucket_view=True)
+    return DistributedDataParallel(network, find_unused_parameters=any(p.requires_grad for p in network.dit.parameters()),
+                                   gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def read_batch(step, iteration, sets, args, launched):
@@ -218,7 +222,7 @@ def read_batch(step, iteration, sets, args, launched):
     index = data_indices(num, (iteration.visit * world + rank) * count, count, args.seed,
                          ("base", "syn", "real").index(iteration.domain))
     batch = data.rows(sets[iteration.domain], index)
-    if device.type == "cuda":                   # pinned memory is copied while the device computes
+    if device.type == "cuda":                   # from pinned memory the host need not wait for the copy
         batch = {key: value.pin_memory() for key, value in batch.items()}
     return step, iteration, rank * count, batch
 
@@ -262,6 +266,15 @@ def check_sets(sets, args, world):
                              f"{num}: use a smaller --batch or --nproc_per_node, or more data")
 
 
+def check_ranks(start, out, world):
+    """Refuses processes that found different states: their gradients would be averaged over different steps."""
+    starts = [start] * world
+    if world > 1:
+        torch.distributed.all_gather_object(starts, start)
+    if len(set(starts)) > 1:
+        raise ValueError(f"the processes would go on from different steps, {starts}: all nodes must see the same {out}")
+
+
 def describe(network, params, sets, args, out, launched, start):
     """Prints what follows from the settings before the first step."""
     device, rank, world = launched
@@ -276,9 +289,10 @@ def describe(network, params, sets, args, out, launched, start):
 
 
 def catch_sigterm():
-    """From now on SIGTERM (a requeue, torchrun's stop) only sets ["now"]; the loop then saves and exits."""
+    """From now on SIGTERM (a requeue, torchrun's stop) only sets ["now"]; the loop then saves and exits. ["before"]
+    is what it did until now."""
     stop = {"now": False}
-    signal.signal(signal.SIGTERM, lambda *_: stop.update(now=True))
+    stop["before"] = signal.signal(signal.SIGTERM, lambda *_: stop.update(now=True))
     return stop
 
 
@@ -488,7 +502,7 @@ def fill_defaults(args, stage, device):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or f"runs/{args.preset}"
-    args.rank = args.rank or adapter_rank(args.adapter, PRESETS[args.preset])
+    args.rank = adapter_rank(args.adapter, PRESETS[args.preset]) if args.rank is None else args.rank
     args.name = args.name or stage.replace("stage1", f"stage1{stage1_suffix(args.adapter, args.rank)}")
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if args.shifter_lr_scale is None:       # the wider, the faster matrices learn, but not vectors (Yang et al. 2022)
@@ -496,10 +510,13 @@ def fill_defaults(args, stage, device):
     args.workers = (2 if device.type == "cuda" else 0) if args.workers is None else args.workers
     args.loss = args.loss or ("even" if PRESETS[args.preset].output_skip else "epsilon")
     args.images_per_sample = 1 if stage == "base" else 4
-    for name, least in dict(steps=1, batch=1, log_every=1, save_every=1, sample_every=1, num_assets=1, accumulate=1,
-                            workers=0).items():
+    for name, least in dict(steps=1, batch=1, rank=1, log_every=1, save_every=1, sample_every=1, picture_steps=1,
+                            real_steps=1, num_assets=1, accumulate=1, workers=0, warmup=0).items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    for name in ("ema", "text_dropout", "p_B", "tau_B"):
+        if not 0 <= getattr(args, name, 0) <= 1:
+            raise ValueError(f"--{name} must lie in [0, 1], not {getattr(args, name)}")
     return args
 
 
@@ -613,7 +630,7 @@ def training_sets(args, launched, needs_real=True, views=True, control=False):
                              f"{synthetic.key['text_encoder']}")
         return synthetic, real if needs_real else None
     if args.synthetic:
-        synthetic = load_tensors(args.synthetic)[0]
+        synthetic = read_set(args.synthetic)
     else:
         synthetic = on_rank_0_first(world, rank, lambda: data.synthetic_set(args.num_assets, size=config.image_size,
                                                                             folder=folder, device=device))
@@ -630,7 +647,15 @@ def training_sets(args, launched, needs_real=True, views=True, control=False):
     if needs_real and not path:
         path = f"{folder}/real_{args.num_assets}.safetensors"
         sample.write_real_set(path, base_path(args), args.num_assets, num_steps=args.real_steps, launched=launched)
-    return synthetic, load_tensors(path)[0] if needs_real else None
+    return synthetic, read_set(path) if needs_real else None
+
+
+def read_set(path):
+    """{"image": ..., "text": ...} of a file of images of the toy world. Raises ValueError if it holds something else."""
+    tensors, _ = load_tensors(path)
+    if not {"image", "text"} <= tensors.keys():
+        raise ValueError(f"{path} is no set of images: it holds no 'image' and 'text'")
+    return tensors
 
 
 def null_caption(dit, dataset):

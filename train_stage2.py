@@ -507,6 +507,9 @@ def parse_args(argv=None):
     args.name = args.name or "-".join([f"{args.method}_{args.task}", *switches])
     args.adapter = METHODS[args.method].adapter
     args.no_real_data |= not METHODS[args.method].real_data
+    for flag in ("joint", "shifters"):
+        if getattr(args, flag) and not METHODS[args.method].stage1:
+            parser.error(f"--{flag} says where stage 1 comes in, and --method {args.method} has none")
     if args.method != "realiz3d":                       # layer-aware training and reassignment are Realiz3D's
         args.no_freezing = args.no_reassignment = True
     return args

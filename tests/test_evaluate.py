@@ -502,6 +502,9 @@ def test_captions_stand_beside_the_image_or_in_its_meta_json(tmp_path):
         evaluate.read_caption(str(tmp_path / "b.png"))
     (tmp_path / "meta.json").write_text(json.dumps({"caption": "a blue mug"}))
     assert evaluate.read_caption(str(tmp_path / "b.png")) == "a blue mug"
+    (tmp_path / "meta.json").write_text("{}")  # as in Objaverse-Ortho10View
+    (tmp_path / "caption.txt").write_text("a green mug\n")
+    assert evaluate.read_caption(str(tmp_path / "b.png")) == "a green mug"
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")

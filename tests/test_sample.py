@@ -53,6 +53,18 @@ def test_gaussian_data_has_a_closed_form():
     assert mean == pytest.approx(0.4989, abs=5e-5) and deviation == pytest.approx(0.2750, abs=5e-5)
 
 
+@pytest.mark.parametrize("num_steps", [60, 150, 600])
+def test_steps_that_do_not_divide_a_thousand_lose_no_noise(num_steps):
+    """Each step goes to the next one visited: the more of them, the closer to the deviation of the data, 0.3."""
+
+    def predict_noise(x, t):
+        alpha_bar = alphas_cumprod[t]
+        return (1 - alpha_bar).sqrt() * x / (alpha_bar * 0.3**2 + 1 - alpha_bar)
+
+    deviation = float(ddim_sample(predict_noise, torch.ones(1, dtype=torch.float64), num_steps))
+    assert deviation == pytest.approx(0.3, rel=6 / num_steps)
+
+
 def test_clipping_bounds_the_image():
     wild = lambda x, t: 5 * x.sin()  # noqa: E731
     assert ddim_sample(wild, torch.randn(4, 8), 10).abs().max() > 1

@@ -18,10 +18,10 @@ from test_domain_shifter import trained_shifters
 import data
 import evaluate
 import train_stage2
-from dit import load_tensors
+from dit import Block, launch, load_tensors, save_model
 from domain_shifter import REAL, SYN, ShiftedDiT
-from train_stage1 import (Iteration, data_indices, denoising_loss, draw_noise, fill_defaults, learning_rate, prefetched,
-                          split, train)
+from train_stage1 import (Iteration, check_ranks, data_indices, denoising_loss, draw_noise, fill_defaults, in_training,
+                          learning_rate, prefetched, read_set, split, train)
 from train_stage2 import iteration_macs, stage2_plan
 
 WORKER = "tests/train_worker.py"
@@ -271,6 +271,77 @@ def test_parts_of_a_batch_are_the_batch():
         assert torch.equal(torch.cat([part["image"] for _, _, part in found]), batch["image"])
         assert all(torch.equal(part["text"], batch["text"][k:k + len(part["text"])]) for k, _, part in found)
         assert sum(share for _, share, _ in found) == pytest.approx(1) and len(found) <= parts
+
+
+def test_four_compilations_serve_all_blocks_domains_and_numbers_of_frozen_ones(monkeypatch):
+    """Real iterations of any i after synthetic ones, each block one graph (fullgraph), four in all."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter, compile_block = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(Block, "compile", lambda block, dynamic: compile_block(block, dynamic=dynamic, backend=counter,
+                                                                               fullgraph=True))
+    args = train_stage2.parse_args(["--compile"])
+    network = ShiftedDiT(random_model(), trained_shifters().requires_grad_(False))
+    model = in_training(network, args, 1)
+    grids = {"syn": (torch.randn(1, 4, 3, 8, 8), torch.ones(1, 14).long()),
+             "real": (torch.randn(4, 1, 3, 8, 8), torch.ones(4, 14).long())}
+    for domain, i in [("syn", 0), *[("real", i) for i in range(TINY.depth)], ("syn", 0), ("real", 2)]:
+        x, text = grids[domain]
+        iteration = Iteration(domain, 0, frozen_blocks=i)
+        t = torch.full((len(x),), 500)
+        model(x, t, text, iteration.domains(TINY.depth, len(x), "cpu"), frozen_blocks=i).sum().backward()
+    assert counter.frame_count == 4
+
+
+def test_processes_that_found_different_states_are_refused(monkeypatch):
+    check_ranks(4, "runs", 1)
+    for other, refused in ((4, False), (0, True)):
+        monkeypatch.setattr(torch.distributed, "all_gather_object", lambda found, own: found.__setitem__(1, other))
+        if refused:
+            with pytest.raises(ValueError, match=r"different steps, \[4, 0\]: all nodes must see the same runs"):
+                check_ranks(4, "runs", 2)
+        else:
+            check_ranks(4, "runs", 2)
+
+
+def test_sigterm_ends_the_process_again_after_training(tmp_path):
+    args = train_stage2.parse_args(["--out", str(tmp_path), "--steps", "1", "--batch", "1", "--name", "a"])
+    fill_defaults(args, "stage2", torch.device("cpu"))
+    images = {"image": torch.zeros(4, 1, 3, 8, 8, dtype=torch.uint8), "text": torch.ones(4, 14, dtype=torch.long)}
+    train(ShiftedDiT(random_model()), {"real": images}, {"text": torch.tensor([[1] + [0] * 13])},
+          lambda step: Iteration("real", step), args, str(tmp_path / "a"), (torch.device("cpu"), 0, 1))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("flag, value, message", [
+    ("rank", 0, "--rank must be at least 1"), ("picture_steps", 0, "--picture_steps must be at least 1"),
+    ("p_B", 7, r"--p_B must lie in .0, 1."), ("ema", 1.5, "--ema must lie in"), ("tau_B", -1, "--tau_B must lie in")])
+def test_settings_out_of_range_are_refused_before_any_work(flag, value, message):
+    with pytest.raises(ValueError, match=message):
+        fill_defaults(train_stage2.parse_args([f"--{flag}={value}"]), "stage2", torch.device("cpu"))
+
+
+def test_launch_names_a_process_without_a_gpu_and_a_thread_count_of_none(monkeypatch):
+    with pytest.raises(ValueError, match="--threads must be at least 1, not -1"):
+        launch(-1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="process 1 of this node has no GPU: --nproc_per_node must be at most 1"):
+        launch()
+
+
+def test_a_file_that_is_no_set_is_named(tmp_path):
+    save_model(str(tmp_path / "model.safetensors"), TINY, random_model())
+    with pytest.raises(ValueError, match="model.safetensors is no set of images"):
+        read_set(str(tmp_path / "model.safetensors"))
+
+
+def test_flags_of_stage_1_are_refused_by_methods_without_one(capsys):
+    for flag in (["--joint"], ["--shifters", "a"]):
+        with pytest.raises(SystemExit):
+            train_stage2.parse_args(["--method", "syn_only", *flag])
+        assert f"{flag[0]} says where stage 1 comes in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
