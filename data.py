@@ -1480,7 +1480,7 @@ def rows(dataset, index):
     return {key: value[index] for key, value in dataset.items()} if isinstance(dataset, dict) else dataset.rows(index)
 
 
-def benchmark_reading(folder, config, workers, batch=8, rounds=40):
+def benchmark_reading(folder, config, workers, batch=8, rounds=1000):
     """Prints how many grids of four views with control a second a LatentSet gives: from `folder`, or from shards of
     full size that it writes there first, of random numbers."""
     if not os.path.isdir(folder):
@@ -1556,6 +1556,9 @@ def main():
     sub.add_argument("folder", help="of data.py encode; if it is not there, it is made, of random numbers (120 MB)")
     sub.add_argument("--workers", type=int, default=2, help="threads")
     args = parser.parse_args()
+    for name in ("size", "num", "shard", "workers"):
+        if getattr(args, name, 1) < 1:
+            parser.error(f"--{name} must be at least 1")
     if args.command == "read":
         benchmark_reading(args.folder, PRESETS["full"], args.workers)
     elif args.command == "export":

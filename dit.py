@@ -337,14 +337,14 @@ class DiT(nn.Module):
 
 def save_tensors(path, tensors, **metadata):
     """Writes {name: tensor} with JSON metadata to a temporary name and moves it into place."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     partial = f"{path}.{os.getpid()}.tmp"
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         save_file(tensors, partial, {key: json.dumps(value) for key, value in metadata.items()})
         os.chmod(partial, 0o644)            # the library writes files that only their owner can read
         os.replace(partial, path)
-    except SafetensorError as error:  # the library's own error for a full or read-only disk
+    except (OSError, SafetensorError) as error:     # the latter for a full or read-only disk
         raise OSError(f"cannot write {path}: {error}") from None
     finally:
         if os.path.exists(partial):

@@ -6,7 +6,7 @@
     python sample.py --object 3 --textured runs/toy/textured                    # a textured 3D object: GLB, OBJ
     python sample.py --mesh chair.obj --prompt "a blue metal chair" --textured runs/toy/textured    # your own geometry
     python sample.py --model weights/toy_base.safetensors --prompt "photo of a red wooden mug"  # the base model
-    torchrun --nproc_per_node=8 sample.py --real_set runs/toy/sets/real.safetensors             # the real set (C.1)
+    torchrun --nproc_per_node=8 sample.py --real_set real.safetensors                           # the real set (C.1)
 
 The picture has a row for the control maps and one for each domain mode, with the four views side by side.
 """
@@ -30,7 +30,8 @@ from tqdm import tqdm
 import data
 from dit import (PRESETS, T, add_noise, alphas_cumprod, launch, load_base, load_tensors, read_metadata, run_cli,
                  save_tensors, seeded_generator, up_to_date)
-from domain_shifter import REAL, SYN, ShiftedDiT, load_adapter, load_shifters, shifted_domains, uniform_domains
+from domain_shifter import (REAL, SYN, ShiftedDiT, block_count, load_adapter, load_shifters, shifted_domains,
+                            uniform_domains)
 
 CFG_SCALE = 1.0         # guidance on the text, 1 = none: more burns toy photos to flat colours that look rendered
 LATENT_CFG_SCALE = 4.5  # PixArt-alpha's, which draws poorly without
@@ -124,6 +125,18 @@ def ticking(predict_noise, progress, share):
     return tick
 
 
+def check_sampling(num_steps, spacing, cfg_scale, seed, B_max, t_max):
+    """Raises ValueError naming the first of these that is out of its range."""
+    ddim_timesteps(num_steps, spacing)
+    block_count(B_max, 1)
+    if not 0 <= t_max <= T:
+        raise ValueError(f"t_max must lie in 0..{T} ({T}: no time shift), not {t_max}")
+    if not math.isfinite(cfg_scale):
+        raise ValueError(f"cfg_scale must be a finite number, not {cfg_scale}")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, not {seed}")
+
+
 @torch.no_grad()
 def sample_images(network, text, mode="real", views=1, control=None, seed=0, keys=None, cfg_scale=CFG_SCALE,
                   num_steps=50, spacing="trailing", B_max=0.3, t_max=950, use_views=True, batch=64, progress=None,
@@ -138,6 +151,7 @@ def sample_images(network, text, mode="real", views=1, control=None, seed=0, key
     """
     config, like = network.dit.config, network.dit.positions            # like: its device and dtype
     null = {key: value.to(like.device) for key, value in (null or {"text": data.tokenize([""])}).items()}
+    check_sampling(num_steps, spacing, cfg_scale, seed, B_max, t_max)
     domains = domain_mode(mode, config.depth, B_max, t_max)
     shape = (views, config.channels, config.image_size, config.image_size)
     images, keys = [], range(len(text)) if keys is None else keys
@@ -183,8 +197,10 @@ def load_network(path, device="cpu", config=None, shifters=None):
     """ShiftedDiT from a checkpoint: its model, its Domain Shifters (or those of the file `shifters`) and adapter; or
     from PixArt-alpha's weights, which have neither."""
     model, ours = load_base(path, device, config), "config" in read_metadata(path)
-    shifters = shifters or (path if ours else None)
-    return ShiftedDiT(model, load_shifters(shifters, device, model.config) if shifters else None,
+    of_file = load_shifters(shifters, device, model.config) if shifters else None
+    if shifters and of_file is None:
+        raise ValueError(f"{shifters} holds no Domain Shifters (--shifters)")
+    return ShiftedDiT(model, of_file or (load_shifters(path, device, model.config) if ours else None),
                       load_adapter(path, device, model.config) if ours else None).eval()
 
 
@@ -329,36 +345,47 @@ def write_bytes(path, content):
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
 
 
-def axes(points, x_label, y_label, log_y=False, size=(640, 360)):
-    """An empty plot that spans points [(x, y), ...]: the sheet, its pen, and place(x, y) -> pixels."""
+def axes(points, x_label, y_label, log_y=False, size=(640, 360), margin=12):
+    """An empty plot that spans points [(x, y), ...], right of it `margin` pixels: the sheet, its pen, and place(x, y) ->
+    pixels."""
     (width, height), left, bottom = size, 60, 36
     scale_y = (lambda y: math.log10(max(y, 1e-12))) if log_y else float
     (x0, x1), (y0, y1) = [(min(v), max(v) + (max(v) == min(v))) for v in
                           ([x for x, _ in points], [scale_y(y) for _, y in points])]
 
     def place(x, y):
-        return (left + (x - x0) / (x1 - x0) * (width - left - 12),
+        return (left + (x - x0) / (x1 - x0) * (width - left - margin),
                 height - bottom - (scale_y(y) - y0) / (y1 - y0) * (height - bottom - 12))
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    pen.rectangle([left, 12, width - 12, height - bottom], outline="black")
-    for k in range(5):
-        x, y = x0 + (x1 - x0) * k / 4, y0 + (y1 - y0) * k / 4
-        y = 10 ** y if log_y else y
-        pen.text((min(place(x, points[0][1])[0] - 12, width - 38), height - bottom + 4), f"{x:.4g}", "black")
-        pen.text((4, place(x0, y)[1] - 6), f"{y:.3g}", "black")
-    pen.text((width // 2, height - 16), x_label, "black")
+    pen.rectangle([left, 12, width - margin, height - bottom], outline="black")
+    for x in round_numbers(x0, x1):
+        at = place(x, points[0][1])[0]
+        pen.line([(at, height - bottom - 4), (at, height - bottom)], "black")
+        pen.text((at, height - bottom + 4), f"{x:.4g}", "black", anchor="ma")
+    for y in [10 ** e for e in round_numbers(y0, y1)] if log_y else round_numbers(y0, y1):
+        at = place(x0, y)[1]
+        pen.line([(left, at), (left + 4, at)], "black")
+        pen.text((left - 4, at), f"{y:.3g}", "black", anchor="rm")
+    pen.text(((left + width - margin) // 2, height - 16), x_label, "black", anchor="ma")
     pen.text((left + 8, 16), y_label, "black")
     return sheet, pen, place
 
 
+def round_numbers(low, high):
+    """Three to nine numbers in [low, high], each a multiple of 1, 2 or 5 times a power of ten."""
+    step = min((m * 10. ** e for e in range(-12, 12) for m in (1, 2, 5)), key=lambda step: abs((high - low) / step - 5))
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
 def draw_plot(curves, x_label, y_label, log_y=False, size=(640, 360), y_range=()):
-    """A line plot: curves = {name: [(x, y), ...]}, spanning y_range at least. Returns a PIL image."""
+    """A line plot: curves = {name: [(x, y), ...]}, spanning y_range at least, names beside it. Returns a PIL image."""
     points = [point for curve in curves.values() for point in curve]
-    sheet, pen, place = axes(points + [(points[0][0], y) for y in y_range], x_label, y_label, log_y, size)
+    margin = 20 + 6 * max(map(len, curves))
+    sheet, pen, place = axes(points + [(points[0][0], y) for y in y_range], x_label, y_label, log_y, size, margin)
     for k, (name, curve) in enumerate(sorted(curves.items())):
         pen.line([place(x, y) for x, y in sorted(curve)], COLORS[k % 5], 2)
-        pen.text((sheet.width - 100, 16 + 14 * k), name, COLORS[k % 5])
+        pen.text((sheet.width - margin + 8, 16 + 14 * k), name, COLORS[k % 5])
     return sheet
 
 
@@ -367,8 +394,9 @@ def save_plot(path, curves, x_label, y_label, log_y=False):
     save_image(path, draw_plot(curves, x_label, y_label, log_y))
 
 
-def draw_points(points, x_label, y_label, limit=None, size=(700, 560)):
-    """A plot of labelled points {label: (x, y)}, their labels apart; limit: a vertical line at this x. A PIL image."""
+def draw_points(points, x_label, y_label, limit=None, size=(700, 560), highlight=()):
+    """A plot of labelled points {label: (x, y)}, their labels apart, those in `highlight` in red; limit: a vertical line
+    at this x. A PIL image."""
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points.values()))
     x1 = x1 if limit is None else max(x1, limit)
     dx, dy = 0.06 * (x1 - x0), 0.06 * (y1 - y0)
@@ -376,17 +404,18 @@ def draw_points(points, x_label, y_label, limit=None, size=(700, 560)):
     if limit is not None:
         x, _ = place(limit, y0)
         pen.line([(x, 12), (x, size[1] - 36)], "gray")
-    taken = []
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in (place(*point) for point in points.values())]
     for k, (label, point) in enumerate(points.items()):
+        color = COLORS[label in highlight]
         x, y = place(*point)
-        pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=COLORS[k % 5])
-        left = x + 7 if x < 0.7 * size[0] else x - 7 - 6 * len(label)
-        for shift in (0, 11, -11, 22, -22, 33, -33, 44, -44):
-            box = left, y - 6 + shift, left + 6 * len(label), y + 5 + shift
-            if not any(box[0] < c and a < box[2] and box[1] < d and b < box[3] for a, b, c, d in taken):
-                break
+        pen.ellipse(taken[k], fill=color)
+        wide = pen.textlength(label)
+        boxes = [(left, y - 6 + shift, left + wide, y + 5 + shift) for shift in (0, 11, -11, 22, -22, 33, -33, 44, -44)
+                 for left in (x + 7, x - 7 - wide) if 60 < left < size[0] - 12 - wide]
+        box = next((box for box in boxes if not any(box[0] < c and a < box[2] and box[1] < d and b < box[3]
+                                                    for a, b, c, d in taken)), boxes[0])
         taken.append(box)
-        pen.text(box[:2], label, COLORS[k % 5])
+        pen.text(box[:2], label, color)
     return sheet
 
 
@@ -410,7 +439,7 @@ def default_base(preset="toy", folder=None):
     for path in (f"{folder or f'runs/{preset}'}/base.safetensors", f"{here}/weights/{preset}_base.safetensors"):
         if os.path.isfile(path):
             return path
-    how = ("name a PixArt-alpha safetensors file with --base" if preset == "full" else
+    how = ("name PixArt-alpha's weights, .pth or safetensors, with --base" if preset == "full" else
            f"pretrain one with python train_stage1.py --stage base --preset {preset}, or name one with --base")
     raise FileNotFoundError(f"preset {preset} has no base model yet: {how}")
 
@@ -436,9 +465,12 @@ def selected_shift(path):
     choice = f"{path.removesuffix('.safetensors')}.shift.json"
     if not os.path.isfile(choice):
         return 0.3, 950
-    with open(choice) as file:
-        stored = json.load(file)
-    (name, total), (now_name, now) = stored["model"], file_id(path)
+    try:
+        with open(choice) as file:
+            stored = json.load(file)
+        (name, total), (now_name, now) = stored["model"], file_id(path)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{choice} is damaged: delete it, or make it again with python evaluate.py select") from None
     if name != now_name or not math.isclose(total, now, rel_tol=1e-9):      # numpy may add otherwise elsewhere
         raise ValueError(f"{choice} was chosen for another model of this name: run python evaluate.py select --model "
                          f"{path} again, or delete it")
@@ -795,10 +827,15 @@ def main():
             data.tokenize(args.prompt)
         except ValueError as error:
             parser.error(str(error))
+    if args.beside and not args.textured:
+        parser.error("--beside compares textured objects: add --textured DIR")
     path = args.model or default_model(args.preset, args.task or "texturing")
     network = load_network(path, device, shifters=args.shifters)
     config = network.dit.config
     task = trained_task(path)                                       # None: a base model, one image a caption
+    if config.vocab_size and (args.objects or args.vae or args.text_encoder):
+        raise ValueError(f"--objects, --vae and --text_encoder are for models of latents (--preset full), {path} is of the "
+                         "toy world: use --object or --mesh")
     if args.task not in (None, task):
         raise ValueError(f"{path} was trained for {task or 'no task (a base model)'}, not for {args.task}")
     if task == "texturing" and len(args.prompt or []) != bool(args.mesh):

@@ -150,7 +150,7 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
     autocast = torch.autocast(device.type, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
     null = {key: value.to(device) for key, value in null.items()}
     log = Log(out, args, launched, start)
-    stop = catch_sigterm()
+    stop = catch_signals()
     batches = prefetched(lambda step: read_batch(step, plan(step), sets, args, launched), range(start, args.steps),
                          args.workers)
     bar = tqdm(batches, initial=start, total=args.steps, desc=args.name, disable=rank > 0)
@@ -184,12 +184,13 @@ def train(network, sets, null, plan, args, out, launched, preview=None):
         if stopping and not last:
             bar.close()
             if rank == 0:
-                print(f"{args.name}: stopped by SIGTERM at step {step + 1}; the same command goes on from there")
-            raise SystemExit(0)
+                print(f"{args.name}: stopped by a signal at step {step + 1}; the same command goes on from there")
+            raise SystemExit(130 if stop["now"] == signal.SIGINT else 0)
         if preview and rank == 0 and (step + 1) % args.sample_every == 0 and not last:
             with swapped(params, ema), torch.compiler.set_stance("force_eager"):  # not worth a compilation
                 preview(f"{out}/samples_{step + 1:07d}.png")
-    signal.signal(signal.SIGTERM, stop["before"])
+    for number, handler in stop["before"].items():
+        signal.signal(number, handler)
     for name, average in ema.items():
         params[name].data.copy_(average)
     if preview and rank == 0:
@@ -288,11 +289,12 @@ def describe(network, params, sets, args, out, launched, start):
               flush=True)
 
 
-def catch_sigterm():
-    """From now on SIGTERM (a requeue, torchrun's stop) only sets ["now"]; the loop then saves and exits. ["before"]
-    is what it did until now."""
-    stop = {"now": False}
-    stop["before"] = signal.signal(signal.SIGTERM, lambda *_: stop.update(now=True))
+def catch_signals():
+    """From now on SIGTERM (a requeue, torchrun's stop) and Ctrl-C only set ["now"] to their number; the loop then saves
+    and exits. ["before"] is what they did until now."""
+    stop = {"now": 0}
+    stop["before"] = {number: signal.signal(number, lambda number, _: stop.update(now=number))
+                      for number in (signal.SIGTERM, signal.SIGINT)}
     return stop
 
 
@@ -511,7 +513,7 @@ def fill_defaults(args, stage, device):
     args.loss = args.loss or ("even" if PRESETS[args.preset].output_skip else "epsilon")
     args.images_per_sample = 1 if stage == "base" else 4
     for name, least in dict(steps=1, batch=1, rank=1, log_every=1, save_every=1, sample_every=1, picture_steps=1,
-                            real_steps=1, num_assets=1, accumulate=1, workers=0, warmup=0).items():
+                            real_steps=1, num_assets=1, accumulate=1, workers=0, warmup=0, seed=0).items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
     for name in ("ema", "text_dropout", "p_B", "tau_B"):

@@ -31,7 +31,7 @@ import data
 import evaluate
 import sample
 import train_stage1
-from dit import PRESETS, DiT, T, launch, run_cli, seeded_generator
+from dit import PRESETS, DiT, T, launch, read_metadata, run_cli, seeded_generator
 from domain_shifter import (DomainShifters, ShiftedDiT, block_count, draw_frozen_blocks, draw_reassigned_blocks,
                             load_adapter, load_shifters, with_adapter)
 from train_stage1 import (DEFAULTS, DRAWS, Iteration, base_model, denoising_loss, fill_defaults, finish, in_training,
@@ -107,6 +107,9 @@ def stage1_path(args, launched):
     """The run folder's shifters or adapter, trained first where they are missing (toy and small)."""
     path = args.shifters or stage1_file(args.out, args.adapter, args.rank)
     if os.path.isfile(path):
+        made = read_metadata(path).get("settings", {})
+        if launched[1] == 0:
+            print(f"stage 1: {path}, trained for {made.get('steps')} steps with seed {made.get('seed')}", flush=True)
         return path
     if args.preset == "full" or args.shifters:
         raise FileNotFoundError(f"no {args.adapter} at {path}: train with train_stage1.py --preset {args.preset} "

@@ -341,7 +341,7 @@ def test_world_version_is_part_of_the_key(tmp_path, monkeypatch):
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match="cannot write .*file"):
+    with pytest.raises(OSError, match="cannot write .*file"):
         data.cached(tmp_path / "file" / "set.safetensors", {}, lambda: {"x": torch.zeros(1)})
 
 

@@ -641,7 +641,7 @@ def some_results(**values):
     rows = {}
     for label, pairs in values.items():
         pairs = pairs if isinstance(pairs[0], tuple) else (pairs,)
-        toy = {str(seed): dict(KD_I=kd, psnr=psnr) for seed, (kd, psnr) in enumerate(pairs)}
+        toy = {str(seed): dict(KD_I=kd, psnr=psnr, iou=0.9) for seed, (kd, psnr) in enumerate(pairs)}
         paper = dict.fromkeys(evaluate.PAPER_COLUMNS, 1.0) | dict(PSNR=float(len(rows)), KID_I=-float(len(rows)))
         rows[label] = dict(paper=paper, toy=toy)
     return rows
@@ -649,7 +649,7 @@ def some_results(**values):
 
 def test_seed_noise_is_the_pooled_deviation_and_the_order_is_compared():
     rows = some_results(a=((1.0, 5.0), (3.0, 5.5)), b=((4.0, 6.0), (8.0, 6.5)), c=(9.0, 6.1))
-    assert evaluate.mean(rows["a"], "KD_I") == 2 and evaluate.mean(rows["c"], "iou") is None
+    assert evaluate.mean(rows["a"], "KD_I") == 2 and evaluate.mean(rows["c"], "lpips") is None
     assert evaluate.seed_noise(rows, "KD_I") == pytest.approx(np.sqrt((2 + 8) / 2))  # variances 2 and 8
     assert evaluate.seed_noise(some_results(a=(1.0, 2.0)), "KD_I") is None
     lines = evaluate.table_lines(rows)
@@ -673,7 +673,8 @@ def test_findings_hold_against_the_noise(tmp_path, monkeypatch, capsys):
     evaluate.main()
     verdicts = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[2:]]
     assert verdicts[:3] == ["confirmed", "within the noise", "confirmed"]
-    assert verdicts[4:6] == ["not confirmed", "confirmed"] and verdicts[9:] == ["confirmed"] * 3 + ["not confirmed"]
+    assert verdicts[4:6] == ["not confirmed", "confirmed"] and verdicts[13:] == ["confirmed"] * 3 + ["not confirmed"]
+    assert verdicts[9:13] == ["within the noise"] * 3 + ["not confirmed"]
     assert (tmp_path / "findings.md").exists()
     monkeypatch.setattr("sys.argv", ["evaluate.py", "findings", "--results", str(tmp_path / "none")])
     with pytest.raises(FileNotFoundError, match="python evaluate.py table1 makes it"):

@@ -177,3 +177,28 @@ def test_real_set_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     assert len(calls) == 4  # up to date: nothing is drawn
     sample.write_real_set(resumed, base, **(options | {"seed": 1}))
     assert len(calls) == 7  # another seed: drawn again
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(num_steps=0), "num_steps must lie in 1..1000"), (dict(B_max=3), "must lie in .0, 1."),
+    (dict(t_max=5000), "t_max must lie in 0..1000"), (dict(cfg_scale=float("nan")), "cfg_scale must be a finite"),
+    (dict(seed=-1), "seed must be 0 or more")])
+def test_sampling_refuses_what_is_out_of_range_before_it_begins(options, message):
+    with pytest.raises(ValueError, match=message):
+        sample_images(ShiftedDiT(random_model()), torch.ones(1, 14, dtype=torch.long), **options)
+
+
+def test_a_damaged_choice_of_shift_is_named(tmp_path):
+    (tmp_path / "m.shift.json").write_text("{}")
+    with pytest.raises(ValueError, match="m.shift.json is damaged: delete it"):
+        sample.selected_shift(str(tmp_path / "m.safetensors"))
+
+
+def test_shifters_that_are_none_are_refused(tmp_path):
+    path = str(tmp_path / "m.safetensors")
+    model = random_model()
+    save_model(path, model.config, model, trained_shifters())
+    save_model(str(tmp_path / "none.safetensors"), model.config, model)
+    assert sample.load_network(path).shifters is not None
+    with pytest.raises(ValueError, match="none.safetensors holds no Domain Shifters"):
+        sample.load_network(path, shifters=str(tmp_path / "none.safetensors"))

@@ -190,15 +190,16 @@ def test_resume_after_kill_9_equals_not_having_stopped(tmp_path):
     ]
 
 
-def test_sigterm_writes_a_state_and_exits_cleanly(tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_sigterm_and_ctrl_c_write_a_state_and_exit_cleanly(tmp_path, number, code):
     command = [sys.executable, WORKER, tmp_path, "mixed", "--steps", "100000", "--batch", "2", "--save_every", "100000"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     log = tmp_path / "tiny" / "log.jsonl"
     while not (log.exists() and log.stat().st_size) and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped by SIGTERM" in out
+    assert process.returncode == code and "stopped by a signal" in out
     step = load_tensors(states(tmp_path)[-1])[1]["step"]
     assert 0 < step < 100000 and f"at step {step}" in out
 
@@ -311,6 +312,7 @@ def test_sigterm_ends_the_process_again_after_training(tmp_path):
     train(ShiftedDiT(random_model()), {"real": images}, {"text": torch.tensor([[1] + [0] * 13])},
           lambda step: Iteration("real", step), args, str(tmp_path / "a"), (torch.device("cpu"), 0, 1))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 @pytest.mark.parametrize("flag, value, message", [
