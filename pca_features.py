@@ -188,7 +188,7 @@ def print_readability(found):
 def readability_plot(path, found):
     """Writes R^2 by depth, a panel for each step."""
     panels = [sample.draw_plot({name: list(enumerate(by_step[t])) for name, by_step in found.items()},
-                               "blocks passed", f"R^2 at t = {t}", size=(440, 330), y_range=(0, 1))
+                               "blocks passed", f"R^2 at t = {t}", size=(380, 300), y_range=(0, 1))
               for t in STEPS]
     sample.save_image(path, sample.side_by_side(panels))
 

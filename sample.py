@@ -348,17 +348,17 @@ COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
 def axes(points, x_label, y_label, log_y=False, size=(640, 360), margin=12):
     """An empty plot that spans points [(x, y), ...], right of it `margin` pixels: the sheet, its pen, and place(x, y) ->
     pixels."""
-    (width, height), left, bottom = size, 60, 36
+    (width, height), left, top, bottom = size, 60, 20, 36
     scale_y = (lambda y: math.log10(max(y, 1e-12))) if log_y else float
     (x0, x1), (y0, y1) = [(min(v), max(v) + (max(v) == min(v))) for v in
                           ([x for x, _ in points], [scale_y(y) for _, y in points])]
 
     def place(x, y):
         return (left + (x - x0) / (x1 - x0) * (width - left - margin),
-                height - bottom - (scale_y(y) - y0) / (y1 - y0) * (height - bottom - 12))
+                height - bottom - (scale_y(y) - y0) / (y1 - y0) * (height - bottom - top))
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    pen.rectangle([left, 12, width - margin, height - bottom], outline="black")
+    pen.rectangle([left, top, width - margin, height - bottom], outline="black")
     for x in round_numbers(x0, x1):
         at = place(x, points[0][1])[0]
         pen.line([(at, height - bottom - 4), (at, height - bottom)], "black")
@@ -368,7 +368,7 @@ def axes(points, x_label, y_label, log_y=False, size=(640, 360), margin=12):
         pen.line([(left, at), (left + 4, at)], "black")
         pen.text((left - 4, at), f"{y:.3g}", "black", anchor="rm")
     pen.text(((left + width - margin) // 2, height - 16), x_label, "black", anchor="ma")
-    pen.text((left + 8, 16), y_label, "black")
+    pen.text((left, top - 4), y_label, "black", anchor="ls")
     return sheet, pen, place
 
 
@@ -385,7 +385,7 @@ def draw_plot(curves, x_label, y_label, log_y=False, size=(640, 360), y_range=()
     sheet, pen, place = axes(points + [(points[0][0], y) for y in y_range], x_label, y_label, log_y, size, margin)
     for k, (name, curve) in enumerate(sorted(curves.items())):
         pen.line([place(x, y) for x, y in sorted(curve)], COLORS[k % 5], 2)
-        pen.text((sheet.width - margin + 8, 16 + 14 * k), name, COLORS[k % 5])
+        pen.text((sheet.width - margin + 8, 20 + 14 * k), name, COLORS[k % 5])
     return sheet
 
 
@@ -403,7 +403,7 @@ def draw_points(points, x_label, y_label, limit=None, size=(700, 560), highlight
     sheet, pen, place = axes([(x0 - dx, y0 - dy), (x1 + dx, y1 + dy)], x_label, y_label, size=size)
     if limit is not None:
         x, _ = place(limit, y0)
-        pen.line([(x, 12), (x, size[1] - 36)], "gray")
+        pen.line([(x, 20), (x, size[1] - 36)], "gray")
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in (place(*point) for point in points.values())]
     for k, (label, point) in enumerate(points.items()):
         color = COLORS[label in highlight]
