@@ -94,7 +94,7 @@ def test_readability_targets_fit_the_tokens(tmp_path):
     first = {t: values[0] for t, values in found["silhouette"].items()}
     assert first[200] > 0.6 and first[200] > first[500] > first[800] > 0
     pca_features.readability_plot(str(tmp_path / "plot.png"), found)
-    assert Image.open(tmp_path / "plot.png").size == (1760, 330)
+    assert Image.open(tmp_path / "plot.png").size == (4 * 380, 300)
 
 
 def test_latents_with_caption_vectors_make_the_figure(tmp_path, monkeypatch, capsys):

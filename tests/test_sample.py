@@ -202,3 +202,10 @@ def test_shifters_that_are_none_are_refused(tmp_path):
     assert sample.load_network(path).shifters is not None
     with pytest.raises(ValueError, match="none.safetensors holds no Domain Shifters"):
         sample.load_network(path, shifters=str(tmp_path / "none.safetensors"))
+
+
+@pytest.mark.parametrize("low, high, expected", [
+    (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (-0.04, 0.9, [0, 0.2, 0.4, 0.6, 0.8]), (360.1, 561, [400, 450, 500, 550]),
+    (17.3, 19.9, [17.5, 18, 18.5, 19, 19.5])])
+def test_ticks_of_plots_are_round_numbers(low, high, expected):
+    assert sample.round_numbers(low, high) == pytest.approx(expected)
