@@ -492,13 +492,14 @@ def folders(args):
     if args.inception:
         names, features = ("FID", "KID"), load_inception(args.inception, device)
     else:
-        print("without --inception: FD and KD on the toy's own network at 32 pixels, which knows nothing but the toy world "
-              "(trained first where it is missing, two minutes)", flush=True)
+        print("without --inception: FD and KD on the toy's own network at 32 pixels, which knows nothing but the toy "
+              "world (trained first where it is missing, two minutes)", flush=True)
         names, net = ("FD", "KD"), train_feature_net(args.folder)
         features = lambda images: net.features(F.interpolate(images, 32, mode="bilinear", antialias=True))
     paths = [[f"{folder}/{path}" for path in found] for folder, found in ((args.ours, ours), (args.theirs, theirs))]
     a, b = (in_batches(found, lambda images, _: features(images)) for found in paths)
-    line = [f"{len(a)} images against {len(b)}:", f"{names[0]} {fid(a, b):.3f}", f"{names[1]}x1000 {1000 * kid(a, b):.3f}"]
+    line = [f"{len(a)} images against {len(b)}:", f"{names[0]} {fid(a, b):.3f}",
+            f"{names[1]}x1000 {1000 * kid(a, b):.3f}"]
     if min(len(a), len(b)) > 100:                                       # else the subsets are the sets
         line.append("(subsets of 100: {:.3f} +- {:.3f})".format(*(1000 * value for value in kid_spread(a, b))))
     if ours == theirs:
@@ -1004,7 +1005,7 @@ def table(args):
     results[ORACLE]["toy"]["-"] = measure(held["photo"] / 255, held, photos, net, base, task, weights)
     todo = [row for row in rows if row.flags is not None and row.label in (args.rows or results)]
     print(f"{len(todo)} rows on {args.num} held-out objects, models of {args.steps} steps, seed {args.seed}; into "
-          f"{out}.json; about ten minutes a model of 1,600 steps where it is missing", flush=True)
+          f"{out}.json; about eight minutes a model of 1,200 steps where it is missing", flush=True)
     for row in todo:
         grids[row.label] = sampled(row, trained(row, task, args), task, held, args, device)
         toy = measure(grids[row.label] / 255, held, photos, net, base, task, weights)
@@ -1017,10 +1018,10 @@ def table(args):
     print(f"wrote {out}.json, {out}.md, {out}.png" + ("" if args.rows else f" and {out}_sheet.png"))
 
 
-LEGEND = """psnr, ssim: generated views against their re-rendering (up: consistent); psnr_loo: on surface seen by two views, each
-from the other. FD, KD x1000: distances of a small network's features to the base model's images (B) and to held-out photographs
-(I) (down: realistic), not on the paper's scale of FID and KID. caption: how surely that network reads kind, colour and material; iou: silhouette
-against the control's; photo: share it calls a photo."""
+LEGEND = """psnr, ssim: generated views against their re-rendering (up: consistent); psnr_loo: on surface seen by two
+views, each from the other. FD, KD x1000: distances of a small network's features to the base model's images (B) and to
+held-out photographs (I) (down: realistic), not on the paper's scale of FID and KID. caption: how surely that network
+reads kind, colour and material; iou: silhouette against the control's; photo: share it calls a photo."""
 
 
 def write_table(out, results, args):
@@ -1030,7 +1031,8 @@ def write_table(out, results, args):
     flags = " ".join(f"--{name} '{value}'" if " " in str(value) else f"--{name} {value}"
                      for name, value in settings(args).items() if value is not None)
     write_text(f"{out}.md", f"# {args.command.replace('table', 'Table ')} on the toy world, beside the paper's\n\n"
-               f"{LEGEND}\n\n{lines}\n\n`python evaluate.py {args.command} {flags}`; a further seed: `--seed 1 --rows ..`\n")
+               f"{LEGEND}\n\n{lines}\n\n`python evaluate.py {args.command} {flags}`; "
+               "a further seed: `--seed 1 --rows ..`\n")
     points = {label: [mean(row, name) for name in ("KD_I", "psnr")] for label, row in trained_rows(results).items()}
     papers = {label: (results[label]["paper"]["KID_I"], results[label]["paper"]["PSNR"]) for label in points}
     sample.save_image(f"{out}.png", sample.side_by_side([
@@ -1166,8 +1168,8 @@ def findings(args):
                 difference_noise(rows, what, label, "Realiz3D") or 1e-9) for what, sign in (("KD_I", -1), ("psnr", 1))]
             ahead += [label] if min(gain) > 2 else [f"{label} (within the noise)"] if min(gain) > 0 else []
         verdict = "not confirmed" if set(ahead) & set(rows) else "within the noise" if ahead else "confirmed"
-        lines.append(f"| no baseline beats Realiz3D on both axes ({name}) | KD_I, psnr | | {', '.join(ahead) or 'none'} | | "
-                     f"{verdict} |")
+        lines.append(f"| no baseline beats Realiz3D on both axes ({name}) | KD_I, psnr | | "
+                     f"{', '.join(ahead) or 'none'} | | {verdict} |")
     print("\n".join(lines))
     write_text(f"{args.results}/findings.md", "# The paper's findings on the toy (python evaluate.py findings)\n\n"
                + "\n".join(lines) + "\n")
@@ -1248,7 +1250,7 @@ def main():
     sub.add_argument("--out", default="runs/toy/dial.png", help="picture to write; its numbers: .json")
     for name, (task, rows) in TABLES.items():
         sub = command(name, table, f"the paper's Table {name[-1]} on the toy world ({len(rows)} rows, task {task}): "
-                      "trains what is missing, about ten minutes a model; run again to go on", *sampling, "results",
+                      "trains what is missing, about eight minutes a model; run again to go on", *sampling, "results",
                       "lpips")
         sub.add_argument("--folder", default="runs/toy", help="run folder: sets, models, samples")
         sub.add_argument("--steps", type=int, default=1200, help="training steps of every model (default 1200)")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import data
 import sample
 from dit import add_noise, launch, run_cli, seeded_generator
-from domain_shifter import REAL, ShiftedDiT, uniform_domains
+from domain_shifter import REAL, uniform_domains
 
 STEPS = (800, 700, 500, 200)                # t of the figure's four groups
 DEPTHS = (0.2, 0.5, 1.0)                    # of its three rows, as shares of N_B

@@ -67,7 +67,8 @@ def ddim_sample(predict_noise, x, num_steps=50, spacing="trailing", clip_x0=Fals
     which only makes sense where x is pixels. t_start: x is an image noised to this step; later ones are left out.
     """
     steps = ddim_timesteps(num_steps, spacing)
-    following = steps - T // num_steps if spacing == "linspace" else [*steps[1:].tolist(), -1]      # linspace: diffusers
+    # the next one visited; after linspace diffusers takes equal steps, which come close to it
+    following = steps - T // num_steps if spacing == "linspace" else [*steps[1:].tolist(), -1]
     for t, previous in zip(steps, following):
         if t > t_start:
             continue
@@ -346,8 +347,8 @@ COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
 
 
 def axes(points, x_label, y_label, log_y=False, size=(640, 360), margin=12):
-    """An empty plot that spans points [(x, y), ...], right of it `margin` pixels: the sheet, its pen, and place(x, y) ->
-    pixels."""
+    """An empty plot that spans points [(x, y), ...], right of it `margin` pixels: the sheet, its pen, and place(x, y)
+    -> pixels."""
     (width, height), left, top, bottom = size, 60, 20, 36
     scale_y = (lambda y: math.log10(max(y, 1e-12))) if log_y else float
     (x0, x1), (y0, y1) = [(min(v), max(v) + (max(v) == min(v))) for v in
@@ -395,8 +396,8 @@ def save_plot(path, curves, x_label, y_label, log_y=False):
 
 
 def draw_points(points, x_label, y_label, limit=None, size=(700, 560), highlight=()):
-    """A plot of labelled points {label: (x, y)}, their labels apart, those in `highlight` in red; limit: a vertical line
-    at this x. A PIL image."""
+    """A plot of labelled points {label: (x, y)}, their labels apart, those in `highlight` in red; limit: a vertical
+    line at this x. A PIL image."""
     (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points.values()))
     x1 = x1 if limit is None else max(x1, limit)
     dx, dy = 0.06 * (x1 - x0), 0.06 * (y1 - y0)
@@ -783,8 +784,8 @@ def latent_objects(args, network, device):
         captions, drawn = zip(*map(data.read_object, args.objects))
         for folder, views in zip(args.objects, drawn):
             if views.mask.shape[-2:] != (size, size):
-                raise ValueError(f"{folder} is of {views.mask.shape[-1]} x {views.mask.shape[-2]} pixels, the model takes "
-                                 f"{size}")
+                raise ValueError(f"{folder} is of {views.mask.shape[-1]} x {views.mask.shape[-2]} pixels, the model "
+                                 f"takes {size}")
         meshes = dict.fromkeys(os.path.basename(os.path.abspath(folder)) for folder in args.objects)
     if len(captions) != len(meshes) or not captions:
         raise ValueError("give a --prompt, one for --mesh, or rendered objects with --objects")
@@ -834,8 +835,8 @@ def main():
     config = network.dit.config
     task = trained_task(path)                                       # None: a base model, one image a caption
     if config.vocab_size and (args.objects or args.vae or args.text_encoder):
-        raise ValueError(f"--objects, --vae and --text_encoder are for models of latents (--preset full), {path} is of the "
-                         "toy world: use --object or --mesh")
+        raise ValueError(f"--objects, --vae and --text_encoder are for models of latents (--preset full), {path} is of "
+                         "the toy world: use --object or --mesh")
     if args.task not in (None, task):
         raise ValueError(f"{path} was trained for {task or 'no task (a base model)'}, not for {args.task}")
     if task == "texturing" and len(args.prompt or []) != bool(args.mesh):

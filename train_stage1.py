@@ -211,8 +211,9 @@ def in_training(network, args, world):
     # Where the backbone is frozen (stage 1) nothing is unused, and the buffers are constants.
     if world == 1:
         return network
-    return DistributedDataParallel(network, find_unused_parameters=any(p.requires_grad for p in network.dit.parameters()),
-                                   gradient_as_bucket_view=True, broadcast_buffers=False)
+    backbone_trains = any(p.requires_grad for p in network.dit.parameters())
+    return DistributedDataParallel(network, find_unused_parameters=backbone_trains, gradient_as_bucket_view=True,
+                                   broadcast_buffers=False)
 
 
 def read_batch(step, iteration, sets, args, launched):
@@ -653,7 +654,7 @@ def training_sets(args, launched, needs_real=True, views=True, control=False):
 
 
 def read_set(path):
-    """{"image": ..., "text": ...} of a file of images of the toy world. Raises ValueError if it holds something else."""
+    """{"image": ..., "text": ...} of a file of images of the toy world. Raises ValueError if it holds no such set."""
     tensors, _ = load_tensors(path)
     if not {"image", "text"} <= tensors.keys():
         raise ValueError(f"{path} is no set of images: it holds no 'image' and 'text'")
