@@ -1,5 +1,6 @@
-"""The full preset on latents: objects on disk, encode, real set, both stages, samples, measures; here with the golden tiny
-PixArt at full shapes but depth and width, and a stand-in for the VAE and the T5, or tiny random ones where the packages are.
+"""The full preset on latents: objects on disk, encode, real set, both stages, samples, measures; here with the golden
+tiny PixArt at full shapes but depth and width, and a stand-in for the VAE and the T5, or tiny random ones where the
+packages are.
 """
 
 import json
@@ -46,7 +47,7 @@ CONFIG = Config(
 
 
 def stand_in_vae(folder, device="cpu"):
-    """Latents are the mean colour of each 8 x 8 pixels and its spread: enough to tell images apart and to decode them."""
+    """Latents are the mean colour of each 8 x 8 pixels and its spread: enough to tell images apart and decode them."""
 
     def encode(images):
         mean = F.avg_pool2d(images, 8)
@@ -103,7 +104,8 @@ def full_run(tmp_path, monkeypatch):
 
 
 ENCODERS = ("--vae", "vae", "--text_encoder", "text_encoder")
-TRAIN = ("--preset", "full", "--base", "pixart.pth", "--synthetic", "latents", "--real", "real", "--out", ".", "--batch", 1)
+TRAIN = ("--preset", "full", "--base", "pixart.pth", "--synthetic", "latents", "--real", "real", "--out", ".",
+         "--batch", 1)
 
 
 def test_the_whole_pipeline_from_renders_to_measures(full_run, capsys):
@@ -131,7 +133,8 @@ def test_the_whole_pipeline_from_renders_to_measures(full_run, capsys):
         "--domain", "shifted", "--num_steps", 2, "--views", "views", "--out", "sample.png")
     images = [evaluate.read_image(out / f"views/shifted/{name}/color_{v:03}.png") for name in ("0000", "0002") for v in
               range(4)]
-    assert all(image.shape == (3, 128, 128) and image.std() > 0.01 for image in images) and (out / "sample.png").exists()
+    assert all(image.shape == (3, 128, 128) and image.std() > 0.01 for image in images)
+    assert (out / "sample.png").exists()
     measured = evaluate.folder_consistency("views/shifted", "views/positions", [0, 90, 180, 270], 20, 0.55)
     assert 0 < measured["psnr"] < 40
     run(train_stage2, *TRAIN, "--steps", 1, "--task", "text", "--method", "syn_only")
@@ -149,13 +152,13 @@ def test_the_pipeline_at_full_shapes(full_run, monkeypatch):
     torch.save(random_pixart(config), "pixart.pth")
     run(data, "export", "objects", "--num", 1)
     run(data, "encode", "objects", "latents", *ENCODERS)
-    run(sample, "--base", "pixart.pth", "--real_set", "real", "--synthetic", "latents", "--text_encoder", "text_encoder",
-        "--num_steps", 1)
+    run(sample, "--base", "pixart.pth", "--real_set", "real", "--synthetic", "latents", "--text_encoder",
+        "text_encoder", "--num_steps", 1)
     run(train_stage1, *TRAIN, "--steps", 1, "--dtype", "bfloat16")
     run(train_stage2, *TRAIN, "--steps", 2, "--dtype", "bfloat16", "--real_warmup", 1, "--accumulate", 4,
         "--grad_checkpointing")
-    run(sample, "--model", "realiz3d_texturing.safetensors", "--objects", "objects/0000", *ENCODERS, "--domain", "shifted",
-        "--num_steps", 1, "--cfg_scale", 1, "--views", "views", "--out", "sample.png")
+    run(sample, "--model", "realiz3d_texturing.safetensors", "--objects", "objects/0000", *ENCODERS, "--domain",
+        "shifted", "--num_steps", 1, "--cfg_scale", 1, "--views", "views", "--out", "sample.png")
     measured = evaluate.folder_consistency("views/shifted", "objects", [0, 90, 180, 270], 20, 0.55)
     assert measured["psnr"] > 0 and evaluate.read_image("views/shifted/0000/color_000.png").shape == (3, 512, 512)
 
@@ -193,8 +196,8 @@ def shards(tmp_path):
     objects |= {f"{k}.text": draw(3 + k, 32) for k in range(3)}
     key = dict(scale=data.LATENT_SCALE, text_encoder="t5")
     for name, ids in (("0", "01"), ("more/2", "2")):
-        tensors = {n: tensor for n, tensor in objects.items() if n[0] in ids} | {"null_text": draw(1, 32) if ids == "01" else
-                                                                                torch.ones(1, 32).half()}
+        null_text = draw(1, 32) if ids == "01" else torch.ones(1, 32).half()
+        tensors = {n: tensor for n, tensor in objects.items() if n[0] in ids} | {"null_text": null_text}
         save_tensors(f"{tmp_path}/{name}.safetensors", tensors, shard=dict(key=key, captions=dict.fromkeys(ids, "a")))
     return tmp_path, objects
 
@@ -220,7 +223,8 @@ def test_shards_that_do_not_fit_are_refused(shards):
     folder, objects = shards
     with pytest.raises(ValueError, match="width 32, the model takes .* 16"):
         data.LatentSet(folder, CONFIG.__class__(**vars(CONFIG) | dict(text_dim=16)))
-    extra = {name: tensor for name, tensor in objects.items() if name[0] == "2"} | {"null_text": torch.ones(1, 32).half()}
+    extra = {name: tensor for name, tensor in objects.items() if name[0] == "2"}
+    extra |= {"null_text": torch.ones(1, 32).half()}
     key = dict(scale=data.LATENT_SCALE, text_encoder="t5")
     save_tensors(f"{folder}/more/3.safetensors", extra, shard=dict(key=key, captions={"2": "a"}))
     with pytest.raises(ValueError, match="object 2 twice"):
@@ -277,7 +281,7 @@ def test_real_latents_are_a_function_of_caption_and_seed(full_run):
 @pytest.mark.skipif("KILLS" not in os.environ, reason="takes minutes: KILLS=10 pytest tests/test_latents.py -k killed")
 @pytest.mark.parametrize("what", ["encode", "real set", "training"])
 def test_killed_and_started_again_ends_with_the_same_tensors(full_run, what):
-    """kill -9 at KILLS random moments of work, the same command each time; then the files of a run that was left alone."""
+    """kill -9 at KILLS random moments of work, the same command each time; then the files of a run left alone."""
     run, out = full_run
     run(data, "export", "objects", "--num", 24, "--size", 128)
     run(data, "encode", "objects", "latents", *ENCODERS, "--size", 128, "--shard", 2)
@@ -308,8 +312,9 @@ def test_killed_and_started_again_ends_with_the_same_tensors(full_run, what):
         a, b = (load_tensors(f"{name}.safetensors")[0] for name in ("whole", "cut"))
         assert all(torch.equal(a[name], b[name]) for name in a)
     else:
-        read = lambda folder: {path.name: path.read_bytes() for path in out.glob(f"{folder}/*.safetensors")}  # noqa: E731
-        assert read(whole) == read("cut") and len(read("cut")) == 12
+        whole, cut = ({path.name: path.read_bytes() for path in out.glob(f"{folder}/*.safetensors")}
+                      for folder in (whole, "cut"))
+        assert whole == cut and len(cut) == 12
 
 
 def test_encoders_of_diffusers_and_transformers(tmp_path):
@@ -321,7 +326,8 @@ def test_encoders_of_diffusers_and_transformers(tmp_path):
     vae = diffusers.AutoencoderKL(block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
                                   up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4).eval()
     vae.save_pretrained(tmp_path / "vae")
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "red": 3, "mug": 4, "a": 5}, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "red": 3, "mug": 4, "a": 5},
+                                       unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"

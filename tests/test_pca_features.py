@@ -106,7 +106,8 @@ def test_latents_with_caption_vectors_make_the_figure(tmp_path, monkeypatch, cap
     monkeypatch.setattr("sys.argv", [*command, "--threads", "1"])
     with pytest.raises(ValueError, match="--text_encoder"):
         pca_features.main()
-    monkeypatch.setattr("sys.argv", [*command, "--threads", "1", "--text_encoder", "t5", "--prompt", "a mug", "a cat", "two"])
+    monkeypatch.setattr("sys.argv", [*command, "--threads", "1", "--text_encoder", "t5", "--prompt", "a mug", "a cat",
+                                     "two"])
     pca_features.main()
     assert f"wrote {tmp_path / 'pca.png'}" in capsys.readouterr().out
     assert Image.open(tmp_path / "pca.png").height > 13 * 64
