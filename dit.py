@@ -1,14 +1,15 @@
-"""The diffusion transformer, its noise process and its checkpoints.
+"""The diffusion transformer, its noise process and its file.
 
 The network is PixArt-alpha's (Chen et al. 2023), the public text-to-image DiT (Peebles & Xie 2023) with the paper's
 epsilon objective, so that its weights can be loaded. Realiz3D adds three inputs to it (Sec. 4, B.2), each of which
 leaves the base model exactly as it was until it is trained:
 
     control  extra input channels of the patch embedder, their weights start at zero    (texturing: normals, positions)
-    view     a learned encoding of the view's index, starts at zero
+    views    attention over all views of a grid, each with a learned encoding that starts at zero
     shift    a vector per block and sample, added to every token before the block       (domain_shifter.py, Sec. 4.1)
 
-and a number, frozen_blocks: how many of the first blocks run without a graph (layer-aware training, Sec. 4.2).
+and a number, frozen_blocks: how many of the first blocks run without a graph (layer-aware training, Sec. 4.2). Blocks
+are counted from 0: "the first 3" are blocks 0, 1 and 2.
 
 Symbols: B batch, V views (1 = single-image mode, 4 = attention over all views), N tokens a view, L text tokens,
 d width, N_B depth, T = 1000 diffusion steps, alpha_bar_t = alphas_cumprod[t].
@@ -16,22 +17,16 @@ d width, N_B depth, T = 1000 diffusion steps, alpha_bar_t = alphas_cumprod[t].
     model = DiT(PRESETS["toy"])                          # or load_model("weights/toy_base.safetensors")
     eps = model(x, t, text)                              # x (B, V, C, H, W), t (B,), text (B, L) -> eps like x
 """
-import json
 import math
-import os
-import sys
-import warnings
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from functools import cache
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
+
+from support.files import load_strictly, load_tensors, save_tensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -78,18 +73,14 @@ def _signal_and_noise(device):
     return alphas_cumprod.sqrt().float().to(device), (1 - alphas_cumprod).sqrt().float().to(device)
 
 
-def seeded_generator(*key, device="cpu"):
-    """A torch.Generator that is a pure function of some whole numbers, such as (seed, step, sample)."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-
 def add_noise(x0, noise, t):
     """Forward process, DDPM eq. 4: x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) noise.
 
     x0, noise: (B, ...); t: (B,) integers in [0, T). Returns x_t like x0.
     """
-    signal, sigma = (table[t].view(-1, *[1] * (x0.dim() - 1)) for table in _signal_and_noise(x0.device))
-    return signal * x0 + sigma * noise
+    signal, sigma = _signal_and_noise(x0.device)
+    per_sample = (-1, *[1] * (x0.dim() - 1))                                                        # (B, 1, 1, ..)
+    return signal[t].view(per_sample) * x0 + sigma[t].view(per_sample) * noise
 
 
 def epsilon_loss(prediction, noise, t, even=False):
@@ -173,13 +164,20 @@ class Attention(nn.Module):
         self.kv = Linear(width, 2 * width) if cross else None
         self.qkv = None if cross else Linear(width, 3 * width)
         self.proj = Linear(width, width)
-        self.q_norm, self.k_norm = (nn.RMSNorm(width // heads) if qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
 
     def forward(self, x, context=None, mask=None):
-        q, k, v = self.qkv(x).chunk(3, -1) if context is None else (self.q(x), *self.kv(context).chunk(2, -1))
-        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))            # (B, heads, N, d/h)
-        x = attend(self.q_norm(q), self.k_norm(k), v, mask)
+        if context is None:
+            q, k, v = self.qkv(x).chunk(3, -1)                                                      # (B, N, d) each
+        else:
+            q, (k, v) = self.q(x), self.kv(context).chunk(2, -1)                                    # k, v: (B, L, d)
+        x = attend(self.q_norm(self.split_heads(q)), self.k_norm(self.split_heads(k)), self.split_heads(v), mask)
         return self.proj(x.transpose(1, 2).flatten(2))                                              # (B, N, d)
+
+    def split_heads(self, x):
+        """(B, N, d) -> (B, heads, N, d / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -195,8 +193,8 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, d) / d ** 0.5)
 
     def forward(self, x, mod, text, text_mask, shift):
-        if shift is not None:
-            x = x + shift[:, None]                                                                  # Sec. 4.1
+        if shift is not None:                                       # Sec. 4.1: X~ = X + W_left W_right e_domain, this
+            x = x + shift[:, None]                                  # block's row of DomainShifters.forward (B, d)
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + mod).unsqueeze(2).unbind(1)
         x = x + gate1 * self.attn(modulate(self.norm(x), shift1, scale1))                           # over all V views
         x = x + self.cross_attn(x, text, text_mask)
@@ -204,7 +202,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer: (x_t, t, text, control, view, domain shift) -> epsilon."""
+    """Diffusion transformer: (x_t, t, text, control, domain shift) -> epsilon, of one view or of V together."""
 
     def __init__(self, config):
         super().__init__()
@@ -250,7 +248,7 @@ class DiT(nn.Module):
         if self.control_embedder is not None:
             nn.init.zeros_(self.control_embedder.weight)    # the base model stays as it is until control is trained
 
-    def check_inputs(self, x, text, control, view, shift, frozen_blocks):
+    def check_inputs(self, x, text, control, shift, frozen_blocks):
         """Raises ValueError, naming the first input whose shape does not fit."""
         c, (B, V) = self.config, x.shape[:2]
         image = (c.image_size, c.image_size)
@@ -260,25 +258,26 @@ class DiT(nn.Module):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {' or '.join(map(str, shapes))}")
         check("x", x, (B, V, c.channels, *image))
         check("control", control, (B, V, c.control_channels, *image))
-        check("view", view, (B, V))
         check("shift", shift, (c.depth, B, c.width))
         check("text", text, *[(B, n) if c.vocab_size else (B, n, c.text_dim) for n in (text.shape[1], c.text_length)])
         if text.shape[1] > c.text_length:
             raise ValueError(f"text has {text.shape[1]} tokens, the model takes {c.text_length}")
-        if view is not None and self.view_encoding is None or not 0 <= frozen_blocks <= c.depth:
-            raise ValueError(f"num_views {c.num_views} takes no view index, or frozen_blocks {frozen_blocks} is not in "
-                             f"0..{c.depth}")
+        if V > max(1, c.num_views):
+            raise ValueError(f"x has {V} views, the model knows {c.num_views}")
+        if not 0 <= frozen_blocks <= c.depth:
+            raise ValueError(f"frozen_blocks must lie in 0..{c.depth}, not {frozen_blocks}")
 
-    def embed_tokens(self, x, control, view):
-        """Patches of all views in a row, each with its in-view position (and view): (B, V, C, H, W) -> (B, V N, d)."""
+    def embed_tokens(self, x, control):
+        """Patches of all views in a row, each with its position in its view, and of several views with its view's
+        encoding: (B, V, C, H, W) -> (B, V N, d)."""
         B, V = x.shape[:2]
         h = self.x_embedder(x.flatten(0, 1))                                                        # (B V, d, n, n)
         if control is not None:
             h = h + self.control_embedder(control.flatten(0, 1).to(x.dtype))     # sets keep it in 16 bits
         h = h.flatten(2).transpose(1, 2) + self.positions                                           # (B V, N, d)
         h = h.view(B, V, *h.shape[1:])
-        if view is not None:
-            h = h + self.view_encoding[view][:, :, None]
+        if V > 1:
+            h = h + self.view_encoding[:V].expand(B, V, -1)[:, :, None]                             # Sec. 4
         return h.flatten(1, 2)
 
     def embed_text(self, text, text_mask):
@@ -296,18 +295,19 @@ class DiT(nn.Module):
         x = tokens.view(len(tokens), V, n, n, p, p, -1)                                             # PixArt: (p, q, c)
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
-    def forward(self, x, t, text, text_mask=None, control=None, view=None, shift=None, frozen_blocks=0):
+    def forward(self, x, t, text, text_mask=None, control=None, shift=None, frozen_blocks=0):
         """Predicts the noise in x.
 
-        x: (B, V, C, H, W) noisy views, V = 1 is single-image mode, else attention runs over all V views.
+        x: (B, V, C, H, W) noisy views. V = 1 is single-image mode: attention inside the image, no view encoding; else
+        attention runs over all V views, view v having encoding v.
         t: (B,) timesteps in [0, T). text: (B, L) ids or (B, L, text_dim) vectors; text_mask: (B, L), nonzero = a real
         token (None: ids other than 0, or every vector). control: (B, V, C_c, H, W), None = the empty control, zeros.
-        view: (B, V) view indices or None. shift: (N_B, B, d) from DomainShifters, or None.
+        shift: (N_B, B, d) from `DomainShifters`, or None.
         frozen_blocks: i of layer-aware training (Sec. 4.2); for i > 0 the patch embedder and the first i blocks run
         without a graph, so they get no gradient and the backward pass ends at block i.
         Returns epsilon (B, V, C, H, W). Raises ValueError naming an input of the wrong shape.
         """
-        self.check_inputs(x, text, control, view, shift, frozen_blocks)
+        self.check_inputs(x, text, control, shift, frozen_blocks)
         B, V = x.shape[:2]
         dtype = self.final_table.dtype
         t = t.expand(B)
@@ -316,7 +316,7 @@ class DiT(nn.Module):
         text, text_mask = self.embed_text(text, text_mask)
         grad = torch.is_grad_enabled()
         with torch.set_grad_enabled(grad and frozen_blocks == 0):
-            h = self.embed_tokens(x, control, view)                                                 # (B, V N, d)
+            h = self.embed_tokens(x, control)                                                       # (B, V N, d)
         for k, block in enumerate(self.blocks):
             with torch.set_grad_enabled(grad and k >= frozen_blocks):                               # Sec. 4.2
                 inputs = h, mod, text, text_mask, None if shift is None else shift[k]
@@ -326,78 +326,13 @@ class DiT(nn.Module):
         out = self.unpatchify(self.final_linear(modulate(self.final_norm(h), shift_out, scale_out)), V)
         out = out[:, :, :self.config.channels]                                                      # the epsilon half
         if self.config.output_skip:  # near t = T x0 = (x_t - sigma eps) / signal would amplify errors of a bare eps
-            signal, sigma = (table[t.long()].view(B, 1, 1, 1, 1) for table in _signal_and_noise(x.device))
-            out = sigma * x + signal * out
+            signal, sigma = _signal_and_noise(x.device)
+            out = sigma[t.long()].view(B, 1, 1, 1, 1) * x + signal[t.long()].view(B, 1, 1, 1, 1) * out
         return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: safetensors, whose metadata hold the configuration (a model file alone rebuilds its model)
-
-
-def save_tensors(path, tensors, **metadata):
-    """Writes {name: tensor} with JSON metadata to a temporary name and moves it into place."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    partial = f"{path}.{os.getpid()}.tmp"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        save_file(tensors, partial, {key: json.dumps(value) for key, value in metadata.items()})
-        os.chmod(partial, 0o644)            # the library writes files that only their owner can read
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:     # the latter for a full or read-only disk
-        raise OSError(f"cannot write {path}: {error}") from None
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
-
-
-def load_tensors(path, device="cpu"):
-    """({name: tensor}, metadata) of what `save_tensors` wrote, or of another program's safetensors or torch.save file
-    (.pth, .pt; weights only, no metadata). Raises FileNotFoundError, ValueError if damaged."""
-    metadata = read_metadata(path)
-    if str(path).endswith((".pth", ".pt")):
-        try:
-            tensors = torch.load(path, map_location=device, weights_only=True)
-        except Exception:           # its unpickler raises whatever the bytes of another file lead it to
-            raise ValueError(f"{path} is not a readable file of torch.save with nothing but tensors in it") from None
-        tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
-        if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise ValueError(f"{path} holds no state_dict, a dictionary of tensors")
-        return tensors, metadata
-    with safe_open(path, "pt", device=str(device)) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata
-
-
-def read_metadata(path):
-    """The metadata alone: {} for a file of torch.save. Raises as `load_tensors`."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no such file: {path}")
-    if str(path).endswith((".pth", ".pt")):
-        return {}
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: parse_metadata(value) for key, value in (file.metadata() or {}).items()}
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file (cut off, or another type): {error}") from None
-
-
-def up_to_date(path, key):
-    """Whether `path` is a file that `save_tensors` wrote with this metadatum `key`; says so where it is damaged."""
-    try:
-        return read_metadata(path).get("key") == json.loads(json.dumps(key))
-    except FileNotFoundError:
-        return False
-    except ValueError:
-        print(f"{path} is damaged, making it again")
-        return False
-
-
-def parse_metadata(value):
-    """What `save_tensors` wrote as JSON; a plain word of another program's file ("format": "pt") as it is."""
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
 
 
 def save_model(path, config, model=None, shifters=None, adapter=None, dtype=None, **metadata):
@@ -445,144 +380,3 @@ def load_model(path, device="cpu", config=None):
         model.null_text = torch.empty(found.text_length, found.text_dim)
     load_strictly(model, weights, path)
     return model.to(device)
-
-
-def load_base(path, device="cpu", config=None):
-    """A model from a checkpoint of ours or from PixArt-alpha's weights, whichever the file holds.
-
-    config: what it must be (default: PixArt-alpha's must be PRESETS["full"]). Raises as `load_model`, `load_pixart`.
-    """
-    if "config" in read_metadata(path) or config and config.vocab_size:
-        return load_model(path, device, config)
-    config = config or PRESETS["full"]
-    model = load_pixart(path, config.heads, config.image_size, config.pos_scale)
-    require_config(path, model.config, config)
-    return model.to(device)
-
-
-def load_strictly(module, weights, path):
-    """module.load_state_dict, with every misfit named in one line (ValueError)."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    misfit = sorted(f"{name} {given.get(name, 'missing')}" for name in shapes.keys() | given.keys()
-                    if shapes.get(name) != given.get(name))
-    if misfit:
-        raise ValueError(f"{path} does not fit the model: {', '.join(misfit[:4])}{', ...' if len(misfit) > 4 else ''}")
-    module.load_state_dict(weights)
-
-
-# PixArt-alpha's own name for each part of ours, and the diffusers one (several: stacked along the rows)
-PIXART_NAMES = {
-    "x_embedder": ("x_embedder.proj", "pos_embed.proj"),
-    "t_embedder.0": ("t_embedder.mlp.0", "adaln_single.emb.timestep_embedder.linear_1"),
-    "t_embedder.2": ("t_embedder.mlp.2", "adaln_single.emb.timestep_embedder.linear_2"),
-    "t_block.1": ("t_block.1", "adaln_single.linear"),
-    "text_embedder.0": ("y_embedder.y_proj.fc1", "caption_projection.linear_1"),
-    "text_embedder.2": ("y_embedder.y_proj.fc2", "caption_projection.linear_2"),
-    "final_linear": ("final_layer.linear", "proj_out"),
-    "final_table": ("final_layer.scale_shift_table", "scale_shift_table"),
-}
-PIXART_BLOCK_NAMES = {
-    "scale_shift_table": ("scale_shift_table", "scale_shift_table"),
-    "attn.qkv": ("attn.qkv", "attn1.to_q attn1.to_k attn1.to_v"),
-    "attn.proj": ("attn.proj", "attn1.to_out.0"),
-    "cross_attn.q": ("cross_attn.q_linear", "attn2.to_q"),
-    "cross_attn.kv": ("cross_attn.kv_linear", "attn2.to_k attn2.to_v"),
-    "cross_attn.proj": ("cross_attn.proj", "attn2.to_out.0"),
-    "mlp.0": ("mlp.fc1", "ff.net.0.proj"),
-    "mlp.2": ("mlp.fc2", "ff.net.2"),
-}
-
-
-def convert_pixart(source, path="the state_dict"):
-    """PixArt-alpha's {name: tensor}, original or diffusers names -> ({our name: tensor}, its empty caption or None).
-
-    The position table is left out, being recomputed. Raises ValueError naming tensors that are missing or left over.
-    """
-    source = {name: tensor for name, tensor in source.items() if name not in ("pos_embed", "pos_embed.pos_embed")}
-    null_text = source.pop("y_embedder.y_embedding", source.pop("caption_projection.y_embedding", None))    # (L, D)
-    names, prefix = (1, "transformer_blocks") if "pos_embed.proj.weight" in source else (0, "blocks")
-    depth = 1 + max((int(name.split(".")[1]) for name in source if name.startswith(f"{prefix}.")), default=-1)
-    table = {ours: theirs[names] for ours, theirs in PIXART_NAMES.items()}
-    table |= {f"blocks.{k}.{ours}": " ".join(f"{prefix}.{k}.{part}" for part in theirs[names].split())
-              for k in range(depth) for ours, theirs in PIXART_BLOCK_NAMES.items()}
-    weights = {}
-    for ours, theirs in table.items():
-        for suffix in ("",) if theirs.endswith("table") else (".weight", ".bias"):
-            parts = [source.pop(part + suffix, None) for part in theirs.split()]
-            if any(part is None for part in parts):
-                raise ValueError(f"{path} is no checkpoint of this project, nor PixArt-alpha's: {theirs}{suffix} is "
-                                 "missing")
-            weights[ours + suffix] = torch.cat(parts).float()
-    if source:
-        raise ValueError(f"{path} holds tensors of no PixArt-alpha model: {', '.join(sorted(source)[:4])}")
-    return weights, null_text
-
-
-def load_pixart(path, num_heads=16, image_size=64, pos_scale=1.0):
-    """Loads PixArt-alpha weights (.pth or safetensors, original or diffusers names) into a DiT with control and view
-    inputs.
-
-    image_size is in latent pixels. All else follows from the shapes; the control and view weights start at zero, so
-    the model returned is PixArt-alpha. Its empty caption, where the file has one, becomes `model.null_text`. Raises
-    ValueError naming tensors that are missing, left over or of a wrong shape.
-    """
-    weights, null_text = convert_pixart(load_tensors(path)[0], path)
-    width, channels, patch, _ = weights["x_embedder.weight"].shape
-    out_channels = len(weights["final_linear.weight"]) // patch ** 2
-    text_dim, depth = weights["text_embedder.0.weight"].shape[1], sum("attn.qkv.weight" in name for name in weights)
-    config = Config(image_size, patch, channels, out_channels, control_channels=2 * channels, num_views=4, depth=depth,
-                    width=width, heads=num_heads, text_dim=text_dim, text_length=120, vocab_size=0, output_skip=False,
-                    qk_norm=False, pos_scale=pos_scale)
-    model = DiT(config)
-    weights |= {name: model.state_dict()[name] for name in ("control_embedder.weight", "view_encoding")}
-    if null_text is not None:
-        model.null_text, weights["null_text"] = torch.empty(config.text_length, text_dim), null_text.float()
-    load_strictly(model, weights, path)
-    return model
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Launching: the same script runs alone or under torchrun
-
-
-def launch(threads=None):
-    """Joins torchrun's process group where there is one (NCCL on CUDA, gloo else); returns (device, rank, world).
-
-    RANK decides who writes, LOCAL_RANK which GPU is used, so that several nodes work.
-    """
-    rank, local, world = (int(os.environ.get(key, default)) for key, default in
-                          (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"--threads must be at least 1, not {threads}")
-        torch.set_num_threads(threads)
-    # under bf16 autocast RMSNorm keeps its weight in fp32, which is what we want, and says so at length
-    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else
-                          "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
-    on_cuda = device.type == "cuda"
-    if on_cuda:
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this node has no GPU: --nproc_per_node must be at most "
-                             f"{torch.cuda.device_count()}")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world > 1 and not torch.distributed.is_initialized():
-        # two hours: ranks that encode or draw a set work alone and meet at its end, some of them early
-        torch.distributed.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(hours=2),
-                                             device_id=device if on_cuda else None)
-    return device, rank, world
-
-
-def run_cli(main):
-    """Runs a script's main(): bad input ends in one line and exit code 1 (argparse: 2), never in a traceback."""
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")         # sys.exit prints a string to stderr and exits with 1
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()

@@ -15,10 +15,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
-import sample
-from dit import add_noise, launch, run_cli, seeded_generator
+from data import SEEDS
+from dit import add_noise
 from domain_shifter import REAL, uniform_domains
+from full.encoders import encode_captions, load_text_encoder
+from geometry.camera import AZIMUTHS, camera
+from sample import (CFG_SCALE, LATENT_CFG_SCALE, Sampling, ddim_sample, ddim_timesteps, default_base, domain_mode,
+                    guidance, guided_noise, load_network)
+from support.generators import SAMPLES, seeded_generator
+from support.launch import launch, run_cli
+from support.pictures import draw_plot, save_image, save_picture, side_by_side
+from toy.render import Look, render
+from toy.world import STYLES, asset_captions, sample_assets, tokenize
 
 STEPS = (800, 700, 500, 200)                # t of the figure's four groups
 DEPTHS = (0.2, 0.5, 1.0)                    # of its three rows, as shares of N_B
@@ -28,11 +36,20 @@ DEPTHS = (0.2, 0.5, 1.0)                    # of its three rows, as shares of N_
 def recorded(dit, depths):
     """with recorded(dit, depths) as features: a forward leaves features[k] (B, N, d), the tokens after k blocks, for
     each k of depths in 0..N_B."""
-    features = {}
-    after = lambda k: lambda _, inputs, out: features.update({k: out.detach()})
-    before = lambda _, inputs: features.update({0: inputs[0].detach()})
-    handles = [dit.blocks[k - 1].register_forward_hook(after(k)) if k else
-               dit.blocks[0].register_forward_pre_hook(before) for k in depths]
+    features, handles = {}, []
+
+    def keep_input(_, inputs):
+        features[0] = inputs[0].detach()
+
+    def keep_output_after(k):
+        def hook(_, inputs, out):
+            features[k] = out.detach()
+        return hook
+    for k in depths:
+        if k == 0:
+            handles.append(dit.blocks[0].register_forward_pre_hook(keep_input))
+        else:
+            handles.append(dit.blocks[k - 1].register_forward_hook(keep_output_after(k)))
     try:
         yield features
     finally:
@@ -45,26 +62,27 @@ def recorded(dit, depths):
 
 
 @torch.no_grad()
-def sampled_features(network, text, null, num_steps=20, spacing="trailing", cfg_scale=sample.CFG_SCALE, seed=0,
-                     batch=16, **inputs):
+def sampled_features(network, inputs, sampling):
     """Samples one image a prompt and keeps the tokens at STEPS and DEPTHS (A.1).
 
-    network: ShiftedDiT. text (P, L) or (P, L, D); null: the empty caption, {"text": (1, L, ..)}; inputs: text_mask.
-    Returns images (P, C, H, W) and {(t, block): (P, N, d)}: t is the visited step nearest to each of STEPS (with 20
-    trailing steps 799, 699, 499 and 199, with leading ones exactly 800, 700, 500 and 200), block how many blocks the
-    tokens have passed.
+    network: ShiftedDiT. inputs: {"text": (P, L) or (P, L, D), perhaps "text_mask", "null": the empty caption}.
+    Returns images (P, C, H, W) and {(t, block): (P, N, d)}: t is the visited step nearest to each of
+    STEPS (with 20 trailing steps 799, 699, 499 and 199, with leading ones exactly 800, 700, 500 and 200), block how
+    many blocks the tokens have passed.
     """
     config, like = network.dit.config, network.dit.positions
-    visited = sample.ddim_timesteps(num_steps, spacing)
+    visited = ddim_timesteps(sampling.num_steps, sampling.spacing)
     steps = [int(visited[(visited - t).abs().argmin()]) for t in STEPS]
     blocks = [max(1, round(depth * config.depth)) for depth in DEPTHS]
     shape = (1, config.channels, config.image_size, config.image_size)
+    null = {key: value.to(like.device) for key, value in inputs["null"].items()}
     images, features = [], {(t, block): [] for t in steps for block in blocks}
-    for rows in tqdm(torch.arange(len(text)).split(batch), desc="sampling", unit="batch"):
-        noise = torch.stack([torch.randn(shape, generator=seeded_generator(sample.SAMPLES, seed, k)) for k in
-                             rows.tolist()])
-        predict_noise = sample.guided_noise(network, null, sample.domain_mode("real", config.depth), cfg_scale,
-                                            text=text[rows], **{name: value[rows] for name, value in inputs.items()})
+    for rows in tqdm(torch.arange(len(inputs["text"])).split(sampling.batch), desc="sampling", unit="batch"):
+        generators = [seeded_generator(SAMPLES, sampling.seed, k) for k in rows.tolist()]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        given = {key: inputs[key][rows].to(like.device) for key in ("text", "text_mask") if key in inputs}
+        predict_noise = guided_noise(network, null, domain_mode("real", config.depth), sampling.cfg_scale,
+                                     **given)
 
         def watched(x, t):
             with recorded(network.dit, blocks if int(t) in steps else ()) as found:
@@ -72,7 +90,8 @@ def sampled_features(network, text, null, num_steps=20, spacing="trailing", cfg_
             for block, tokens in found.items():             # under guidance the first half of the batch has the text
                 features[int(t), block].append(tokens[:len(x)].float().cpu())
             return eps
-        images.append(sample.ddim_sample(watched, noise.to(like), num_steps, spacing, clip_x0=config.output_skip))
+        images.append(ddim_sample(watched, noise.to(like), sampling.num_steps, sampling.spacing,
+                                  clip_x0=config.output_skip))
     return torch.cat(images)[:, 0].cpu(), {key: torch.cat(parts) for key, parts in features.items()}
 
 
@@ -89,16 +108,18 @@ def pca(x, num=3):
 
 def as_colors(scores, grid):
     """Scores (P N, 3) of P maps of grid x grid tokens -> uint8 (P, 3, grid, grid): 1st to 99th percentile."""
-    low, high = (scores.quantile(q, dim=0) for q in (0.01, 0.99))
+    low, high = scores.quantile(0.01, dim=0), scores.quantile(0.99, dim=0)
     rgb = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     return (rgb * 255).round().byte().view(-1, grid, grid, 3).permute(0, 3, 1, 2)
 
 
-def figure(path, images, features, shown=12):
+def pca_figure(path, images, features, shown=12):
     """Writes Fig. 5: the images, then four groups by step of three rows by depth, a column for each prompt. Returns
     {(t, block): share of the variance that the three components explain}."""
     grid, size = round(next(iter(features.values())).shape[1] ** 0.5), images.shape[-1]
-    low, high = (-1, 1) if images.shape[1] == 3 else (images[:, :3].min(), images[:, :3].max())    # or: of latents
+    low, high = -1, 1
+    if images.shape[1] != 3:                                            # latents
+        low, high = images[:, :3].min(), images[:, :3].max()
     pictures = ((images[:shown, :3] - low) / (high - low) * 255).clamp(0, 255).round().byte()
     rows, explained = [("generated", pictures)], {}
     for (t, block), tokens in features.items():
@@ -106,7 +127,7 @@ def figure(path, images, features, shown=12):
         explained[t, block] = float(share.sum())
         maps = F.interpolate(as_colors(scores, grid)[:shown].float(), size, mode="nearest").byte()
         rows.append((f"t {t}, block {block}: {share.sum():.0%}", maps))
-    sample.save_picture(path, rows, scale=max(1, 64 // size))
+    save_picture(path, rows, scale=max(1, 64 // size))
     return explained
 
 
@@ -137,23 +158,26 @@ def readability(network, num=800, seed=0):
     Returns {target: {t: [R^2 after k blocks, k = 0..N_B]}}.
     """
     config, device = network.dit.config, network.dit.positions.device
-    p, assets = config.patch_size, data.sample_assets(num, data.SEEDS["validation"])
-    azimuth = torch.tensor(data.AZIMUTHS)[torch.arange(num) % 4, None]
-    views = [data.render(assets, azimuth, style, size=config.image_size, seed=seed) for style in ("photo", "render")]
+    p, assets = config.patch_size, sample_assets(num, SEEDS["validation"])
+    azimuth = torch.tensor(AZIMUTHS)[torch.arange(num) % 4, None]
+    views = [render(assets, Look(style, seed=seed), azimuth, config.image_size) for style in ("photo", "render")]
     x0 = torch.cat([2 * view.rgb - 1 for view in views]).to(device)                             # (2 num, 1, 3, H, W)
-    text = data.tokenize(data.asset_captions(assets) * 2).to(device)
-    mask, normal = (torch.cat([getattr(view, name)[:, 0] for view in views]) for name in ("mask", "normal"))
-    axes = torch.stack(data.camera(azimuth[:, 0]), dim=1).repeat(2, 1, 1)                       # (2 num, 3 axes, 3)
+    text = tokenize(asset_captions(assets) * 2).to(device)
+    mask = torch.cat([view.mask[:, 0] for view in views])
+    normal = torch.cat([view.normal[:, 0] for view in views])
+    axes = torch.stack(camera(azimuth[:, 0]), dim=1).repeat(2, 1, 1)                            # (2 num, 3 axes, 3)
     normal = torch.einsum("nij,njhw->nihw", axes, normal)                                       # in the camera's frame
-    tokens = lambda maps: F.avg_pool2d(maps, p).flatten(2).transpose(1, 2).flatten(0, 1)            # (2 num N, c)
+
+    def tokens(maps):
+        return F.avg_pool2d(maps, p).flatten(2).transpose(1, 2).flatten(0, 1)                   # (2 num N, c)
     covered = tokens(mask)
     per_image = len(covered) // (2 * num)
     on = covered[:, 0] > 0.9
     fit = (torch.arange(2 * num) % num < num // 2).repeat_interleave(per_image)
     domain = (torch.arange(2 * num) < num).double().repeat_interleave(per_image)[:, None]
     targets = {"silhouette": (covered, torch.ones_like(on)), "normals": (tokens(normal), on), "domain": (domain, on)}
-    noise = torch.stack([torch.randn(x0.shape[1:], generator=seeded_generator(sample.SAMPLES, seed, k)) for k in
-                         range(2 * num)]).to(device)
+    generators = [seeded_generator(SAMPLES, seed, k) for k in range(2 * num)]
+    noise = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators]).to(device)
     found = {name: {} for name in targets}
     for t in tqdm(STEPS, desc="reading", unit="timestep"):
         x_t, blocks = add_noise(x0, noise, torch.full((2 * num,), t, device=device)), {}
@@ -187,57 +211,59 @@ def print_readability(found):
 
 def readability_plot(path, found):
     """Writes R^2 by depth, a panel for each step."""
-    panels = [sample.draw_plot({name: list(enumerate(by_step[t])) for name, by_step in found.items()},
+    panels = [draw_plot({name: list(enumerate(by_step[t])) for name, by_step in found.items()},
                                "blocks passed", f"R^2 at t = {t}", size=(380, 300), y_range=(0, 1))
               for t in STEPS]
-    sample.save_image(path, sample.side_by_side(panels))
+    save_image(path, side_by_side(panels))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main():
+def prompts_of(args, network):
+    """What the command line asks for, as `sampled_features` takes it: random objects in random styles, or --prompt."""
+    if network.dit.config.vocab_size:
+        assets, generator = sample_assets(args.num, 100 + args.seed), torch.Generator().manual_seed(args.seed)
+        styles = [STYLES[k] for k in torch.randint(len(STYLES), (args.num,), generator=generator).tolist()]
+        return {"text": tokenize(asset_captions(assets, styles)), "null": {"text": tokenize([""])}}
+    if not (args.prompt and args.text_encoder):
+        raise ValueError("a model of latents: give it --prompt and --text_encoder")
+    device = network.dit.positions.device
+    return encode_captions(args.prompt, load_text_encoder(args.text_encoder, device), network.dit)
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", "--base", help="checkpoint, ours or PixArt-alpha's .pth or safetensors (default: the base model of "
         "the toy's run folder, else the shipped one)")
-    add("--num", type=int, default=60, help="prompts, all of them in the PCA")
-    add("--num_objects", type=int, default=800, help="objects that the readings are fitted and tested on")
+    add("--num", type=int, default=60, help="prompts, all of them in the PCA (default %(default)s)")
+    add("--num_objects", type=int, default=800, help="objects that the readings are fitted and tested on (default "
+        "%(default)s)")
     add("--prompt", nargs="+", help="full: captions of many objects in many styles")
     add("--text_encoder", metavar="DIR", help="full: PixArt's text_encoder folder (needs transformers)")
-    add("--num_steps", type=int, default=20, help="DDIM steps")
-    add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps")
-    add("--cfg_scale", type=float, help=f"guidance on the text, 1 = none (default {sample.CFG_SCALE:g}; full: "
-        f"{sample.LATENT_CFG_SCALE})")
-    add("--seed", type=int, default=0, help="decides prompts and noise")
+    add("--num_steps", type=int, default=20, help="DDIM steps (default %(default)s)")
+    add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps "
+        "(default %(default)s)")
+    add("--cfg_scale", type=float, help=f"guidance on the text, 1 = none (default {CFG_SCALE:g}; full: "
+        f"{LATENT_CFG_SCALE})")
+    add("--seed", type=int, default=0, help="decides prompts and noise (default %(default)s)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    add("--out", default="runs/toy/pca.png", help="the figure; the plot gets _readable before .png")
-    args = parser.parse_args()
+    add("--out", default="runs/toy/pca.png", help="the figure; the plot gets _readable before .png (default "
+        "%(default)s)")
+    args = parser.parse_args(argv)
     if min(args.num_objects, args.num) < 10:
         parser.error("--num and --num_objects must be at least 10")
-    device = launch(args.threads)[0]
-    path, inputs = args.model or sample.default_base("toy"), {}
-    network = sample.load_network(path, device)
-    if network.dit.config.vocab_size:
-        assets = data.sample_assets(args.num, 100 + args.seed)
-        styles = [data.STYLES[k] for k in torch.randint(len(data.STYLES), (args.num,),
-                                                        generator=torch.Generator().manual_seed(args.seed)).tolist()]
-        text, null = data.tokenize(data.asset_captions(assets, styles)), {"text": data.tokenize([""])}
-    elif args.prompt and args.text_encoder:
-        encode_text = data.load_text_encoder(args.text_encoder, device)
-        inputs = sample.encode_captions(args.prompt, encode_text, network.dit)
-        text, null = inputs.pop("text"), inputs.pop("null")
-    else:
-        raise ValueError(f"{path} is a model of latents: give it --prompt and --text_encoder")
-    cfg_scale = sample.guidance(args, not network.dit.config.vocab_size)
-    on_device = lambda tensors: {key: value.to(device) for key, value in tensors.items()}
-    images, features = sampled_features(network, text.to(device), on_device(null), args.num_steps, args.spacing,
-                                        cfg_scale, args.seed, **on_device(inputs))
-    explained = figure(args.out, images, features)
+    network = load_network(args.model or default_base("toy"), launch(args.threads).device)
+    pixels = bool(network.dit.config.vocab_size)
+    sampling = Sampling(cfg_scale=guidance(args.cfg_scale, latents=not pixels), num_steps=args.num_steps,
+                        spacing=args.spacing, seed=args.seed, batch=16)
+    images, features = sampled_features(network, prompts_of(args, network), sampling)
+    explained = pca_figure(args.out, images, features)
     print("variance explained by three components: "
           + ", ".join(f"t {t} block {block} {share:.0%}" for (t, block), share in explained.items()))
     written = [args.out]
-    if network.dit.config.vocab_size:
+    if pixels:
         found = readability(network, args.num_objects, args.seed)
         print_readability(found)
         written.append(f"{args.out.removesuffix('.png')}_readable.png")

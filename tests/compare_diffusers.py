@@ -5,7 +5,7 @@
 
 Both take turns in one process: a training step (forward, epsilon loss, backward, clipping, AdamW) in fp32 and in bf16
 autocast, and 50 steps of DDIM with guidance. The ratio is diffusers' time over ours; a loss is that before the first
-step. tests/test_diffusers.py checks the numbers of smaller models.
+step. tests/full/test_diffusers.py checks the numbers of smaller models.
 """
 
 import argparse
@@ -28,8 +28,9 @@ try:
 except ImportError:
     sys.exit("error: this compares with diffusers: pip install diffusers")
 
-from dit import epsilon_loss, load_pixart
+from dit import epsilon_loss
 from domain_shifter import ShiftedDiT
+from full.pixart import load_pixart
 from sample import ddim_sample, domain_mode, guided_noise
 
 TOKENS, TEXT_DIM, GUIDANCE = 16, 64, 4.5

@@ -1,12 +1,12 @@
-"""dit.py: the network against diffusers' PixArt, its inputs, the noise process, checkpoints."""
+"""dit.py: the network and its inputs, the noise process, checkpoints. (Against PixArt's weights: full/test_pixart.py.)
+"""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, TINY, random_inputs, random_model
-from safetensors.torch import load_file, save_file
+from conftest import TINY, random_inputs, random_model
 
 import dit
 from dit import (
@@ -15,15 +15,12 @@ from dit import (
     add_noise,
     alphas_cumprod,
     epsilon_loss,
-    convert_pixart,
-    load_base,
     load_model,
-    load_pixart,
     position_embedding,
     save_model,
-    save_tensors,
-    seeded_generator,
 )
+from support.files import save_tensors
+from support.generators import seeded_generator
 
 
 def num_parameters(config):
@@ -40,141 +37,6 @@ def test_parameter_counts_are_pinned():
     assert num_parameters(replace(PRESETS["full"], control_channels=0, num_views=0)) == 610_856_096
 
 
-@pytest.fixture(params=["official", "diffusers"])
-def golden(request, tmp_path):
-    tensors = load_file(GOLDEN / "pixart.safetensors")
-    path = tmp_path / "pixart.safetensors"
-    prefix = request.param + "."
-    save_file({name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}, path)
-    return tensors, path
-
-
-def golden_inputs(tensors, dtype):
-    return dict(
-        x=tensors["in.x"].to(dtype)[:, None],
-        t=tensors["in.t"],
-        text=tensors["in.y"].to(dtype),
-        text_mask=tensors["in.mask"],
-    )
-
-
-def test_pixart_golden_float32(golden):
-    tensors, path = golden
-    model = load_pixart(path, num_heads=2, image_size=16)
-    with torch.no_grad():
-        eps = model(**golden_inputs(tensors, torch.float32))[:, 0]
-    assert (eps - tensors["out.f32"][:, :4]).abs().max() < 1e-5
-
-
-def test_pixart_golden_float64(golden, monkeypatch):
-    """All 2048 outputs at 1e-10, once the fp32 sinusoid is that of the machine which made the golden case.
-
-    exp in fp32 differs in the last place between CPUs, which at t = 903 moves the sinusoid by up to 1e-4 and the
-    output by 6e-6 (diffusers itself misses the case by as much on the machine this was written on). So the 32 numbers
-    per sample that the sinusoid feeds into are fitted; the fit must stay within that rounding.
-    """
-    tensors, path = golden
-    model = load_pixart(path, num_heads=2, image_size=16).double().requires_grad_(False)
-    inputs, ours = golden_inputs(tensors, torch.float64), dit.timestep_embedding(tensors["in.t"]).double()
-    spread = torch.linalg.pinv(model.t_embedder[0].weight)  # (256, 32)
-
-    def residual(z):
-        monkeypatch.setattr(dit, "timestep_embedding", lambda t: ours + z @ spread.T)
-        return (model(**inputs)[:, 0] - tensors["out.f64"][:, :4]).flatten()
-
-    z = torch.zeros(2, 32, dtype=torch.float64)
-    assert residual(z).abs().max() < 2e-5
-    for _ in range(2):  # Gauss-Newton
-        slope = torch.autograd.functional.jacobian(residual, z).flatten(1)  # (2048, 64)
-        z = z - torch.linalg.lstsq(slope, residual(z)[:, None], driver="gelsd").solution.view(2, 32)
-    assert residual(z).abs().max() < 1e-10
-    assert (z @ spread.T).abs().max() < 2e-4
-
-
-def test_pixart_names_a_missing_and_a_left_over_tensor(tmp_path):
-    tensors = {
-        name.removeprefix("official."): tensor
-        for name, tensor in load_file(GOLDEN / "pixart.safetensors").items()
-        if name.startswith("official.")
-    }
-    path = tmp_path / "p.safetensors"
-    save_file(tensors | {"blocks.0.lora": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="blocks.0.lora"):
-        load_pixart(path, 2, 16)
-    del tensors["blocks.1.attn.qkv.weight"]
-    save_file(tensors, path)
-    with pytest.raises(ValueError, match="blocks.1.attn.qkv.weight is missing"):
-        load_pixart(path, 2, 16)
-
-
-def test_pixart_pth_is_read_with_its_empty_caption(tmp_path):
-    """The original .pth, a position table and an empty caption in it, gives what the safetensors file gives."""
-    golden = load_file(GOLDEN / "pixart.safetensors").items()
-    tensors = {name.removeprefix("official."): tensor for name, tensor in golden
-               if name.startswith("official.")}
-    save_file(tensors, tmp_path / "p.safetensors")
-    extra = {"pos_embed": torch.ones(1, 64, 32), "y_embedder.y_embedding": torch.randn(120, 32)}
-    torch.save({"state_dict": tensors | extra, "epoch": 3}, tmp_path / "p.pth")
-    a, b = load_pixart(tmp_path / "p.safetensors", 2, 16), load_pixart(tmp_path / "p.pth", 2, 16)
-    assert a.null_text is None and torch.equal(b.null_text, extra["y_embedder.y_embedding"])
-    assert all(torch.equal(tensor, b.state_dict()[name]) for name, tensor in a.state_dict().items())
-    assert torch.equal(a.positions, b.positions)
-    save_model(str(tmp_path / "ours.safetensors"), b.config, b)
-    again = load_base(str(tmp_path / "ours.safetensors"), config=b.config)
-    assert torch.equal(again.null_text, b.null_text)
-    torch.save({"state_dict": tensors | {"y_embedder.y_embedding": torch.ones(77, 32)}}, tmp_path / "p.pth")
-    with pytest.raises(ValueError, match="null_text"):
-        load_pixart(tmp_path / "p.pth", 2, 16)
-    torch.save({"state_dict": tensors, "hook": num_parameters}, tmp_path / "p.pth")  # would run code when unpickled
-    with pytest.raises(ValueError, match="torch.save"):
-        load_pixart(tmp_path / "p.pth", 2, 16)
-
-
-def pixart_shapes(d=1152, depth=28):
-    """Names and shapes of PixArt-alpha XL/2 at 512 px, from its published table: (original, diffusers) on "meta"."""
-    one = {("x_embedder.proj.weight", "pos_embed.proj.weight"): (d, 4, 2, 2),
-           ("x_embedder.proj.bias", "pos_embed.proj.bias"): (d,),
-           ("final_layer.scale_shift_table", "scale_shift_table"): (2, d)}
-    two = {("t_embedder.mlp.0", "adaln_single.emb.timestep_embedder.linear_1"): (d, 256),
-           ("t_embedder.mlp.2", "adaln_single.emb.timestep_embedder.linear_2"): (d, d),
-           ("t_block.1", "adaln_single.linear"): (6 * d, d),
-           ("y_embedder.y_proj.fc1", "caption_projection.linear_1"): (d, 4096),
-           ("y_embedder.y_proj.fc2", "caption_projection.linear_2"): (d, d),
-           ("final_layer.linear", "proj_out"): (32, d)}
-    stacked = {}
-    for k in range(depth):
-        ours, theirs = f"blocks.{k}", f"transformer_blocks.{k}"
-        one[f"{ours}.scale_shift_table", f"{theirs}.scale_shift_table"] = (6, d)
-        stacked[f"{ours}.attn.qkv"] = [f"{theirs}.attn1.to_{x}" for x in "qkv"]
-        stacked[f"{ours}.cross_attn.kv_linear"] = [f"{theirs}.attn2.to_{x}" for x in "kv"]
-        two |= {(f"{ours}.attn.proj", f"{theirs}.attn1.to_out.0"): (d, d),
-                (f"{ours}.cross_attn.q_linear", f"{theirs}.attn2.to_q"): (d, d),
-                (f"{ours}.cross_attn.proj", f"{theirs}.attn2.to_out.0"): (d, d),
-                (f"{ours}.mlp.fc1", f"{theirs}.ff.net.0.proj"): (4 * d, d),
-                (f"{ours}.mlp.fc2", f"{theirs}.ff.net.2"): (d, 4 * d)}
-    meta = lambda *shape: torch.empty(*shape, device="meta")  # noqa: E731
-    sets = [{names[which]: meta(*shape) for names, shape in one.items()} for which in (0, 1)]
-    for which in (0, 1):
-        for names, (rows, columns) in two.items():
-            sets[which] |= {f"{names[which]}.weight": meta(rows, columns), f"{names[which]}.bias": meta(rows)}
-    for original, parts in stacked.items():
-        sets[0] |= {f"{original}.weight": meta(len(parts) * d, d), f"{original}.bias": meta(len(parts) * d)}
-        for part in parts:
-            sets[1] |= {f"{part}.weight": meta(d, d), f"{part}.bias": meta(d)}
-    return sets
-
-
-def test_a_full_size_state_dict_maps_completely():
-    with torch.device("meta"):
-        model = DiT(PRESETS["full"])
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()
-              if name not in ("control_embedder.weight", "view_encoding")}
-    for source in pixart_shapes():
-        assert sum(tensor.numel() for tensor in source.values()) == 610_856_096
-        weights, null_text = convert_pixart(source)
-        assert {name: tensor.shape for name, tensor in weights.items()} == wanted and null_text is None
-
-
 def test_positions_first_half_is_the_column():
     table, size, width = position_embedding(16, 3, scale=2.0), 3, 16
     for row in range(size):
@@ -186,35 +48,55 @@ def test_positions_first_half_is_the_column():
                 assert np.allclose(got, want, atol=1e-14)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What Realiz3D adds to the base model: control and views
+
+
+def starting_model():
+    """A model as training finds it, but for the last layer, whose zeros would hide everything."""
+    torch.manual_seed(0)
+    model = DiT(TINY)
+    torch.nn.init.normal_(model.final_linear.weight)
+    return model
+
+
 @torch.no_grad()
-def test_control_and_view_start_as_the_base_model():
-    torch.manual_seed(0)
-    model, (x, t, text) = DiT(TINY), random_inputs()
-    torch.nn.init.normal_(model.final_linear.weight)
+def test_control_and_views_start_as_the_base_model():
+    """Control has no effect, and views are exchangeable: nothing says which is which."""
+    model, (x, t, text) = starting_model(), random_inputs()
     base = model(x, t, text)
-    control, view = torch.randn(2, 4, 6, 8, 8), torch.arange(4).expand(2, 4)
-    assert torch.equal(base, model(x, t, text, control=control, view=view))
+    assert torch.equal(base, model(x, t, text, control=torch.randn(2, 4, 6, 8, 8)))
+    turned = [2, 0, 3, 1]
+    assert torch.allclose(model(x[:, turned], t, text), base[:, turned], atol=1e-5)
 
 
-def test_control_and_view_move_the_output_after_one_step():
-    torch.manual_seed(0)
-    model, (x, t, text) = DiT(TINY), random_inputs()
-    torch.nn.init.normal_(model.final_linear.weight)
-    inputs = dict(control=torch.randn(2, 4, 6, 8, 8), view=torch.arange(4).expand(2, 4))
+def test_control_and_views_move_the_output_after_one_step():
+    model, (x, t, text) = starting_model(), random_inputs()
+    control, turned = torch.randn(2, 4, 6, 8, 8), [2, 0, 3, 1]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(x, t, text, **inputs).square().mean().backward()
+    model(x, t, text, control=control).square().mean().backward()
     optimizer.step()
     with torch.no_grad():
         base = model(x, t, text)
-        for name, value in inputs.items():
-            assert (model(x, t, text, **{name: value}) - base).abs().max() > 1e-4, name
+        assert (model(x, t, text, control=control) - base).abs().max() > 1e-4
+        assert (model(x[:, turned], t, text) - base[:, turned]).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_view_v_of_several_gets_encoding_v_and_a_single_image_none():
+    model, (x, _, _) = random_model(), random_inputs()
+    grid = model.embed_tokens(x, None).view(2, 4, 4, 16)  # views, tokens of one
+    for v in range(4):
+        alone = model.embed_tokens(x[:, v : v + 1], None)
+        assert torch.allclose(grid[:, v], alone + model.view_encoding[v], atol=1e-5)
+    pair = model.embed_tokens(x[:, 2:], None).view(2, 2, 4, 16)
+    assert torch.allclose(pair - grid[:, 2:], (model.view_encoding[:2] - model.view_encoding[2:])[:, None], atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_grid_in_single_image_mode_is_four_base_forwards():
     """Bit for bit as one batch of the model without control and views; one by one up to the rounding of a matrix
     product, which depends on how many rows it has."""
-    torch.manual_seed(0)
     model, (x, t, text) = random_model(dtype=torch.float64), random_inputs(views=4, batch=1, dtype=torch.float64)
     base = DiT(replace(TINY, control_channels=0, num_views=0)).double()
     base.load_state_dict({name: weight for name, weight in model.state_dict().items() if name in base.state_dict()})
@@ -235,6 +117,10 @@ def test_joint_attention_couples_the_views():
     assert moved.min() > 1e-5
     alone = model(x[:, :1], t, text)
     assert (alone - model(x, t, text)[:, :1]).abs().max() > 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
 
 
 @torch.no_grad()
@@ -260,10 +146,10 @@ def test_output_skip_is_its_formula():
 @pytest.mark.parametrize("frozen", [0, 1, 3])
 def test_frozen_blocks_get_no_gradient(frozen):
     model, (x, t, text) = random_model(), random_inputs()
-    inputs = dict(control=torch.randn(2, 4, 6, 8, 8), view=torch.arange(4).expand(2, 4))
-    out = model(x, t, text, frozen_blocks=frozen, **inputs)
+    control = torch.randn(2, 4, 6, 8, 8)
+    out = model(x, t, text, control=control, frozen_blocks=frozen)
     out.square().mean().backward()
-    assert torch.equal(out, model(x, t, text, **inputs))
+    assert torch.equal(out, model(x, t, text, control=control))
     below = ("x_embedder", "control_embedder", "view_encoding", *(f"blocks.{k}." for k in range(frozen)))
     for name, p in model.named_parameters():
         assert (p.grad is None) == (frozen > 0 and name.startswith(below)), name
@@ -321,7 +207,7 @@ def test_attention_in_bf16_is_its_formula(length):
     "name, change",
     [
         ("control", dict(control=torch.zeros(2, 4, 3, 8, 8))),
-        ("view", dict(view=torch.zeros(2, 3, dtype=torch.long))),
+        ("x has 5 views, the model knows 4", dict(x=torch.zeros(2, 5, 3, 8, 8))),
         ("shift", dict(shift=torch.zeros(3, 2, 16))),
         ("x", dict(x=torch.zeros(2, 4, 3, 8, 4))),
         ("frozen_blocks", dict(frozen_blocks=5)),
@@ -374,12 +260,6 @@ def test_even_loss_is_the_error_of_x0_weighed_by_signal_to_noise():
     assert float(epsilon_loss(prediction, noise, t, even=True)[0]) == pytest.approx(float(want), rel=1e-4)
 
 
-def test_generators_are_functions_of_their_key():
-    draw = lambda *key: torch.rand((), generator=seeded_generator(*key)).item()  # noqa: E731
-    assert draw(1, 2, 3) == draw(1, 2, 3)
-    assert len({draw(a, b) for a in range(20) for b in range(20)}) == 400
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
@@ -410,16 +290,6 @@ def test_bad_checkpoints_are_one_clear_line(tmp_path):
         load_model(path)
     weights = random_model().state_dict()
     del weights["final_table"]
-    save_tensors(path, weights, config=dit.asdict(TINY))
+    save_tensors(path, weights, config=asdict(TINY))
     with pytest.raises(ValueError, match="final_table missing"):
         load_model(path)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "m.safetensors"
-    save_tensors(path, {"a": torch.ones(1)})
-    monkeypatch.setattr(dit, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        save_tensors(path, {"a": torch.zeros(1)})
-    assert dit.load_tensors(path)[0]["a"].item() == 1
-    assert len(list(tmp_path.iterdir())) == 1

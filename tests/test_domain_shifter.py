@@ -4,35 +4,23 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import TINY, random_inputs, random_model
+from conftest import TINY, random_inputs, random_model, trained_shifters
 
 from dit import PRESETS, save_model
 from domain_shifter import (
-    ADAPTERS,
     REAL,
     SYN,
     DomainShifters,
-    LoRA,
     ShiftedDiT,
-    adapter_rank,
     block_count,
     draw_frozen_blocks,
     draw_reassigned_blocks,
-    load_adapter,
     load_shifters,
     reassigned_domains,
     shifted_domains,
     uniform_domains,
-    with_adapter,
 )
-from dit import seeded_generator
-
-
-def trained_shifters(seed=0):
-    torch.manual_seed(seed)
-    shifters = DomainShifters(TINY, rank=3)
-    torch.nn.init.normal_(shifters.W_left)
-    return shifters
+from support.generators import seeded_generator
 
 
 def test_full_has_580608_parameters():
@@ -55,7 +43,10 @@ def test_numbers_between_the_domains_mix_their_shifts():
     """The dial: linear in s, and exactly the domains at its ends."""
     shifters = trained_shifters()
     n = len(shifters.W_left)
-    at = lambda s: shifters(uniform_domains(s, n, 2))  # noqa: E731
+
+    def at(s):
+        return shifters(uniform_domains(s, n, 2))
+
     assert torch.equal(at(0.0), at(SYN)) and torch.equal(at(1.0), at(REAL))
     for s in (-0.25, 0.3, 1.25):
         assert torch.allclose(at(s), (1 - s) * at(SYN) + s * at(REAL), atol=1e-5)
@@ -76,6 +67,18 @@ def test_gradient_reaches_W_left_at_once_and_then_the_domains_differ():
         network.shifters.W_left -= 0.1 * network.shifters.W_left.grad
         syn, real = (network(x, t, text, uniform_domains(domain, 4, 2)) for domain in (SYN, REAL))
     assert (syn - real).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_the_shift_is_added_to_every_token_before_its_block():
+    network, (x, t, text) = ShiftedDiT(random_model(), trained_shifters()), random_inputs()
+    domains, before, after = uniform_domains(REAL, 4, 2), [], []
+    for block in network.dit.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0]))
+        block.norm.register_forward_pre_hook(lambda _, inputs: after.append(inputs[0]))  # called twice a block
+    network(x, t, text, domains)
+    for tokens, shifted, shift in zip(before, after[::2], network.shifters(domains)):
+        assert torch.allclose(shifted, tokens + shift[:, None], atol=1e-5)
 
 
 @torch.no_grad()
@@ -139,79 +142,3 @@ def test_shifters_travel_alone_or_with_their_model(tmp_path):
     assert load_shifters(path) is None
     with pytest.raises(ValueError, match="another configuration"):
         load_shifters(path, config=PRESETS["toy"])
-
-
-# ---- the baselines' adapters
-
-
-@pytest.mark.parametrize(
-    "kind, count",  # projections have 8 (d x r + r x d) a block: q, k, v, out of self- and cross-attention
-    [("lora", 28 * 8 * 2 * 1152 * 32), ("linear", 28 * 2 * 1152 * 32), ("switcher", 2 * 1152)],
-)
-def test_full_adapters_have_the_counted_parameters(kind, count):
-    config = PRESETS["full"]
-    with torch.device("meta"):
-        adapter = ADAPTERS[kind](config, adapter_rank(kind, config))
-    assert sum(p.numel() for p in adapter.parameters()) == count
-
-
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_an_adapter_starts_as_the_base_learns_at_once_and_comes_off_exactly(kind):
-    inputs, domains = random_inputs(), uniform_domains(REAL, 4, 2)
-    base = random_model()(*inputs)
-    network = with_adapter(random_model(), kind, rank=3)
-    assert torch.equal(network(*inputs, domains), base)
-    network(*inputs, domains).square().mean().backward()
-    learns = [p for name, p in network.adapter.named_parameters() if not name.endswith("W_right")]
-    assert all(p.grad.abs().max() > 0 for p in learns)
-    with torch.no_grad():
-        for p in network.adapter.parameters():
-            torch.nn.init.normal_(p)
-        moved = network(*inputs, domains)
-        assert (moved - base).abs().max() > 1e-3
-        with network.without_adapter():
-            assert torch.equal(network(*inputs, domains), base)
-        assert torch.equal(network(*inputs, domains), moved)
-        other = network(*inputs, uniform_domains(SYN, 4, 2))
-    assert torch.equal(other, moved) == (kind != "switcher") == (not network.knows_domains())
-
-
-@torch.no_grad()
-def test_lora_is_a_low_rank_change_of_each_projection_weight():
-    inputs, domains = random_inputs(), uniform_domains(REAL, 4, 2)
-    network, merged = with_adapter(random_model(), "lora", rank=3), random_model()
-    layers = iter(network.adapter.layers)
-    for block in merged.blocks:
-        for name, outputs in LoRA.OUTPUTS.items():
-            layer = next(layers)
-            torch.nn.init.normal_(layer.W_left, std=0.1)
-            assert len(layer.W_left) == outputs
-            block.get_submodule(name).weight += (layer.W_left @ layer.W_right).flatten(0, 1)
-    assert torch.allclose(network(*inputs, domains), merged(*inputs), atol=1e-5)
-
-
-@torch.no_grad()
-def test_linear_adapters_stand_before_each_block():
-    inputs, domains = random_inputs(), uniform_domains(REAL, 4, 2)
-    network, seen = with_adapter(random_model(), "linear", rank=3), {}
-    first, layer = network.dit.blocks[0], network.adapter.layers[0]
-    torch.nn.init.normal_(layer.W_left)
-    first.norm.register_forward_pre_hook(lambda _, args: seen.setdefault("in", args[0]))
-    network(*inputs, domains)
-    tokens = network.dit.embed_tokens(inputs[0], None, None)
-    assert torch.allclose(seen["in"], tokens + tokens @ (layer.W_left[0] @ layer.W_right[0]).T, atol=1e-5)
-
-
-def test_adapters_are_kept_in_checkpoints(tmp_path):
-    for kind in ADAPTERS:
-        network, path = with_adapter(random_model(), kind, rank=3), str(tmp_path / kind)
-        save_model(path, TINY, network.dit, adapter=network.adapter, **{"adapter_kind": kind})
-        again = load_adapter(path, config=TINY)
-        assert type(again) is ADAPTERS[kind]
-        for name, p in network.adapter.state_dict().items():
-            assert torch.equal(p, again.state_dict()[name])
-    save_model(path, TINY, random_model())
-    assert load_adapter(path) is None
-    with pytest.raises(ValueError, match="unknown kind 'x'"):
-        save_model(path, TINY, adapter=network.adapter, adapter_kind="x")
-        load_adapter(path)

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, random_model
+from conftest import TINY, random_model, refuses, run_main
 from PIL import Image
 
-import data
 import pca_features
-import sample
 from dit import save_model
 from domain_shifter import ShiftedDiT
+from sample import Sampling, sample_images
+from toy.world import tokenize
 
 
 def test_pca_against_an_independent_svd():
@@ -51,7 +51,7 @@ def test_recorded_tokens_are_those_of_the_blocks():
         model(x, t, text)
     assert torch.equal(features[2], seen[0])  # after two blocks is before the third
     with torch.no_grad():
-        assert torch.equal(features[0], model.embed_tokens(x, None, None))
+        assert torch.equal(features[0], model.embed_tokens(x, None))
     features.clear()
     with torch.no_grad():
         model(x, t, text)
@@ -60,16 +60,17 @@ def test_recorded_tokens_are_those_of_the_blocks():
 
 def test_sampling_keeps_the_figures_steps_and_its_images():
     network = ShiftedDiT(random_model())
-    text, null = data.tokenize(["a red mug", "photo of a blue metal mug"]), {"text": data.tokenize([""])}
-    images, features = pca_features.sampled_features(network, text, null, cfg_scale=2.0)
+    inputs = {"text": tokenize(["a red mug", "photo of a blue metal mug"]), "null": {"text": tokenize([""])}}
+    sampling = Sampling(cfg_scale=2.0, num_steps=20)
+    images, features = pca_features.sampled_features(network, inputs, sampling)
     assert list(features) == [(t, block) for t in (799, 699, 499, 199) for block in (1, 2, 4)]
     assert all(tokens.shape == (2, 4, 16) for tokens in features.values())
-    several, parts = pca_features.sampled_features(network, text, null, cfg_scale=2.0, batch=1)
+    several, parts = pca_features.sampled_features(network, inputs, replace(sampling, batch=1))
     assert torch.allclose(several, images, atol=1e-5)
     assert all(torch.allclose(parts[key], features[key], atol=1e-4) for key in features)
-    _, leading = pca_features.sampled_features(network, text, null, spacing="leading")
+    _, leading = pca_features.sampled_features(network, inputs, Sampling(num_steps=20, spacing="leading"))
     assert sorted({t for t, _ in leading}) == [200, 500, 700, 800]
-    unwatched = sample.sample_images(network, text, cfg_scale=2.0, num_steps=20)
+    unwatched = sample_images(network, inputs, sampling)
     assert torch.allclose(images, unwatched[:, 0], atol=1e-5)
 
 
@@ -100,14 +101,24 @@ def test_readability_targets_fit_the_tokens(tmp_path):
 def test_latents_with_caption_vectors_make_the_figure(tmp_path, monkeypatch, capsys):
     config = replace(TINY, channels=4, out_channels=8, vocab_size=0, text_dim=6, text_length=5, output_skip=False)
     save_model(str(tmp_path / "latent.safetensors"), config, random_model(config))
-    monkeypatch.setattr(data, "load_text_encoder", lambda folder, device: lambda captions: [
-        torch.full((1 + len(caption) % 5, 6), len(caption) / 9) for caption in captions])
-    command = ["pca_features.py", "--model", str(tmp_path / "latent.safetensors"), "--out", str(tmp_path / "pca.png")]
-    monkeypatch.setattr("sys.argv", [*command, "--threads", "1"])
-    with pytest.raises(ValueError, match="--text_encoder"):
-        pca_features.main()
-    monkeypatch.setattr("sys.argv", [*command, "--threads", "1", "--text_encoder", "t5", "--prompt", "a mug", "a cat",
-                                     "two"])
-    pca_features.main()
+
+    def load_text_encoder(folder, device):
+        return lambda captions: [torch.full((1 + len(caption) % 5, 6), len(caption) / 9) for caption in captions]
+
+    monkeypatch.setattr(pca_features, "load_text_encoder", load_text_encoder)
+    flags = ("--model", tmp_path / "latent.safetensors", "--out", tmp_path / "pca.png", "--threads", 1)
+    refuses(pca_features, flags, 1, "--text_encoder")
+    run_main(pca_features, *flags, "--text_encoder", "t5", "--prompt", "a mug", "a cat", "two")
     assert f"wrote {tmp_path / 'pca.png'}" in capsys.readouterr().out
     assert Image.open(tmp_path / "pca.png").height > 13 * 64
+
+
+def test_pixels_make_the_figure_and_the_readings_as_a_command(tmp_path, capsys):
+    config = replace(TINY, image_size=16)
+    save_model(str(tmp_path / "base.safetensors"), config, random_model(config))
+    flags = ("--base", tmp_path / "base.safetensors", "--out", tmp_path / "pca.png", "--threads", 1)
+    refuses(pca_features, (*flags, "--num", 9), 2, "--num and --num_objects must be at least 10")
+    run_main(pca_features, *flags, "--num", 10, "--num_objects", 12, "--num_steps", 4)
+    printed = capsys.readouterr().out
+    assert "variance explained" in printed and "blocks until 90 %" in printed
+    assert (tmp_path / "pca.png").exists() and (tmp_path / "pca_readable.png").exists()

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("diffusers", reason="needs diffusers")
 
 from compare_diffusers import make_batch, make_models, our_loss, our_sample, their_loss, their_sample  # noqa: E402
-from dit import PIXART_BLOCK_NAMES  # noqa: E402
+from full.pixart import PIXART_BLOCK_NAMES  # noqa: E402
 
 SMALL = dict(depth=2, width=32, heads=2, size=8)
 
@@ -16,7 +16,7 @@ def models():
     return make_models(**SMALL)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-6), (torch.bfloat16, 1e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-5), (torch.bfloat16, 1e-3)])
 def test_loss_and_gradients_are_those_of_diffusers(models, dtype, tolerance):
     theirs, ours = models
     batch = make_batch(4, size=8)

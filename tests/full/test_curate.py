@@ -9,12 +9,12 @@ import torch
 from conftest import tiny_clip
 from PIL import Image
 
-import evaluate
+from full import curate
+from support.folders import find_images
 
 
-def run(monkeypatch, folder, out, *flags):
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "curate", *map(str, (folder, out, "--clip", "clip", *flags))])
-    evaluate.main()
+def run(folder, out, *flags):
+    curate.main([*map(str, (folder, out, "--clip", "clip", *flags))])
 
 
 @pytest.fixture
@@ -23,12 +23,13 @@ def stand_in(monkeypatch):
     captions = set()
 
     def load_clip(folder, device):
-        def score(images, texts):
+        def embed(images, texts):
             assert images.shape[0] == len(texts) == 1 and 0 <= images.min() <= images.max() <= 1
             captions.add(texts[0])
-            return images[:, 0 if "red" in texts[0] else 2].double().mean(dim=(1, 2))
-        return score
-    monkeypatch.setattr(evaluate, "load_clip", load_clip)
+            score = images[:, 0 if "red" in texts[0] else 2].double().mean(dim=(1, 2))
+            return torch.stack([score, (1 - score**2).sqrt()], dim=1), torch.tensor([[1.0, 0.0]])
+        return embed
+    monkeypatch.setattr(curate, "load_clip", load_clip)
     yield captions
 
 
@@ -57,8 +58,8 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_the_best_of_each_class_are_those_that_fewer_than_k_beat(tmp_path, photos, stand_in, monkeypatch, capsys):
-    run(monkeypatch, photos, f"{tmp_path / 'out'}/", "--k", 3)
+def test_the_best_of_each_class_are_those_that_fewer_than_k_beat(tmp_path, photos, stand_in, capsys):
+    run(photos, f"{tmp_path / 'out'}/", "--k", 3)
     assert stand_in == {"a photo of a red mug", "a photo of a blue car"}
     stored, written = json.loads((tmp_path / "out.json").read_text()), []
     assert list(stored["classes"]) == ["blue_car", "red_mug"] and len(stored["classes"]["red_mug"]) == 3
@@ -74,7 +75,7 @@ def test_the_best_of_each_class_are_those_that_fewer_than_k_beat(tmp_path, photo
             assert (pixels(tmp_path / "out" / written[-1]) == pixels(photos / name / image)).all()
     assert stored["settings"] == dict(source=str(photos), clip="clip", k=3, masks=None, prompt="a photo of a {}",
                                       size=None)
-    assert evaluate.find_images(tmp_path / "out") == sorted(tree(tmp_path / "out")) == sorted(written)
+    assert find_images(tmp_path / "out") == sorted(tree(tmp_path / "out")) == sorted(written)
     sheet = pixels(tmp_path / "out.png")
     left, step = 8 + 6 * len("blue car"), 96 + 2
     for row, (name, scores) in enumerate(stored["classes"].items()):
@@ -84,18 +85,18 @@ def test_the_best_of_each_class_are_those_that_fewer_than_k_beat(tmp_path, photo
     assert "3 images of each of 2 classes" in capsys.readouterr().out
     before = tree(tmp_path)
     (tmp_path / "out" / written[0]).unlink()  # as if the first run had been stopped
-    run(monkeypatch, photos, f"{tmp_path / 'out'}/", "--k", 3)
+    run(photos, f"{tmp_path / 'out'}/", "--k", 3)
     assert tree(tmp_path) == before
 
 
-def test_of_equals_the_first_names_are_taken(tmp_path, stand_in, monkeypatch):
+def test_of_equals_the_first_names_are_taken(tmp_path, stand_in):
     for name, red in (("d", 90), ("c", 90), ("e", 200), ("b", 90), ("a", 10)):
         save(tmp_path / "photos" / "red" / f"{name}.png", (red, 0, 0))
-    run(monkeypatch, tmp_path / "photos", tmp_path / "out", "--k", 3)
+    run(tmp_path / "photos", tmp_path / "out", "--k", 3)
     assert list(json.loads((tmp_path / "out.json").read_text())["classes"]["red"]) == ["e.png", "b.png", "c.png"]
 
 
-def test_the_object_stands_on_white_exactly(tmp_path, stand_in, monkeypatch):
+def test_the_object_stands_on_white_exactly(tmp_path, stand_in):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (6, 9, 3))
     mask = rng.integers(0, 256, (6, 9))
@@ -103,25 +104,25 @@ def test_the_object_stands_on_white_exactly(tmp_path, stand_in, monkeypatch):
     save(tmp_path / "photos" / "red" / "a.png", Image.fromarray(image.astype(np.uint8)))
     save(tmp_path / "masks" / "red" / "a.png", Image.fromarray(mask.astype(np.uint8)))
     save(tmp_path / "photos" / "red" / "b.png", (0, 0, 0))  # not chosen, so it needs no mask
-    run(monkeypatch, tmp_path / "photos", tmp_path / "out", "--k", 1, "--masks", tmp_path / "masks")
+    run(tmp_path / "photos", tmp_path / "out", "--k", 1, "--masks", tmp_path / "masks")
     got = pixels(tmp_path / "out" / "red" / "a.png")
     assert (got[:2] == image[:2]).all() and (got[-2:] == 255).all()
     total = mask[..., None] * image + (255 - mask[..., None]) * 255  # over 255, rounded; a half never occurs
     assert (got == (2 * total + 255) // 510).all()
 
 
-def test_size_crops_the_centre(tmp_path, stand_in, monkeypatch):
+def test_size_crops_the_centre(tmp_path, stand_in):
     image = Image.new("RGB", (12, 6), "blue")
     image.paste((255, 0, 0), (3, 0, 9, 6))
     save(tmp_path / "photos" / "red" / "a.png", image)
     for size in (6, 3):
-        run(monkeypatch, tmp_path / "photos", tmp_path / "out", "--k", 1, "--size", size)
+        run(tmp_path / "photos", tmp_path / "out", "--k", 1, "--size", size)
         got = pixels(tmp_path / "out" / "red" / "a.png")
         assert got.shape == (size, size, 3) and (got[:, 1:-1] == (255, 0, 0)).all()
         assert size == 3 or (got == (255, 0, 0)).all()  # resizing blurs the edge
 
 
-def test_what_cannot_be_done_is_refused_by_name(tmp_path, photos, stand_in, monkeypatch):
+def test_what_cannot_be_done_is_refused_by_name(tmp_path, photos, stand_in):
     out, masks = tmp_path / "out", tmp_path / "masks"
     small, empty, twice, cars = (tmp_path / name for name in ("small", "empty", "twice", "cars"))
     save(small / "mug" / "a.png", "red")
@@ -132,7 +133,7 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path, photos, stand_in, monk
 
     def refused(error, words, folder, target, *flags):
         with pytest.raises(error, match=words):
-            run(monkeypatch, folder, target, *flags)
+            run(folder, target, *flags)
         assert not out.exists() and not Path(f"{out}.json").exists()
 
     refused(ValueError, "small/mug has 1 image.*--k 2", small, out, "--k", 2)
@@ -156,11 +157,11 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path, photos, stand_in, monk
         refused(ValueError, words, *cut)
     save(tmp_path / "full" / "car" / "z.png", "red")
     with pytest.raises(ValueError, match="full/car/z.png is not among the chosen"):
-        run(monkeypatch, cars, tmp_path / "full", "--k", 1)
+        run(cars, tmp_path / "full", "--k", 1)
     assert list(tree(tmp_path / "full")) == ["car/z.png"]
 
 
-def test_a_clip_model_on_disk_chooses(tmp_path, monkeypatch):
+def test_a_clip_model_on_disk_chooses(tmp_path):
     """Images of several sizes, against the model's own embeddings of what its processor makes of the files."""
     clip = tmp_path / "clip"
     clip.mkdir()
@@ -170,7 +171,7 @@ def test_a_clip_model_on_disk_chooses(tmp_path, monkeypatch):
         for name in ("mug", "red_mug"):
             noise = rng.integers(0, 256, (2 + k, 3, 3), dtype=np.uint8)
             save(tmp_path / "photos" / name / f"{k}.png", Image.fromarray(noise).resize(size))
-    run(monkeypatch, tmp_path / "photos", tmp_path / "out", "--k", 2, "--clip", clip, "--prompt", "a {}")
+    run(tmp_path / "photos", tmp_path / "out", "--k", 2, "--clip", clip, "--prompt", "a {}")
     vector = lambda out: out if torch.is_tensor(out) else out.pooler_output
     for name, caption in (("mug", "a mug"), ("red_mug", "a red mug")):
         wanted = {}

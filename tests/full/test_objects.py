@@ -1,4 +1,4 @@
-"""Rendered objects on disk: there and back, another renderer's layout made by hand, and a refusal for each mistake."""
+"""Rendered objects on disk: there and back, another renderer's layout by hand, and a refusal for each mistake."""
 
 import json
 import math
@@ -10,27 +10,28 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import one_line_error, script
 from PIL import Image
+from shapes import one_asset
 
-import data
+from data import control_maps
+from full.objects import object_folders, read_object, read_pixels, write_object, write_toy_objects
+from geometry.camera import AZIMUTHS, EXTENT, Views, camera
+from toy.render import Look, render
+from toy.world import asset_captions, sample_assets, take
 
 SIZE = 32
 OPPOSITE = torch.tensor([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])  # our frame -> z up: (x, y, z) -> (x, -z, y)
 
 
-def asset(category):
-    assets = data.sample_assets(300, data.SEEDS["evaluation"])
-    return data.take(assets, (assets.category == data.CATEGORIES.index(category)).nonzero()[:1, 0])
-
-
 @pytest.fixture(scope="module")
 def mug():
-    return data.render(asset("mug"), style="render", size=SIZE)
+    return render(one_asset("mug"), Look("render"), size=SIZE)
 
 
 @pytest.fixture
 def folder(mug, tmp_path):
-    data.write_object(tmp_path / "objects" / "a", "a red mug", mug)
+    write_object(tmp_path / "objects" / "a", "a red mug", mug)
     return tmp_path / "objects" / "a"
 
 
@@ -47,7 +48,7 @@ def change_meta(folder, **changes):
 
 def refused(folder, *words, error=ValueError):
     with pytest.raises(error) as caught:
-        data.read_object(folder)
+        read_object(folder)
     assert "\n" not in str(caught.value)
     for word in words:
         assert str(word) in str(caught.value), caught.value
@@ -58,13 +59,13 @@ def refused(folder, *words, error=ValueError):
 
 def test_there_and_back(tmp_path):
     """Colours and coverage to half a step of 8 bits, normals to a step and of unit length, positions exactly."""
-    assets = data.take(data.sample_assets(60, 5), slice(0, 60, 12))
-    views = data.render(assets, style="render", size=24)
+    assets = take(sample_assets(60, 5), slice(0, 60, 12))
+    views = render(assets, Look("render"), size=24)
     for k in range(len(assets.category)):
-        data.write_object(tmp_path / f"{k}", data.asset_captions(assets)[k], views, k)
-        caption, back = data.read_object(tmp_path / f"{k}")
-        one = data.Views(*(part[k : k + 1] for part in views))
-        assert caption == data.asset_captions(assets)[k]
+        write_object(tmp_path / f"{k}", asset_captions(assets)[k], views, k)
+        caption, back = read_object(tmp_path / f"{k}")
+        one = Views(*(part[k : k + 1] for part in views))
+        assert caption == asset_captions(assets)[k]
         assert [part.shape for part in back] == [part.shape for part in one]
         there = (one.normal != 0).any(dim=2, keepdim=True)
         assert torch.equal((back.normal != 0).any(dim=2, keepdim=True), there)
@@ -73,9 +74,9 @@ def test_there_and_back(tmp_path):
         assert (back.normal - one.normal).abs().max() < 1.5 / 255
         assert (back.mask - one.mask).abs().max() <= 0.5001 / 255
         assert (back.rgb - one.rgb).abs().max() < 1.5 / 255
-        assert (data.control_maps(back) - data.control_maps(one)).abs().max() < 1.5 / 255
-        assert (data.read_pixels(tmp_path / f"{k}" / "normal_003.png")[~there[0, 3, 0]] == 1).all()     # white
-    assert data.object_folders(tmp_path) == [tmp_path / f"{k}" for k in range(5)]
+        assert (control_maps(back) - control_maps(one)).abs().max() < 1.5 / 255
+        assert (read_pixels(tmp_path / f"{k}" / "normal_003.png")[~there[0, 3, 0]] == 1).all()     # white
+    assert object_folders(tmp_path) == [tmp_path / f"{k}" for k in range(5)]
 
 
 def png16(values):
@@ -99,7 +100,7 @@ def test_png_positions_and_normals(folder, mug, bits):
                 path.write_bytes(png16((image * 65535).round().permute(1, 2, 0).numpy()))
     for v in range(4):
         (folder / f"position_{v:03}.npy").unlink()
-    _, back = data.read_object(folder)
+    _, back = read_object(folder)
     assert torch.equal((back.normal == 0).all(dim=2, keepdim=True), off)
     assert (back.position - mug.position).abs().max() <= (0.5001 if bits == 8 else 1.001) / 255
     assert (back.normal - mug.normal).abs().max() < (1.5 if bits == 8 else 4) / 255
@@ -109,21 +110,21 @@ def test_rgb_before_white(folder, mug):
     """Without alpha the colours are taken as they are, and the coverage is where there is a position."""
     for v in range(4):
         save(folder / f"color_{v:03}.png", mug.rgb[0, v])
-    _, back = data.read_object(folder)
+    _, back = read_object(folder)
     assert (back.rgb - mug.rgb).abs().max() <= 0.5001 / 255
     assert torch.equal(back.mask == 1, (mug.normal != 0).any(dim=2, keepdim=True))
 
 
 def test_another_camera(tmp_path):
     """Another elevation; and another extent, for which positions are scaled to what `project` takes."""
-    views = data.render(asset("duck"), style="render", size=SIZE, elevation=5)
-    data.write_object(tmp_path / "low", "a duck", views, elevation=5)
-    _, back = data.read_object(tmp_path / "low")
+    views = render(one_asset("duck"), Look("render"), size=SIZE, elevation=5)
+    write_object(tmp_path / "low", "a duck", views, elevation=5)
+    _, back = read_object(tmp_path / "low")
     assert torch.allclose(back.position, views.position, rtol=0, atol=1e-7)
-    data.write_object(tmp_path / "wide", "a duck", views._replace(position=views.position * 0.6), 0, 5, 0.6 * 0.55)
-    _, back = data.read_object(tmp_path / "wide")
+    write_object(tmp_path / "wide", "a duck", views._replace(position=views.position * 0.6), 0, 5, 0.6 * 0.55)
+    _, back = read_object(tmp_path / "wide")
     assert torch.allclose(back.position, views.position, atol=1e-6)
-    data.write_object(tmp_path / "wrong", "a duck", views, elevation=20)
+    write_object(tmp_path / "wrong", "a duck", views, elevation=20)
     refused(tmp_path / "wrong", "wrong/position_000.npy", "pixels off its camera")
 
 
@@ -131,13 +132,13 @@ def test_edges_that_are_mostly_background(folder, mug):
     """Where antialiasing leaves no normal, or a position outside the cube, a pixel that is not full is no object."""
     there = (mug.normal[0, 0] != 0).any(dim=0)
     gray, far, white = ((mug.mask[0, 0, 0] < 1) & there).nonzero()[:3].tolist()
-    normal = data.read_pixels(folder / "normal_000.png").permute(2, 0, 1)
+    normal = read_pixels(folder / "normal_000.png").permute(2, 0, 1)
     normal[:, gray[0], gray[1]], normal[:, white[0], white[1]] = 0.5, 1
     save(folder / "normal_000.png", normal)
     position = np.load(folder / "position_000.npy")
     position[far[0], far[1]] = 9
     np.save(folder / "position_000.npy", position)
-    _, back = data.read_object(folder)
+    _, back = read_object(folder)
     for row, column in (gray, far, white):
         assert not back.normal[0, 0, :, row, column].any() and not back.position[0, 0, :, row, column].any()
     assert int((back.normal[0, 0] != 0).any(dim=0).sum()) == int(there.sum()) - 3
@@ -147,27 +148,27 @@ def test_write_is_all_or_nothing(folder, mug, monkeypatch):
     """A folder that is there stays as it was, a failure leaves nothing behind, and half a folder is no object."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match=f"cannot write {folder} .*, choose another folder"):
-        data.write_object(folder, "another", mug)
+        write_object(folder, "another", mug)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     with monkeypatch.context() as patch:
-        patch.setattr(data.np, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(ValueError, match="No space left"):
-            data.write_object(folder.parent / "b", "a mug", mug)
+            write_object(folder.parent / "b", "a mug", mug)
     (folder.parent / "c.1.tmp").mkdir()
     (folder.parent / "c.1.tmp" / "meta.json").write_text("{}")
     (folder.parent / "notes").mkdir()
-    assert data.object_folders(folder.parent) == [folder]
+    assert object_folders(folder.parent) == [folder]
     assert sorted(path.name for path in folder.parent.iterdir()) == ["a", "c.1.tmp", "notes"]
-    for views in (mug._replace(rgb=None), data.Views(*(part[:, :2] for part in mug))):
+    for views in (mug._replace(rgb=None), Views(*(part[:, :2] for part in mug))):
         with pytest.raises(ValueError, match="of 4 views"):
-            data.write_object(folder.parent / "b", "a mug", views)
+            write_object(folder.parent / "b", "a mug", views)
 
 
 def test_no_objects(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder: .*nowhere"):
-        data.object_folders(tmp_path / "nowhere")
+        object_folders(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=f"{tmp_path} has no folder"):
-        data.object_folders(tmp_path)
+        object_folders(tmp_path)
 
 
 # ---- refusals
@@ -198,7 +199,7 @@ def test_meta_refused(folder):
     change_meta(folder, caption=None)
     refused(folder, path, "caption.txt")
     (folder / "caption.txt").write_text("a blue mug\n")
-    assert data.read_object(folder)[0] == "a blue mug"
+    assert read_object(folder)[0] == "a blue mug"
     path.write_text("[1]")
     refused(folder, path, "JSON")
 
@@ -225,7 +226,7 @@ def test_wrong_normals(folder, mug, how):
     elif how == "other code":
         normal = mug.normal[0, 2].clamp(0, 1)
     else:
-        axes = torch.stack(data.camera(180))
+        axes = torch.stack(camera(180))
         axes[2] *= -1
         normal = (axes @ mug.normal[0, 2].flatten(1)).view_as(normal) / 2 + 0.5
     save(folder / "normal_002.png", normal)
@@ -249,24 +250,24 @@ def test_wrong_positions(folder):
         np.save(path, wrong)
         refused(folder, path, word)
     np.save(path, with_pixel(0.503))                                    # as half floats have it
-    assert data.read_object(folder)[1].position[0, 1, :, row, column].tolist() == [0.5] * 3
+    assert read_object(folder)[1].position[0, 1, :, row, column].tolist() == [0.5] * 3
     np.save(path, with_pixel(np.nan))                                   # a hole is no mistake
-    assert not data.read_object(folder)[1].normal[0, 1, :, row, column].any()
+    assert not read_object(folder)[1].normal[0, 1, :, row, column].any()
 
 
 def test_steps_wider_than_a_pixel(tmp_path):
     """Positions of 8 bits of an object so small that a step is 4.7 pixels wide: no mistake, as the file is a PNG."""
-    right, up, forward = (axis[:, :, None, None] for axis in data.camera(torch.tensor(data.AZIMUTHS)))
+    right, up, forward = (axis[:, :, None, None] for axis in camera(torch.tensor(AZIMUTHS)))
     size, extent, r = 96, 0.04, 0.03
     line = ((torch.arange(size) + 0.5) * 2 / size - 1) * extent
     x, y = line, -line[:, None]
     ball = (x * right + y * up - (r**2 - x**2 - y**2).sqrt() * forward)[None]           # NaN off it
-    views = data.Views(torch.ones(1, 4, 3, size, size), ball[:, :, :1].isfinite().float(), ball.nan_to_num() / r, ball)
-    data.write_object(tmp_path / "a", "a ball", views, extent=extent)
+    views = Views(torch.ones(1, 4, 3, size, size), ball[:, :, :1].isfinite().float(), ball.nan_to_num() / r, ball)
+    write_object(tmp_path / "a", "a ball", views, extent=extent)
     for v in range(4):
         save(tmp_path / "a" / f"position_{v:03}.png", (ball[0, v] + 0.5).nan_to_num(1))
         (tmp_path / "a" / f"position_{v:03}.npy").unlink()
-    _, back = data.read_object(tmp_path / "a")
+    _, back = read_object(tmp_path / "a")
     assert (back.position - ball.nan_to_num() * 0.55 / extent).abs().max() < 0.501 / 255 * 0.55 / extent
     steps = ((ball[0, 1] + 0.5) * 255).round() / 255 - 0.5
     np.save(tmp_path / "a" / "position_001.npy", steps.permute(1, 2, 0) + 0.5)
@@ -280,6 +281,25 @@ def test_transparent_everywhere(folder, mug):
     for v in range(4):
         np.save(folder / f"position_{v:03}.npy", np.full((SIZE, SIZE, 3), np.nan))
     refused(folder, folder, "no view shows an object")
+
+
+# ---- the program
+
+
+def test_toy_objects_through_the_command(tmp_path):
+    """They read back; run again, it leaves what is there; bad flags end in one line."""
+    command = ("-m", "full.objects", tmp_path / "toy", "--num", 2, "--size", 24, "--seed", 5)
+    done = script(*command)
+    assert done.returncode == 0 and f"wrote 2 objects to {tmp_path / 'toy'}" in done.stdout, done.stderr
+    assets = sample_assets(2, 5)
+    folders = object_folders(tmp_path / "toy")
+    times = [path.stat().st_mtime_ns for folder in folders for path in sorted(folder.iterdir())]
+    for k, folder in enumerate(folders):
+        caption, views = read_object(folder)
+        assert caption == asset_captions(assets)[k] and views.rgb.shape == (1, 4, 3, 24, 24)
+    write_toy_objects(tmp_path / "toy", 2, 24, 5)
+    assert times == [path.stat().st_mtime_ns for folder in folders for path in sorted(folder.iterdir())]
+    one_line_error(script(*command[:3], "--num", 0), 2, "--num must be at least 1")
 
 
 # ---- Objaverse-Ortho10View
@@ -302,7 +322,7 @@ def blender_camera(azimuth, elevation):
 def teapot():
     """Views of a teapot as the layout has them, eight azimuths at elevation 0, top and bottom; and their cameras."""
     turns = [(azimuth, 0) for azimuth in range(225, 225 + 360, 45)] + [(0, 90), (0, -90)]
-    views = [data.render(asset("teapot"), [azimuth % 360], "render", size=SIZE, elevation=e) for azimuth, e in turns]
+    views = [render(one_asset("teapot"), Look("render"), [azimuth % 360], SIZE, elevation=e) for azimuth, e in turns]
     return views, [blender_camera(*turn) for turn in turns]
 
 
@@ -312,7 +332,7 @@ def write_ortho10view(folder, views, matrices, background=1e10):
     places = []
     for k, (view, matrix) in enumerate(zip(views, matrices)):
         there = (view.normal[0, 0] != 0).any(dim=0)
-        world = (OPPOSITE @ view.position[0, 0].flatten(1)).numpy().astype(np.float64) * SCALE / (2 * data.EXTENT)
+        world = (OPPOSITE @ view.position[0, 0].flatten(1)).numpy().astype(np.float64) * SCALE / (2 * EXTENT)
         ahead = -(matrix[:3, 2] @ (world - matrix[:3, 3:])).reshape(SIZE, SIZE)         # along the camera's -z
         np.save(folder / f"depth_{k:04}.npy", np.where(there, ahead, background))
         normal = (OPPOSITE @ view.normal[0, 0].flatten(1)).view(3, SIZE, SIZE) / 2 + 0.5
@@ -335,13 +355,13 @@ def test_ortho10view(teapot, tmp_path, background, alpha):
         elif background < 10:                                           # a wall behind it, opaque nowhere
             inside = (view.normal[0, 0] != 0).any(dim=0, keepdim=True)
             save(folder / f"color_{k:04}.webp", torch.cat([view.rgb[0, 0], view.mask[0, 0] * inside]))
-    caption, back = data.read_object(folder)
-    truth = data.render(asset("teapot"), style="render", size=SIZE, elevation=0)
+    caption, back = read_object(folder)
+    truth = render(one_asset("teapot"), Look("render"), size=SIZE, elevation=0)
     assert caption == "a teapot"
     assert torch.equal((back.normal != 0).any(dim=2), (truth.normal != 0).any(dim=2))
     assert (back.position - truth.position).abs().max() < 1e-4
     assert (back.normal - truth.normal).abs().max() < 1.5 / 255
-    assert (data.control_maps(back) - data.control_maps(truth)).abs().max() < 1.5 / 255
+    assert (control_maps(back) - control_maps(truth)).abs().max() < 1.5 / 255
     if background == 1e10 and alpha:
         assert (back.mask - truth.mask).abs().max() < 0.51 / 255
 
@@ -349,21 +369,21 @@ def test_ortho10view(teapot, tmp_path, background, alpha):
 def test_ortho10view_takes_the_elevation_nearest_to_ours(teapot, tmp_path):
     """Of three rings the one at 20 degrees; a ring of which a view lacks does not count."""
     views, matrices = teapot
-    ring = [data.render(asset("teapot"), [azimuth], "render", size=SIZE, elevation=20) for azimuth in data.AZIMUTHS]
-    high, ours = ([blender_camera(azimuth, e) for azimuth in data.AZIMUTHS] for e in (60, 20))
+    ring = [render(one_asset("teapot"), Look("render"), [azimuth], SIZE, elevation=20) for azimuth in AZIMUTHS]
+    high, ours = ([blender_camera(azimuth, e) for azimuth in AZIMUTHS] for e in (60, 20))
     more, places = [*views, *ring, *ring], [*matrices, *high, *ours]    # the maps at 60 are not to be read
-    _, back = data.read_object(write_ortho10view(tmp_path / "both", more, places))
-    truth = data.render(asset("teapot"), style="render", size=SIZE)
+    _, back = read_object(write_ortho10view(tmp_path / "both", more, places))
+    truth = render(one_asset("teapot"), Look("render"), size=SIZE)
     assert (back.position - truth.position).abs().max() < 1e-4
-    _, back = data.read_object(write_ortho10view(tmp_path / "one", more[:-1], places[:-1]))
-    truth = data.render(asset("teapot"), style="render", size=SIZE, elevation=0)
+    _, back = read_object(write_ortho10view(tmp_path / "one", more[:-1], places[:-1]))
+    truth = render(one_asset("teapot"), Look("render"), size=SIZE, elevation=0)
     assert (back.position - truth.position).abs().max() < 1e-4
 
 
 def test_ortho10view_exr(teapot, tmp_path, monkeypatch):
     """Depth as EXR through a stand-in of the package, one channel or three in one; a clear line where it is absent."""
     folder = write_ortho10view(tmp_path / "a", *teapot)
-    truth = data.read_object(folder)[1]
+    truth = read_object(folder)[1]
     depths = {}
     for path in folder.glob("*.npy"):
         depths[str(path.with_suffix(".exr"))] = np.load(path).astype(np.float32)
@@ -375,7 +395,7 @@ def test_ortho10view_exr(teapot, tmp_path, monkeypatch):
                      lambda d: {"RGB": channel(np.stack([d, 0 * d, 0 * d], axis=2))}):
         file = lambda path, channels=channels: types.SimpleNamespace(channels=lambda: channels(depths[path]))
         monkeypatch.setitem(sys.modules, "OpenEXR", types.SimpleNamespace(File=file))
-        assert (data.read_object(folder)[1].position - truth.position).abs().max() < 1e-6
+        assert (read_object(folder)[1].position - truth.position).abs().max() < 1e-6
 
     def broken(path):
         raise RuntimeError("not an EXR file")
@@ -416,7 +436,7 @@ def test_ortho10view_refused(teapot, tmp_path):
     change_meta(folder, locations=places, caption=None)
     refused(folder, path, "caption.txt")
     (folder / "caption.txt").write_text("a white teapot")
-    assert data.read_object(folder)[0] == "a white teapot"
+    assert read_object(folder)[0] == "a white teapot"
     depth = np.load(folder / "depth_0005.npy")
     np.save(folder / "depth_0005.npy", depth / 3)                       # as if it had been normalised
     refused(folder, folder / "depth_0005.npy", "from the middle")

@@ -1,0 +1,1 @@
+"""The methods that Realiz3D is compared with (Sec. 5)."""

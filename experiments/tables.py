@@ -1,0 +1,268 @@
+"""The paper's tables on the toy world: Table 1 (texturing), Table 2 (ablation), Table 3 (text to multiview).
+
+    python -m experiments.tables table1                         # hours on a CPU; run again to go on
+    python -m experiments.tables table2 --seed 1 --rows "3 real data" "5 = 3 + reassignment"        # a second seed
+
+A row's model is trained by train_stage2.py where it is missing, its images are sampled where they are missing, and both
+are kept in the run folder. Writes results/TABLE.json after each row, and at the end TABLE.md, TABLE.png (realism
+against consistency, a point a method) and TABLE_sheet.png (six objects, a row a method).
+"""
+import argparse
+import os
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from tqdm import tqdm
+
+import data
+import train_stage2
+from baselines.sdedit import sdedit
+from evaluate import (DIGITS, asked_sampling, base_images, formatted, load_toy, measure, measured_settings,
+                      measuring_flags)
+from experiments.paper import PAPER_COLUMNS, TABLES
+from geometry.camera import VIEWS
+from sample import default_base, sample_images
+from support.files import cached, file_id, read_json, read_metadata, write_json, write_text
+from support.launch import BAR, launch, run_cli
+from support.networks import load_lpips
+from support.pictures import draw_points, save_image, save_picture, side_by_side, to_pixels, to_uint8
+from toy.judge import train_feature_net, world_features
+from toy.world import WORLD_VERSION, sample_assets, tokenize
+
+ORACLE = "perfect photos (oracle)"                                      # a row of every table: the best there is
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One row: its model, its images
+
+
+def trained_row(row, task, args):
+    """Path of the row's model; train_stage2.py trains it first where it is missing, or goes on where it stopped.
+
+    Another seed trains stage 1 and 2 anew, on the same sets. Raises ValueError where the model was trained otherwise.
+    """
+    name = "-".join([task, *row.flags.replace("--", "").replace(" ", "_").split(), f"{args.steps}_steps"])
+    out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
+    if args.seed and not os.path.exists(f"{out}/sets"):
+        os.makedirs(out, exist_ok=True)
+        os.symlink(os.path.abspath(f"{args.folder}/sets"), f"{out}/sets")
+    path = f"{out}/{name}.safetensors"
+    flags = ["--task", task, *row.flags.split(), "--name", name, "--seed", str(args.seed), "--steps", str(args.steps),
+             *args.train_flags.split()]
+    if not os.path.isfile(path):
+        more = ["--out", out, "--base", default_base("toy", args.folder), "--sample_every", str(args.steps + 1)]
+        more += ["--threads", str(args.threads)] if args.threads else []
+        print(f"{row.label}: python train_stage2.py {' '.join(flags + more)}", flush=True)
+        torch.compiler.reset()              # what was compiled for the last model counts against this one's limit
+        train_stage2.main(flags + more)
+    made = read_metadata(path)["command"].split()
+    missing = [word for word in flags if word not in made]
+    if missing:
+        raise ValueError(f"{path} was trained by '{' '.join(made)}', without {' '.join(missing)}: name another "
+                         "--folder, or delete it")
+    return path
+
+
+def row_samples(row, path, task, held, args, device):
+    """The row's grids of the held-out objects, uint8 (N, V, 3, H, W), kept beside the model at path."""
+    num, base, sampling = len(held["text"]), default_base("toy", args.folder), asked_sampling(args)
+    key = dict(model=file_id(path), mode=row.mode, num=num, steps=args.num_steps, cfg=args.cfg_scale, seed=args.seed,
+               version=WORLD_VERSION)
+    if row.mode == "sdedit":
+        key["base"] = file_id(base)
+
+    def draw():
+        if row.mode == "sdedit":
+            drawn = to_pixels(row_samples(row._replace(mode="real"), path, task, held, args, device))
+            images = sdedit(load_toy(base, device), drawn, sdedit_prompts(num), sampling=sampling)
+            return dict(image=to_uint8(images))
+        inputs = held if task == "texturing" else {"text": held["text"]}
+        with tqdm(total=4 * num, desc=row.label, unit="image", bar_format=BAR) as progress:
+            images = sample_images(load_toy(path, device), inputs, replace(sampling, mode=row.mode, batch=16), views=4,
+                                   progress=progress)
+        return dict(image=to_uint8(images))
+    return cached(f"{path.removesuffix('.safetensors')}-{row.mode}.samples", key, draw)["image"]
+
+
+def sdedit_prompts(num):
+    """What SDEdit asks the base model for, view by view as for the real set: (num, 4, L) ids."""
+    prompts, _ = data.real_captions(sample_assets(num, data.SEEDS["evaluation"]))
+    return tokenize(prompts).view(num, 4, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One table
+
+
+def run_table(args):
+    """Trains what is missing, samples and measures every row of one of the paper's tables, and prints the toy's values
+    beside the paper's. Other seeds than 0 add to the file: what is printed is the mean over the seeds of a row."""
+    device = launch(args.threads).device
+    task, rows = TABLES[args.table]
+    unknown = set(args.rows or []) - {row.label for row in rows}
+    if unknown:
+        raise ValueError(f"{args.table} has no row {', '.join(map(repr, unknown))}; its rows: "
+                         + ", ".join(repr(row.label) for row in rows))
+    out, folder = f"{args.results}/{args.table}", f"{args.folder}/sets"
+    results = table_rows(rows, read_results(f"{out}.json", args))
+    net, weights = train_feature_net(folder), load_lpips(args.lpips) if args.lpips else None
+    held = data.evaluation_set(args.num, folder=folder, device=device)
+    photos = world_features(net, folder, device)
+    base = base_images(default_base("toy", args.folder), args.num, folder, device, asked_sampling(args))
+    base = net.features(base / 255)
+    results[ORACLE]["toy"]["-"] = measure(held["photo"] / 255, held, photos, net, base, task, weights)
+    todo = [row for row in rows if row.flags is not None and row.label in (args.rows or results)]
+    print(f"{len(todo)} rows on {args.num} held-out objects, models of {args.steps} steps, seed {args.seed}; into "
+          f"{out}.json; about eight minutes a model of 1,200 steps where it is missing", flush=True)
+    grids = {}
+    for row in todo:
+        grids[row.label] = row_samples(row, trained_row(row, task, args), task, held, args, device)
+        toy = measure(grids[row.label] / 255, held, photos, net, base, task, weights)
+        results[row.label]["toy"][str(args.seed)] = toy | dict(commit=current_commit())
+        write_json(f"{out}.json", dict(settings=measured_settings(args), rows=results))
+    write_table(out, results, args)
+    if not args.rows:
+        sheet = [("renders", held["image"])] + list(grids.items())
+        save_picture(f"{out}_sheet.png", [(label, images[:6].flatten(0, 1)) for label, images in sheet],
+                     column_titles=VIEWS * 6)
+    print(f"wrote {out}.json, {out}.md, {out}.png" + ("" if args.rows else f" and {out}_sheet.png"))
+
+
+def table_rows(rows, stored):
+    """The rows of a results file before this run: {label: dict of what makes it, the paper's numbers, the toy's}."""
+    results = {row.label: dict(paper=dict(zip(PAPER_COLUMNS, row.paper)), flags=row.flags, mode=row.mode,
+                               toy=stored.get(row.label, {}).get("toy", {})) for row in rows}
+    results[ORACLE] = dict(paper=dict.fromkeys(PAPER_COLUMNS), flags=None, mode="", toy={})
+    return results
+
+
+def read_results(path, args):
+    """The rows of a results file, {} where there is none. Raises ValueError if it was made with other settings."""
+    if not os.path.isfile(path):
+        return {}
+    stored, now = read_json(path), measured_settings(args)
+    other = [f"--{name} {stored['settings'].get(name)} (now {value})" for name, value in now.items()
+             if stored["settings"].get(name) != value]
+    if other:
+        raise ValueError(f"{path} was made with {', '.join(other)}: name another folder with --results")
+    return stored["rows"]
+
+
+def current_commit():
+    """The repository's commit, None outside one."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        done = subprocess.run(["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed of {label: row}, as `table_rows` makes them
+
+
+def seed_mean(row, name):
+    """A row's measure, averaged over its seeds; None where it has none."""
+    values = [toy[name] for toy in row["toy"].values() if toy.get(name) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def seed_noise(results, name):
+    """Standard deviation of a measure between seeds, pooled over the rows trained with two or more; None: no such."""
+    variances = []
+    for row in results.values():
+        values = [toy[name] for toy in row["toy"].values()]
+        if len(values) > 1 and None not in values:
+            variances.append(np.var(values, ddof=1))
+    return float(np.sqrt(np.mean(variances))) if variances else None
+
+
+def trained_rows(results):
+    """The rows that have values of the toy and of the paper."""
+    return {label: row for label, row in results.items() if row["toy"] and label != ORACLE}
+
+
+def markdown_table(cells):
+    """Rows of words as aligned lines of Markdown; the first row is the head, the first column aligned to the left."""
+    widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
+    lines = []
+    for label, *others in cells:
+        words = [label.ljust(widths[0])] + [word.rjust(width) for word, width in zip(others, widths[1:])]
+        lines.append("| " + " | ".join(words) + " |")
+    rule = ["-" * (widths[0] + 2)] + ["-" * (width + 1) + ":" for width in widths[1:]]
+    lines.insert(1, "|" + "|".join(rule) + "|")
+    return lines
+
+
+def table_lines(results):
+    """The toy's values and the paper's beside them as lines of Markdown, then how alike the two order the methods."""
+    measured = {name for row in results.values() for toy in row["toy"].values() for name in toy}
+    columns = {name: digits for name, digits in DIGITS.items() if name in measured}
+    cells = [["", *columns, *(f"paper {name}" for name in PAPER_COLUMNS)]]
+    for label, row in results.items():
+        seeds = f" ({len(row['toy'])} seeds)" if len(row["toy"]) > 1 else ""
+        ours = [formatted(seed_mean(row, name), digits) for name, digits in columns.items()]
+        theirs = [formatted(value, 2 if value and value > 10 else 4) for value in row["paper"].values()]
+        cells.append([label + seeds, *ours, *theirs])
+    noise = {name: seed_noise(results, name) for name in columns}
+    if any(noise.values()):
+        cells.append(["deviation between seeds", *(formatted(noise[name], digits) for name, digits in columns.items()),
+                      *[""] * len(PAPER_COLUMNS)])
+    lines, both = markdown_table(cells), trained_rows(results).values()
+    for what, ours, theirs in (("consistency", "psnr", "PSNR"), ("realism", "KD_I", "KID_I")):
+        rho = spearmanr([seed_mean(row, ours) for row in both], [row["paper"][theirs] for row in both]).statistic
+        lines += ["", f"Spearman correlation of the order by {what} ({ours} here, {theirs} in the paper): {rho:.2f}"]
+    return lines
+
+
+LEGEND = """psnr, ssim: generated views against their re-rendering (up: consistent); psnr_loo: on surface seen by two
+views, each from the other. FD, KD x1000: distances of a small network's features to the base model's images (B) and to
+held-out photographs (I) (down: realistic), not on the paper's scale of FID and KID. caption: how surely that network
+reads kind, colour and material; iou: silhouette against the control's; photo: share it calls a photo."""
+
+
+def write_table(out, results, args):
+    """Prints a table and writes it as OUT.md, and realism against consistency as OUT.png, a point a method."""
+    lines = "\n".join(table_lines(results))
+    print(lines)
+    flags = [f"--{name} '{value}'" if " " in str(value) else f"--{name} {value}"
+             for name, value in measured_settings(args).items() if value is not None]
+    write_text(f"{out}.md", f"# {args.table.replace('table', 'Table ')} on the toy world, beside the paper's\n\n"
+               f"{LEGEND}\n\n{lines}\n\n`python -m experiments.tables {args.table} {' '.join(flags)}`; "
+               "a further seed: `--seed 1 --rows ..`\n")
+    ours, theirs, highlight = {}, {}, ("Realiz3D", "8 = 7, shifted")
+    for label, row in trained_rows(results).items():
+        ours[label] = (seed_mean(row, "KD_I"), seed_mean(row, "psnr"))
+        theirs[label] = (row["paper"]["KID_I"], row["paper"]["PSNR"])
+    toy = draw_points(ours, "KD_I x1000 (left: realistic)", "the toy: re-rendered PSNR (up: consistent)",
+                      highlight=highlight)
+    paper = draw_points(theirs, "KID_I (left: realistic)", "the paper: PSNR (up: consistent)", highlight=highlight)
+    save_image(f"{out}.png", side_by_side([toy, paper]))
+
+
+def parse_args(argv=None):
+    """The command line of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("table", choices=TABLES, metavar="TABLE", help=f"which of the paper's: {', '.join(TABLES)}")
+    measuring_flags(parser, "num", "num_steps", "cfg_scale", "threads", "lpips")
+    add("--seed", type=int, default=0, help="decides the training and the noise (default %(default)s)")
+    add("--results", default="results", help="where the tables and their pictures go (default %(default)s)")
+    add("--folder", default="runs/toy", help="run folder: sets, models, samples (default %(default)s)")
+    add("--steps", type=int, default=1200, help="training steps of every model (default %(default)s)")
+    add("--rows", nargs="+", metavar="LABEL", help="only these rows (default: all)")
+    add("--train_flags", default="--dtype bfloat16 --compile", help="more flags for train_stage2.py, as "
+        "--train_flags='%(default)s', the default")
+    parser.set_defaults(num_steps=25)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    run_table(parse_args(argv))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,1 @@
+"""What only the full configuration needs: PixArt's weights and encoders, renders on disk, latents, photographs."""

@@ -1,0 +1,253 @@
+"""Latents on disk, what the full model trains on: rendered objects through PixArt's VAE and T5 (Sec. 4), in shards.
+
+    python -m full.latents encode objects latents --vae pixart/vae --text_encoder pixart/text_encoder
+    torchrun --nproc_per_node=8 -m full.latents encode objects latents --vae pixart/vae --text_encoder ...
+    python -m full.latents read latents                     # how fast the training can read them
+
+An object ID, a folder that full/objects.py reads, becomes four tensors of a shard, all float16:
+
+    ID.color, ID.normal, ID.position    (V, 2, C, h, w)     mean and deviation of the unscaled latents
+    ID.text                             (n, D)              its valid tokens; the shard's null_text is the empty caption
+
+The real set (full/real_set.py) is of the same form, without maps.
+"""
+import argparse
+import os
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from data import LATENT_SCALE, control_maps
+from dit import PRESETS
+from full.encoders import Encoders, encoder_id, load_text_encoder, load_vae, padded
+from full.objects import object_folders, read_object
+from support.files import read_metadata, save_tensors
+from support.launch import barrier, launch, run_cli
+
+MAPS = ("color", "normal", "position")
+WRITERS = "python -m full.latents encode or python -m full.real_set"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def encode_objects(objects, out, encoders, size, shard, launched):
+    """Encodes every rendered object below `objects` into OUT/FIRST_ID.safetensors, `shard` objects a file.
+
+    encoders: Encoders. size: pixels to a side that the views must have. The shard's header says under "shard" how it
+    was made and holds the captions. Shards are spread over the ranks of torchrun; each is a pure function of its
+    objects and written whole, so that a run that was stopped goes on. Raises ValueError where `out` holds shards made
+    otherwise or of other objects, and naming the file of a bad object.
+    """
+    folders = object_folders(objects)
+    key = dict(vae=encoder_id(encoders.vae), text_encoder=encoder_id(encoders.text_encoder), size=size,
+               scale=LATENT_SCALE, dtype="float16")
+    shards = {f"{out}/{folders[k].name}.safetensors": folders[k:k + shard] for k in range(0, len(folders), shard)}
+    for path in sorted(Path(out).glob("*.safetensors")):
+        check_shard(path, key, [folder.name for folder in shards.get(f"{out}/{path.name}", ())])
+    mine = left_to_write(shards, launched)
+    if mine:                                                            # T5 takes its time to load
+        encode_image, _ = load_vae(encoders.vae, launched.device)
+        encode_text = load_text_encoder(encoders.text_encoder, launched.device)
+        null_text = encode_text([""])[0].half()
+    total = sum(len(members) for members in mine.values())
+    with tqdm(total=total, desc="encoding", unit="object", disable=launched.rank > 0) as progress:
+        for path, members in mine.items():
+            tensors, captions = {"null_text": null_text}, {}
+            for folder in members:
+                encoded, captions[folder.name] = encode_object(folder, encode_image, encode_text, size)
+                tensors |= encoded
+                progress.update()
+            save_tensors(path, tensors, shard=dict(key=key, captions=captions))     # one entry: several have no order
+    barrier(launched)
+
+
+def encode_object(folder, encode_image, encode_text, size):
+    """({name: float16 tensor} as a shard has them, caption) of one rendered object."""
+    caption, views = read_object(folder)
+    if views.rgb.shape[-2:] != (size, size):
+        raise ValueError(f"{folder} has views of {tuple(views.rgb.shape[-2:])} pixels, not {size} x {size} (--size)")
+    normal, position = control_maps(views)[0].split(3, dim=1)                                       # (V, 3, H, W)
+    latents = encode_image(torch.cat([2 * views.rgb[0] - 1, normal, position])).half()              # (3 V, 2, C, h, w)
+    tensors = {f"{folder.name}.{name}": part for name, part in zip(MAPS, latents.chunk(3))}
+    tensors[f"{folder.name}.text"] = encode_text([caption])[0].half()
+    return tensors, caption
+
+
+def left_to_write(shards, launched):
+    """Those of {path: what goes into it} that this rank writes and that are not there yet."""
+    mine = list(shards.items())[launched.rank::launched.world]
+    return {path: content for path, content in mine if not os.path.exists(path)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Headers
+
+
+def shard_header(path):
+    """(key, captions) of a shard: how it was made, and {object ID: caption}. Raises ValueError if it is none."""
+    header = read_metadata(str(path)).get("shard") or {}
+    if not header.get("key") or not header.get("captions"):
+        raise ValueError(f"{path} is no shard of {WRITERS}")
+    return header["key"], header["captions"]
+
+
+def check_shard(path, key, ids):
+    """Raises ValueError unless the shard at path was made with this key and holds the objects `ids`."""
+    was, captions = shard_header(path)
+    other = [f"{name} {was.get(name)} (now {key[name]})" for name in key if was.get(name) != key[name]]
+    if other:
+        raise ValueError(f"{path} was made otherwise: {', '.join(other)}; choose another folder, or delete this one")
+    if list(captions) != ids:
+        raise ValueError(f"{path} holds other objects, or in another order, than one would write now: encode new ones "
+                         "into a folder of their own inside this one, or delete it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class LatentSet:
+    """The shards in a folder and those inside it, of `encode_objects` or the real set: memory-mapped, so that a set of
+    any size takes no memory.
+
+    config: the model's, which the shapes must fit. views: False makes every view a sample of its own. control: whether
+    to give the maps. Then shape is (samples, views a sample), null the empty caption ("text" (1, L, D) and "text_mask"
+    (1, L)), and key says how the shards were made. Raises ValueError where they do not fit, or one another.
+    """
+
+    def __init__(self, folder, config, views=True, control=False):
+        self.config, self.in_grids, self.control = config, views, control
+        self.key, self.places = open_shards(folder)
+        file, name = self.places[0]
+        self.grid, _, *latent = file.get_slice(f"{name}.color").get_shape()     # how many views an object has
+        if control and f"{name}.normal" not in file.keys():
+            raise ValueError(f"task texturing needs control maps, but {folder} has none: use --task text")
+        words = file.get_tensor("null_text")                                                        # (n, D)
+        wanted = [config.channels, config.image_size, config.image_size]
+        if latent != wanted or words.shape[1] != config.text_dim:
+            raise ValueError(f"{folder} has latents of {latent} and text of width {words.shape[1]}, the model takes "
+                             f"{wanted} and {config.text_dim}")
+        num = len(self.places)
+        self.shape = (num, self.grid) if views else (num * self.grid, 1)
+        text, mask = padded(words, config.text_length)
+        self.null = {"text": text[None], "text_mask": mask[None]}
+
+    def rows(self, index):
+        """The samples `index` (B,) -> "image" (B, V, 2, C, h, w), mean and deviation, unscaled, "text" (B, L, D) and
+        "text_mask" (B, L); with control also "control" (B, V, 2 C, h, w), scaled."""
+        samples = [self.sample(k) for k in index.tolist()]
+        return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+    def sample(self, k):
+        """Sample k, as `rows` without its first dimension."""
+        if self.in_grids:
+            (file, name), views = self.places[k], slice(None)
+        else:
+            (file, name), view = self.places[k // self.grid], k % self.grid
+            views = slice(view, view + 1)
+        text, mask = padded(file.get_tensor(f"{name}.text"), self.config.text_length)
+        sample = {"image": file.get_slice(f"{name}.color")[views], "text": text, "text_mask": mask}
+        if self.control:
+            means = [file.get_slice(f"{name}.{part}")[views, 0] for part in ("normal", "position")]     # (V, C, h, w)
+            sample["control"] = torch.cat(means, dim=1) * LATENT_SCALE
+        return sample
+
+
+def open_shards(folder):
+    """(key, [(open file, object ID), ...]) of all shards in a folder and those inside it, in the order of their paths.
+
+    Raises ValueError where there is none, or one is no shard, for latents of another scale, or made otherwise than
+    those before it, or where an object comes twice.
+    """
+    shared_key, places = None, []
+    for path in sorted(Path(folder).rglob("*.safetensors")):
+        key, captions = shard_header(path)
+        if key["scale"] != LATENT_SCALE:
+            raise ValueError(f"{path} is for latents times {key['scale']}, here they are times {LATENT_SCALE}")
+        if shared_key not in (None, key):
+            raise ValueError(f"{path} was made otherwise than the shards before it: {key}, not {shared_key}")
+        shared_key, file = key, safe_open(path, "pt")
+        places += [(file, name) for name in captions]
+    if not places:
+        raise ValueError(f"{folder} holds no shards: write them with {WRITERS}")
+    name, times = Counter(name for _, name in places).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{folder} holds object {name} twice")
+    return shared_key, places
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def benchmark_reading(folder, config, workers, batch=8, rounds=1000):
+    """Prints how many grids of four views with control a second a LatentSet gives: from `folder`, or from shards of
+    full size that it writes there first, of random numbers."""
+    if not os.path.isdir(folder):
+        write_random_shards(folder, config)
+    grids = LatentSet(folder, config, control=True)
+    batches = torch.randint(grids.shape[0], (rounds, batch), generator=torch.Generator().manual_seed(0))
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in ("warm up", "measure"):                                # the first time the pages come from the disk
+            start = time.perf_counter()
+            for _ in pool.map(grids.rows, batches):
+                pass
+    speed = rounds * batch / (time.perf_counter() - start)
+    print(f"{speed:.0f} grids/s in batches of {batch}, {workers} thread(s), from {grids.shape[0]} objects in the disk "
+          "cache")
+
+
+def write_random_shards(folder, config, num=128, shard=64):
+    """Shards that hold random numbers, of as many objects: to time the reading."""
+    shape = (4, 2, config.channels, config.image_size, config.image_size)
+    for first in range(0, num, shard):
+        ids = [f"{k:04}" for k in range(first, first + shard)]
+        tensors = {"null_text": torch.randn(1, config.text_dim).half()}
+        for name in ids:
+            tensors |= {f"{name}.{part}": torch.randn(shape).half() for part in MAPS}
+            tensors[f"{name}.text"] = torch.randn(20, config.text_dim).half()
+        header = dict(key=dict(scale=LATENT_SCALE), captions=dict.fromkeys(ids, ""))
+        save_tensors(f"{folder}/{ids[0]}.safetensors", tensors, shard=header)
+
+
+def parse_args(argv=None):
+    """The command line of this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    sub = commands.add_parser("encode", help="VAE latents and T5 tokens of rendered objects, the synthetic set of "
+                                             "--preset full; also under torchrun")
+    sub.add_argument("objects", help="folder of object folders")
+    sub.add_argument("out", help="folder to write shards to")
+    sub.add_argument("--vae", required=True, metavar="DIR", help="PixArt's vae folder (needs diffusers)")
+    sub.add_argument("--text_encoder", required=True, metavar="DIR", help="PixArt's text_encoder folder, with "
+                     "tokenizer beside it (needs transformers)")
+    sub.add_argument("--size", type=int, default=512, help="pixels to a side of the views")
+    sub.add_argument("--shard", type=int, default=64, help="objects a file")
+    sub = commands.add_parser("read", help="time the reading of shards for --preset full")
+    sub.add_argument("folder", help="of shards; if it is not there, it is made, of random numbers (120 MB)")
+    sub.add_argument("--workers", type=int, default=2, help="threads")
+    args = parser.parse_args(argv)
+    for name in ("size", "shard", "workers"):
+        if getattr(args, name, 1) < 1:
+            parser.error(f"--{name} must be at least 1")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.command == "read":
+        return benchmark_reading(args.folder, PRESETS["full"], args.workers)
+    launched, encoders = launch(), Encoders(args.vae, args.text_encoder)
+    encode_objects(args.objects, args.out, encoders, args.size, args.shard, launched)
+    if launched.rank == 0:
+        print(f"the shards are in {args.out}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,110 @@
+"""The real set of the full model (Sec. 5, C.1): what the base model itself draws from the synthetic set's captions.
+
+    python -m full.real_set real --base pixart.safetensors --synthetic latents --text_encoder pixart/text_encoder
+    torchrun --nproc_per_node=8 -m full.real_set real --base pixart.safetensors --synthetic latents --text_encoder ...
+
+Four images a caption, asked for as a photograph of the front, right side, back and left side; the view phrase is
+dropped in what is trained on. They stay latents, in shards of the same form as the synthetic set's (full/latents.py).
+"""
+import argparse
+import os
+from pathlib import Path
+from zlib import crc32
+
+import torch
+from tqdm import tqdm
+
+from data import LATENT_SCALE, VIEW_PHRASES, real_prompt
+from full.encoders import encode_captions, encoder_id, load_text_encoder
+from full.latents import check_shard, left_to_write, shard_header
+from sample import LATENT_CFG_SCALE, Sampling, load_network, sample_images
+from support.files import file_id, read_metadata, save_tensors
+from support.launch import BAR, barrier, launch, run_cli
+
+
+def write_latent_real_set(out, base, synthetic, text_encoder, sampling, launched):
+    """Draws four images for each caption of the synthetic set with the base model, over all ranks.
+
+    out: folder, to which a shard for each shard of `synthetic` goes, a folder of `encode_objects`. base: the file of a
+    model of latents. text_encoder: folder, as there. sampling: Sampling, of mode "real". A run that was stopped goes
+    on. Each image is a function of its caption, its view phrase and the seed, whatever the number of ranks. Raises
+    ValueError where `out` holds shards made otherwise.
+    """
+    if read_metadata(base).get("config", {}).get("vocab_size"):
+        raise ValueError(f"{base} is of the toy world: python sample.py --real_set draws its real set")
+    key = dict(base=file_id(base), text_encoder=encoder_id(text_encoder), seed=sampling.seed,
+               num_steps=sampling.num_steps, cfg_scale=sampling.cfg_scale, scale=LATENT_SCALE)
+    shards = shards_to_draw(out, synthetic)
+    for path, captions in shards.items():
+        if os.path.exists(path):
+            check_shard(path, key, list(captions))
+    mine = left_to_write(shards, launched)
+    if mine:                                                            # T5 takes its time to load
+        network, encode_text = load_network(base, launched.device), load_text_encoder(text_encoder, launched.device)
+        null_text = encode_text([""])[0].half()
+    total = 4 * sum(len(captions) for captions in mine.values())
+    with tqdm(total=total, desc="real set, drawn by the base model", unit="image", bar_format=BAR,
+              disable=launched.rank > 0) as progress:
+        for path, captions in mine.items():
+            tensors = draw_shard(network, encode_text, captions, sampling, progress)
+            save_tensors(path, {"null_text": null_text} | tensors, shard=dict(key=key, captions=captions))
+    barrier(launched)
+
+
+def shards_to_draw(out, synthetic):
+    """{path of a shard in OUT: {object ID: caption}}, one for each shard in `synthetic` and the folders inside it."""
+    shards = {}
+    for path in sorted(Path(synthetic).rglob("*.safetensors")):
+        _, captions = shard_header(path)
+        shards[os.path.join(out, os.path.relpath(path, synthetic))] = captions
+    if not shards:
+        raise ValueError(f"{synthetic} holds no shards with captions: write them with python -m full.latents encode")
+    return shards
+
+
+def draw_shard(network, encode_text, captions, sampling, progress):
+    """{name: float16 tensor} of a shard of the real set: of each object of captions four views and its text.
+
+    The latents have no deviation: these are drawn as latents, and not images that were encoded.
+    """
+    places = [(caption, view) for caption in captions.values() for view in VIEW_PHRASES]            # 4 N
+    prompts = encode_captions([real_prompt(*place) for place in places], encode_text, network.dit)
+    keys = [crc32(" ".join(place).encode()) for place in places]
+    images = sample_images(network, prompts, sampling, keys=keys, progress=progress)                # (4 N, 1, C, h, w)
+    latents = (images[:, 0] / LATENT_SCALE).half().unflatten(0, (-1, 4))                            # (N, 4, C, h, w)
+    texts = encode_text([real_prompt(caption) for caption in captions.values()])
+    tensors = {}
+    for name, mean, text in zip(captions, latents, texts):
+        tensors[f"{name}.color"] = torch.stack([mean, torch.zeros_like(mean)], dim=1)               # (4, 2, C, h, w)
+        tensors[f"{name}.text"] = text.half()
+    return tensors
+
+
+def parse_args(argv=None):
+    """The command line of this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("out", help="folder to write shards to")
+    add("--base", required=True, metavar="FILE", help="the base model: PixArt-alpha's .pth or safetensors, or ours")
+    add("--synthetic", required=True, metavar="DIR", help="folder of python -m full.latents encode, whose captions are "
+        "drawn")
+    add("--text_encoder", required=True, metavar="DIR", help="PixArt's text_encoder folder, with tokenizer beside it "
+        "(needs transformers)")
+    add("--num_steps", type=int, default=20, help="DDIM steps")
+    add("--cfg_scale", type=float, default=LATENT_CFG_SCALE, help="guidance on the text, 1 = none")
+    add("--seed", type=int, default=0, help="decides the noise")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    sampling = Sampling(seed=args.seed, num_steps=args.num_steps, cfg_scale=args.cfg_scale, batch=16)
+    launched = launch(args.threads)
+    write_latent_real_set(args.out, args.base, args.synthetic, args.text_encoder, sampling, launched)
+    if launched.rank == 0:
+        print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

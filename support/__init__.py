@@ -1,0 +1,1 @@
+"""What knows nothing of diffusion: files, pictures, launching, random numbers."""

@@ -1,0 +1,136 @@
+"""Files that are whole or not there: safetensors with JSON metadata, JSON, text and bytes.
+
+Everything is written to a temporary name and moved into place, so that a stop leaves the old file or the new one.
+"""
+import json
+import os
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def save_tensors(path, tensors, **metadata):
+    """Writes {name: tensor} with JSON metadata to a temporary name and moves it into place."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    partial = f"{path}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        save_file(tensors, partial, {key: json.dumps(value) for key, value in metadata.items()})
+        os.chmod(partial, 0o644)            # the library writes files that only their owner can read
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:     # the latter for a full or read-only disk
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def load_tensors(path, device="cpu"):
+    """({name: tensor}, metadata) of what `save_tensors` wrote, or of another program's safetensors or torch.save file
+    (.pth, .pt; weights only, no metadata). Raises FileNotFoundError, ValueError if damaged."""
+    metadata = read_metadata(path)
+    if str(path).endswith((".pth", ".pt")):
+        try:
+            tensors = torch.load(path, map_location=device, weights_only=True)
+        except Exception:           # its unpickler raises whatever the bytes of another file lead it to
+            raise ValueError(f"{path} is not a readable file of torch.save with nothing but tensors in it") from None
+        tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
+        if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise ValueError(f"{path} holds no state_dict, a dictionary of tensors")
+        return tensors, metadata
+    with safe_open(path, "pt", device=str(device)) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata
+
+
+def read_metadata(path):
+    """The metadata alone: {} for a file of torch.save. Raises as `load_tensors`."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no such file: {path}")
+    if str(path).endswith((".pth", ".pt")):
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: parse_metadata(value) for key, value in (file.metadata() or {}).items()}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file (cut off, or another type): {error}") from None
+
+
+def parse_metadata(value):
+    """What `save_tensors` wrote as JSON; a plain word of another program's file ("format": "pt") as it is."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def up_to_date(path, key):
+    """Whether `path` is a file that `save_tensors` wrote with this metadatum `key`; says so where it is damaged."""
+    try:
+        return read_metadata(path).get("key") == json.loads(json.dumps(key))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        print(f"{path} is damaged, making it again")
+        return False
+
+
+def cached(path, key, build):
+    """The {name: tensor} in the file at path if it was made from key; else build() it and keep it there."""
+    if up_to_date(path, key):
+        return load_tensors(path)[0]
+    tensors = build()
+    save_tensors(path, tensors, key=key)
+    return tensors
+
+
+def file_id(path):
+    """Name of a checkpoint and the sum over its tensors of their absolute values: changes when the checkpoint does."""
+    tensors, _ = load_tensors(path)             # numpy adds in the same order on any number of threads
+    return [os.path.basename(path), sum(float(np.abs(tensor.double().numpy()).sum()) for tensor in tensors.values())]
+
+
+def load_strictly(module, weights, path):
+    """module.load_state_dict, with every misfit named in one line (ValueError)."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    misfit = sorted(f"{name} {given.get(name, 'missing')}" for name in shapes.keys() | given.keys()
+                    if shapes.get(name) != given.get(name))
+    if misfit:
+        raise ValueError(f"{path} does not fit the model: {', '.join(misfit[:4])}{', ...' if len(misfit) > 4 else ''}")
+    module.load_state_dict(weights)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes, text, JSON
+
+
+def write_bytes(path, content):
+    """Writes to a temporary name and moves it into place."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content)
+    os.replace(f"{path}.tmp", path)
+
+
+def write_text(path, text):
+    """Writes text, as `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path, value):
+    """Writes a value as JSON."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path):
+    """A JSON file of this project. Raises ValueError naming it where it is damaged."""
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, or take it from git") from None

@@ -1,0 +1,100 @@
+"""Launching: the same script runs alone or under torchrun, and bad input ends in one line."""
+import os
+import sys
+import time
+import warnings
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+
+# of tqdm, for shares of images
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}]"
+
+
+class Launched(NamedTuple):
+    """What `launch` found: the device of this process, its number, and how many there are."""
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+
+def launch(threads=None):
+    """Joins torchrun's process group where there is one (NCCL on CUDA, gloo else); returns Launched.
+
+    RANK decides who writes, LOCAL_RANK which GPU is used, so that several nodes work.
+    """
+    rank, local, world = (int(os.environ.get(key, default)) for key, default in
+                          (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"--threads must be at least 1, not {threads}")
+        torch.set_num_threads(threads)
+    # under bf16 autocast RMSNorm keeps its weight in fp32, which is what we want, and says so at length
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device(f"cuda:{local}")
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this node has no GPU: --nproc_per_node must be at most "
+                             f"{torch.cuda.device_count()}")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    elif torch.backends.mps.is_available() and world == 1:
+        device = torch.device("mps")
+    if world > 1 and not torch.distributed.is_initialized():
+        on_cuda = device.type == "cuda"
+        # two hours: ranks that encode or draw a set work alone and meet at its end, some of them early
+        torch.distributed.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(hours=2),
+                                             device_id=device if on_cuda else None)
+    return Launched(device, rank, world)
+
+
+def run_cli(main):
+    """Runs a script's main(): bad input ends in one line and exit code 1 (argparse: 2), never in a traceback."""
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")         # sys.exit prints a string to stderr and exits with 1
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def barrier(launched):
+    """Waits for all processes, where there are several."""
+    if launched.world > 1:
+        torch.distributed.barrier()
+
+
+def on_rank_0_first(launched, make):
+    """make() on rank 0, which writes the cached file, then on the others, which read it."""
+    if launched.rank == 0:
+        made = make()
+    barrier(launched)
+    return made if launched.rank == 0 else make()
+
+
+def peak_memory(device):
+    """Peak memory of this process in GiB: allocated on a GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    import resource                         # not on Windows, where nothing else is missing
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+def wait_for(device):
+    """Waits for the device, so that a clock read next is right."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(work, device):
+    """How long work() takes, device included."""
+    wait_for(device)
+    start = time.perf_counter()
+    work()
+    wait_for(device)
+    return time.perf_counter() - start

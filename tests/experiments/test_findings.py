@@ -1,0 +1,57 @@
+"""The paper's claims against the noise between seeds."""
+
+import pytest
+from conftest import ROOT
+
+from experiments import findings
+from experiments.paper import PAPER_COLUMNS, TABLES
+from support.files import write_json
+
+
+def some_results(**values):
+    """A table of rows with these (KD_I, psnr), a tuple of pairs for several seeds."""
+    rows = {}
+    for label, pairs in values.items():
+        pairs = pairs if isinstance(pairs[0], tuple) else (pairs,)
+        toy = {str(seed): dict(KD_I=kd, psnr=psnr, iou=0.9) for seed, (kd, psnr) in enumerate(pairs)}
+        paper = dict.fromkeys(PAPER_COLUMNS, 1.0) | dict(PSNR=float(len(rows)), KID_I=-float(len(rows)))
+        rows[label] = dict(paper=paper, toy=toy)
+    return rows
+
+
+def test_findings_hold_against_the_noise(tmp_path, capsys):
+    """Differences beyond twice their noise are confirmed or not, smaller ones are neither."""
+    for name, (_, rows) in TABLES.items():
+        values = {row.label: (500.0, 20.0) for row in rows}
+        values |= {"syn only": ((1000.0, 21.0), (1010.0, 21.0)), "syn + real": (1001.0, 21.0)}
+        values |= {"Realiz3D": (100.0, 22.0)}
+        values |= {"3 real data": ((100.0, 20.0), (101.0, 20.1)), "2 no real data": (50.0, 21.0)}
+        results = {label: row for label, row in some_results(**values).items()}
+        if name == "table3":
+            results["LoRA 32"] = some_results(x=(50.0, 23.0))["x"]
+        write_json(f"{tmp_path}/{name}.json", dict(settings={}, rows=results))
+    findings.main(["--results", str(tmp_path)])
+    verdicts = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert verdicts[:3] == ["confirmed", "within the noise", "confirmed"]
+    assert verdicts[4:6] == ["not confirmed", "confirmed"] and verdicts[13:] == ["confirmed"] * 3 + ["not confirmed"]
+    assert verdicts[9:13] == ["within the noise"] * 3 + ["not confirmed"]
+    assert (tmp_path / "findings.md").exists()
+    with pytest.raises(FileNotFoundError, match="python -m experiments.tables table1 makes it"):
+        findings.main(["--results", str(tmp_path / "none")])
+
+
+def test_the_committed_findings_are_those_of_the_committed_tables():
+    written = (ROOT / "results" / "findings.md").read_text().split("\n\n", 1)[1]
+    assert findings.findings_lines(findings.read_tables(ROOT / "results")) == written.splitlines()
+
+
+def test_a_claim_without_its_row_or_a_second_seed_says_what_to_run():
+    claim = findings.Finding("claim", "table1", "KD_I", "a", "b")
+    rows = some_results(a=((1.0, 5.0), (3.0, 5.5)), b=(4.0, 6.0))
+    assert findings.finding_line(claim, rows).endswith("within the noise |")
+    rows["b"]["toy"] = {}
+    for lacking in (rows, some_results(a=(1.0, 5.0), b=(4.0, 6.0))):
+        with pytest.raises(ValueError, match="experiments.tables table1, and again with --seed 1"):
+            findings.finding_line(claim, lacking)
+    with pytest.raises(ValueError, match="table3 lacks 'Realiz3D'"):
+        findings.baselines_line("table3", rows)

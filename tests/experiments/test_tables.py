@@ -1,0 +1,126 @@
+"""The paper's tables on the toy: trained, sampled and measured as a whole, gone on with, printed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_STAGE2
+
+import data
+import train_stage2
+from experiments import tables
+from experiments.paper import PAPER1, PAPER_COLUMNS, TABLES
+from experiments.tables import ORACLE, seed_mean, seed_noise, table_lines
+from geometry.camera import VIEWS
+from support.files import save_tensors
+from support.pictures import to_uint8
+from toy.world import asset_captions, sample_assets, tokenize
+
+
+def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, monkeypatch, capsys):
+    """All eight rows from five trainings; run again, it trains and samples nothing and prints the same numbers."""
+    small_net, photos, train, started = tables.train_feature_net, data.photo_set, train_stage2.main, []
+    monkeypatch.setattr(tables, "train_feature_net", lambda folder: small_net(folder, num=60, steps=40))
+    monkeypatch.setattr(data, "photo_set", lambda num, **options: photos(40, **options))
+
+    def counted(flags):
+        started.append(flags)
+        train(flags)
+    monkeypatch.setattr(train_stage2, "main", counted)
+    monkeypatch.setattr(train_stage2, "object_sheet", lambda *args, **options: None)  # no pictures, no estimate
+    monkeypatch.setattr(train_stage2, "announce", lambda *args: None)
+    at = TINY_STAGE2.index("--steps")
+    rest = " ".join(map(str, TINY_STAGE2[:at] + TINY_STAGE2[at + 2 :]))
+    command = ["table2", *"--num 2 --num_steps 2 --steps 3 --threads 1".split(), "--results", str(tmp_path)]
+    command += ["--folder", str(tiny_run), "--train_flags", rest]
+    tables.main(command)
+    first = json.loads((tmp_path / "table2.json").read_text())["rows"]
+    assert len(started) == 5 and len(first) == 9  # eight rows and the oracle
+    assert first["8 = 7, shifted"]["paper"]["PSNR"] == 24.78 and first["1 joint"]["toy"]["0"]["FD_B"] > 0
+    modes = [path.name.rsplit("-", 1)[1] for path in tiny_run.glob("texturing-*.samples")]
+    assert sorted(modes) == ["real.samples"] * 5 + ["shifted.samples"] * 3
+    assert (tmp_path / "table2.png").exists() and (tmp_path / "table2_sheet.png").exists()
+    assert capsys.readouterr().out.count("Spearman") == 2
+    tables.main(command)
+    assert len(started) == 5 and json.loads((tmp_path / "table2.json").read_text())["rows"] == first
+    # another seed trains anew and stands beside the first
+    tables.main([*command, "--seed", "1", "--rows", "3 real data", "4 = 3, shifted"])
+    both, text = json.loads((tmp_path / "table2.json").read_text())["rows"], (tmp_path / "table2.md").read_text()
+    assert len(started) == 6 and "2 seeds" in text and "`python -m experiments.tables table2 --num 2 " in text
+    row = both["3 real data"]["toy"]
+    assert row["0"] == first["3 real data"]["toy"]["0"] and row["1"]["KD_I"] != row["0"]["KD_I"]
+    assert list(both["1 joint"]["toy"]) == ["0"]
+    with pytest.raises(ValueError, match="no row '9'"):
+        tables.main([*command, "--rows", "9"])
+    with pytest.raises(ValueError, match="made with .*--results"):
+        tables.main([*command, "--steps", "4"])
+    with pytest.raises(ValueError, match="trained by 'python train_stage2.py .*without --clip 9: .*--folder"):
+        tables.main([*command[:-1], f"{rest} --clip 9", "--results", str(tmp_path / "others")])
+    assert len(started) == 6
+
+
+def test_sdedit_starts_from_the_images_of_syn_only(tmp_path, monkeypatch):
+    """Table 1's row: the base model denoises each view alone, asked for that view."""
+    row = next(row for row in TABLES["table1"][1] if row.label == "SDEdit")
+    held, seen = data.evaluation_set(2, folder=tmp_path), {}
+
+    def sample_images(network, inputs, sampling, views, progress):
+        seen["mode"] = sampling.mode
+        return torch.full((2, views, 3, 32, 32), 0.5)
+
+    def sdedit(network, images, text, sampling):
+        seen.update(images=images, text=text, seed=sampling.seed)
+        return -images
+    for name, stand_in in (("sample_images", sample_images), ("sdedit", sdedit), ("load_toy", lambda *args: None)):
+        monkeypatch.setattr(tables, name, stand_in)
+    args = tables.parse_args(["table1", "--folder", str(tmp_path), "--seed", "3"])
+    model = str(tmp_path / "syn_only.safetensors")
+    save_tensors(model, {"w": torch.ones(1)})
+    images = tables.row_samples(row, model, "texturing", held, args, "cpu")
+    assert seen["mode"] == "real" and seen["seed"] == 3 and abs(seen["images"] - 0.5).max() < 0.01
+    assert (images == to_uint8(-seen["images"])).all() and images.shape == (2, 4, 3, 32, 32)
+    captions = [f"photo of {caption}, {view} view, white background"
+                for caption in asset_captions(sample_assets(2, data.SEEDS["evaluation"])) for view in VIEWS]
+    assert torch.equal(seen["text"].flatten(0, 1), tokenize(captions))
+
+
+def test_every_table_prints_before_and_after_its_rows_are_there():
+    """TRELLIS has no consistency numbers, the oracle none of the paper's."""
+    for _, rows in TABLES.values():
+        results = {row.label: dict(paper=dict(zip(PAPER_COLUMNS, row.paper)), toy={}) for row in rows}
+        for k, row in enumerate(rows):
+            results[row.label]["toy"] = {"0": dict(KD_I=float(k), psnr=20.0 + k)} if row.flags is not None else {}
+        oracle = dict(paper=dict.fromkeys(PAPER_COLUMNS), toy={"-": dict(KD_I=1.0, psnr=40.0)})
+        lines = table_lines(results | {ORACLE: oracle})
+        assert len(lines) == len(rows) + 7 and ORACLE in lines[len(rows) + 2]
+
+
+def some_results(**values):
+    """A table of rows with these (KD_I, psnr), a tuple of pairs for several seeds."""
+    rows = {}
+    for label, pairs in values.items():
+        pairs = pairs if isinstance(pairs[0], tuple) else (pairs,)
+        toy = {str(seed): dict(KD_I=kd, psnr=psnr, iou=0.9) for seed, (kd, psnr) in enumerate(pairs)}
+        paper = dict.fromkeys(PAPER_COLUMNS, 1.0) | dict(PSNR=float(len(rows)), KID_I=-float(len(rows)))
+        rows[label] = dict(paper=paper, toy=toy)
+    return rows
+
+
+def test_seed_noise_is_the_pooled_deviation_and_the_order_is_compared():
+    rows = some_results(a=((1.0, 5.0), (3.0, 5.5)), b=((4.0, 6.0), (8.0, 6.5)), c=(9.0, 6.1))
+    assert seed_mean(rows["a"], "KD_I") == 2 and seed_mean(rows["c"], "lpips") is None
+    assert seed_noise(rows, "KD_I") == pytest.approx(np.sqrt((2 + 8) / 2))  # variances 2 and 8
+    assert seed_noise(some_results(a=(1.0, 2.0)), "KD_I") is None
+    lines = table_lines(rows)
+    assert lines[0].split("|")[2].strip() == "psnr" and "a (2 seeds)" in lines[2] and "5.25" in lines[2]
+    assert lines[5].startswith("| deviation between seeds")
+    assert lines[-3].endswith(": 0.50") and lines[-1].endswith(": -1.00")
+
+
+def test_the_papers_numbers_are_complete():
+    for task, rows in TABLES.values():
+        assert all(len(row.paper) == 8 for row in rows) and task in ("texturing", "text")
+    assert len(TABLES["table1"][1]) == 14 and len(TABLES["table3"][1]) == 15
+    syn, ours = PAPER1["syn only"], PAPER1["Realiz3D"]
+    assert syn[0] > ours[0] and syn[6] > ours[6]  # it trades some consistency for realism

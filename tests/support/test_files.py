@@ -1,0 +1,72 @@
+"""Files are whole or not there: what a failed or cut-off write leaves, and what is said of a damaged file."""
+
+import pytest
+import torch
+
+import support.files
+from support.files import cached, file_id, load_strictly, load_tensors, read_json, save_tensors, up_to_date, write_json
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    save_tensors(path, {"a": torch.ones(1)})
+
+    def full_disk(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(support.files, "save_file", full_disk)
+    with pytest.raises(OSError, match="disk full"):
+        save_tensors(path, {"a": torch.zeros(1)})
+    assert load_tensors(path)[0]["a"].item() == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_tensors_and_metadata_come_back(tmp_path):
+    path = tmp_path / "sub" / "m.safetensors"
+    tensors = {"a": torch.arange(6).view(2, 3), "b": torch.ones(2, 3).T.half()}
+    save_tensors(path, tensors, key=dict(seed=1, words=["x"]), name="m")
+    again, metadata = load_tensors(path)
+    assert metadata == dict(key=dict(seed=1, words=["x"]), name="m")
+    assert again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+def test_a_cached_file_is_made_once_a_key_and_again_when_damaged(tmp_path, capsys):
+    path, built = tmp_path / "c.safetensors", []
+
+    def build():
+        built.append(1)
+        return {"a": torch.full((2,), len(built))}
+
+    for key, times in ((dict(seed=0), 1), (dict(seed=0), 1), (dict(seed=1), 2), (dict(seed=1), 2)):
+        assert cached(path, key, build)["a"].tolist() == [times] * 2 and len(built) == times
+    assert up_to_date(path, dict(seed=1)) and not up_to_date(path, dict(seed=0))
+    path.write_bytes(path.read_bytes()[:20])
+    assert cached(path, dict(seed=1), build)["a"].tolist() == [3, 3]
+    assert "c.safetensors is damaged, making it again" in capsys.readouterr().out
+    assert not up_to_date(tmp_path / "none.safetensors", dict(seed=1))
+
+
+def test_a_file_s_id_changes_when_its_tensors_do(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_tensors(path, {"a": torch.tensor([1.0, -2.0]), "b": torch.ones(3, dtype=torch.half)})
+    assert file_id(path) == ["m.safetensors", 6.0]
+    save_tensors(path, {"a": torch.tensor([1.0, -2.5]), "b": torch.ones(3, dtype=torch.half)})
+    assert file_id(path) == ["m.safetensors", 6.5]
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    layer = torch.nn.Linear(2, 3)
+    load_strictly(layer, {"weight": torch.ones(3, 2), "bias": torch.zeros(3)}, "m")
+    assert layer.weight.sum() == 6
+    with pytest.raises(ValueError, match=r"m does not fit the model: bias missing, weight \(2, 3\)"):
+        load_strictly(layer, {"weight": torch.ones(2, 3)}, "m")
+
+
+def test_json_comes_back_and_a_damaged_one_is_named(tmp_path):
+    path = str(tmp_path / "sub" / "a.json")
+    write_json(path, {"rows": [1, None]})
+    assert read_json(path) == {"rows": [1, None]}
+    with open(path, "w") as file:
+        file.write('{"rows": [1')
+    with pytest.raises(ValueError, match="a.json is damaged .*: delete it"):
+        read_json(path)

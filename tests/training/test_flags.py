@@ -1,0 +1,131 @@
+"""The flags of every training: defaults by preset and stage, the paper's length at full, what is refused."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_model
+
+import train_stage1
+import train_stage2
+from baselines.adapters import with_adapter
+from baselines.methods import METHODS
+from support.launch import Launched
+from toy import pretrain
+from train_stage2 import stage2_plan
+from training.flags import DEFAULTS, fill_defaults
+
+
+def filled(program, stage, *flags, world=1):
+    """The arguments of a program after `fill_defaults`, on the CPU, as one of `world` processes."""
+    return fill_defaults(program.parse_args([str(flag) for flag in flags]), stage,
+                         Launched(torch.device("cpu"), 0, world))
+
+
+def turns(args):
+    """How many synthetic and real iterations a stage-2 training takes."""
+    plan = stage2_plan(args, 28)
+    domains = [plan(step).domain for step in range(args.steps)]
+    return domains.count("syn"), domains.count("real")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The full configuration: 512 grids a step, N synthetic iterations are 10 epochs of 120,000 assets
+
+
+@pytest.mark.parametrize("world, batch, parts", [(1, 512, 64), (8, 64, 8), (64, 8, 1)])
+def test_full_takes_512_grids_a_step_in_parts_of_8(world, batch, parts):
+    for program, stage in ((train_stage1, "stage1"), (train_stage2, "stage2")):
+        args = filled(program, stage, "--preset", "full", world=world)
+        assert (args.batch, args.accumulate) == (batch, parts)
+        assert args.batch * world == 512 and args.batch / args.accumulate == 8
+
+
+@pytest.mark.parametrize("world", [1, 8, 64])
+@pytest.mark.parametrize("method", METHODS)
+def test_full_sees_ten_epochs_of_the_synthetic_set_whatever_the_method(method, world):
+    args = filled(train_stage2, "stage2", "--preset", "full", "--method", method, world=world)
+    synthetic, real = turns(args)
+    assert synthetic == math.ceil(10 * 120_000 / 512) == 2344
+    assert real == (2344 + args.real_warmup if METHODS[method].real_data else 0)
+
+
+def test_full_without_real_data_is_as_long_in_renders():
+    assert turns(filled(train_stage2, "stage2", "--preset", "full", "--no_real_data")) == (2344, 0)
+    assert turns(filled(train_stage2, "stage2", "--preset", "full", "--joint", "--real_warmup", 5)) == (2344, 2349)
+
+
+@pytest.mark.parametrize("adapter, domains", [("shifters", 2), ("switcher", 2), ("lora", 1), ("linear", 1)])
+def test_stage_1_at_full_sees_three_epochs_of_each_of_its_domains(adapter, domains):
+    for world in (1, 8, 64):
+        args = filled(train_stage1, "stage1", "--preset", "full", "--adapter", adapter, world=world)
+        assert args.steps == domains * math.ceil(3 * 120_000 / 512)
+    sees_real = with_adapter(random_model(), adapter, 2).knows_domains()  # what `train_shifters` asks
+    assert domains == (2 if sees_real else 1)
+
+
+def test_a_number_of_processes_that_does_not_divide_512_asks_for_a_batch():
+    with pytest.raises(ValueError, match="512 grids a step do not divide among 7 processes: name a --batch"):
+        filled(train_stage2, "stage2", "--preset", "full", world=7)
+    args = filled(train_stage2, "stage2", "--preset", "full", "--batch", 73, world=7)
+    assert turns(args)[0] == math.ceil(1_200_000 / 511)
+
+
+def test_a_smaller_batch_takes_more_steps_so_that_the_epochs_stay():
+    args = filled(train_stage2, "stage2", "--preset", "full", "--batch", 8, world=8)
+    assert args.accumulate == 1 and turns(args) == (18_750, 18_770)
+    assert 18_750 * 8 * 8 == 10 * 120_000
+    args = filled(train_stage2, "stage2", "--preset", "full", "--batch", 8, "--steps", 7, "--accumulate", 2, world=8)
+    assert (args.steps, args.accumulate) == (7, 2)  # what is named stays
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every preset
+
+
+def test_every_default_is_one_that_is_allowed():
+    programs = dict(base=pretrain, stage1=train_stage1, stage2=train_stage2)
+    for preset, stage in DEFAULTS:
+        if stage in programs:
+            args = filled(programs[stage], stage, "--preset", preset)
+            assert None not in (args.steps, args.batch, args.lr, args.warmup, args.weight_decay, args.ema, args.loss)
+            assert args.out == f"runs/{preset}" and args.workers == 0 and args.dtype == "float32"
+            assert args.images_per_sample == (1 if stage == "base" else 4)
+    with pytest.raises(ValueError, match="preset full has no base training"):
+        filled(pretrain, "base", "--preset", "full")
+
+
+def test_a_named_flag_stays_and_the_name_says_what_is_trained():
+    args = filled(train_stage2, "stage2", "--steps", 7, "--lr", 0.5, "--ema", 0, "--no_freezing", "--rank", 4)
+    assert (args.steps, args.lr, args.ema) == (7, 0.5, 0)
+    assert args.name == "realiz3d_texturing-no_freezing-rank4"
+    assert filled(train_stage1, "stage1").name == "stage1"
+    assert filled(train_stage1, "stage1", "--adapter", "lora").name == "stage1_lora_5"  # 32, scaled to the toy's width
+    assert filled(train_stage1, "stage1", "--rank", 4).name == "stage1_shifters_4"
+
+
+def test_pixels_weigh_their_loss_and_latents_have_the_papers():
+    assert filled(train_stage2, "stage2").loss == filled(train_stage2, "stage2", "--preset", "small").loss == "even"
+    assert filled(train_stage2, "stage2", "--preset", "full").loss == "epsilon"
+
+
+def test_shifters_that_train_with_the_model_have_a_share_of_the_learning_rate():
+    """The width's by default."""
+    for flags, share in (([], 1.0), (["--joint"], 192 / 1152), (["--joint", "--preset", "full"], 1.0)):
+        assert filled(train_stage2, "stage2", *flags).shifter_lr_scale == pytest.approx(share)
+
+
+@pytest.mark.parametrize("flag, value, message", [
+    ("rank", 0, "--rank must be at least 1"), ("picture_steps", 0, "--picture_steps must be at least 1"),
+    ("p_B", 7, r"--p_B must lie in .0, 1."), ("ema", 1.5, "--ema must lie in"), ("tau_B", -1, "--tau_B must lie in"),
+    ("batch", 0, "--batch must be at least 1"), ("preset=full --batch", 0, "--batch must be at least 1")])
+def test_settings_out_of_range_are_refused_before_any_work(flag, value, message):
+    with pytest.raises(ValueError, match=message):
+        filled(train_stage2, "stage2", *f"--{flag}={value}".split())
+
+
+def test_how_the_flags_were_typed_is_kept():
+    flags = ["--steps", "3", "--task", "text"]
+    assert train_stage2.parse_args(flags).command == "python train_stage2.py --steps 3 --task text"
+    assert train_stage1.parse_args(["--rank", "4"]).command == "python train_stage1.py --rank 4"
+    assert pretrain.parse_args([]).command == "python -m toy.pretrain"

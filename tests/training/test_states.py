@@ -1,0 +1,83 @@
+"""Training states: an exact resume after a kill, and which states are refused."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from glob import glob
+
+import pytest
+import torch
+from conftest import ROOT
+from train_worker import tiny_args, train_tiny
+
+from support.files import load_tensors
+from training.states import check_ranks, training_settings
+
+WORKER = "tests/training/train_worker.py"
+
+
+def states(out):
+    return sorted(glob(f"{out}/tiny/state_*.safetensors"))
+
+
+def test_resume_after_kill_9_equals_not_having_stopped(tmp_path):
+    flags = ("--steps", 40, "--batch", 2, "--save_every", 4, "--ema", 0.9)
+    whole = train_tiny(tmp_path / "whole", "mixed", *flags)
+    command = [sys.executable, WORKER, str(tmp_path / "cut"), "mixed", *map(str, flags)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not states(tmp_path / "cut") and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert states(tmp_path / "cut") and not (tmp_path / "cut" / "rank_0.safetensors").exists(), "killed too late"
+    newest = states(tmp_path / "cut")[-1]  # the newest state is also cut off: the one before is taken
+    if len(states(tmp_path / "cut")) > 1:
+        os.truncate(newest, os.path.getsize(newest) // 2)
+    cut = train_tiny(tmp_path / "cut", "mixed", *flags)
+    assert all(torch.equal(p, cut[name]) for name, p in whole.items())
+    whole, cut = (load_tensors(states(tmp_path / name)[-1])[0] for name in ("whole", "cut"))
+    assert (
+        sum(name.startswith("exp_avg.") for name in whole) > 20 and sum(name.startswith("ema.") for name in whole) > 20
+    )
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+    logs = [[json.loads(line) for line in open(tmp_path / name / "tiny" / "log.jsonl")] for name in ("whole", "cut")]
+    assert [(line["step"], line["domain"], line["loss"]) for line in logs[0]] == [
+        (line["step"], line["domain"], line["loss"]) for line in logs[1]
+    ]
+
+
+def test_a_damaged_state_is_skipped_and_said(tmp_path, capsys):
+    flags = ("--steps", 3, "--batch", 1, "--save_every", 1)
+    whole = train_tiny(tmp_path, "mixed", *flags)
+    for damaged, size in ((1, 40), (1, 0), (2, 40)):  # the newest of two, then both: it starts anew
+        for path in states(tmp_path)[-damaged:]:
+            os.truncate(path, size)
+        assert all(torch.equal(p, whole[name]) for name, p in train_tiny(tmp_path, "mixed", *flags).items())
+        assert capsys.readouterr().err.count("skipping a damaged state") == damaged
+
+
+def test_other_settings_are_not_resumed(tmp_path):
+    train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1)
+    with pytest.raises(ValueError, match=r"other settings: lr 0.0002 \(now 0.5\); use another --out or --name"):
+        train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1, "--lr", 0.5)
+    train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1, "--log_every", 2)  # does not decide the result
+
+
+def test_settings_are_what_decides_the_result(tmp_path):
+    settings = training_settings(tiny_args(tmp_path, "--accumulate", 2, "--workers", 1, "--compile"))
+    assert not settings.keys() & {"out", "accumulate", "workers", "compile", "command", "log_every"}
+    assert settings.keys() >= {"lr", "batch", "steps", "seed", "tau_B", "p_B", "method", "loss", "dtype", "name"}
+
+
+def test_processes_that_found_different_states_are_refused(monkeypatch):
+    check_ranks(4, "runs", 1)
+    for other, refused in ((4, False), (0, True)):
+        monkeypatch.setattr(torch.distributed, "all_gather_object", lambda found, own: found.__setitem__(1, other))
+        if refused:
+            with pytest.raises(ValueError, match=r"different steps, \[4, 0\]: all nodes must see the same runs"):
+                check_ranks(4, "runs", 2)
+        else:
+            check_ranks(4, "runs", 2)

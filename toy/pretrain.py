@@ -1,0 +1,92 @@
+"""The toy's base model: a text-to-image model of the toy world in all its styles. Not in the paper, which has one.
+
+    python -m toy.pretrain                                              # from nothing
+    python -m toy.pretrain --base weights/toy_base.safetensors          # train on
+    torchrun --nproc_per_node=2 -m toy.pretrain --batch 32 --dtype bfloat16 --compile
+
+Single images, no control, no shifters -> OUT/base.safetensors. To resume, run the same command again.
+"""
+import argparse
+
+import torch
+
+from data import SEEDS, build_set
+from dit import PRESETS, DiT
+from domain_shifter import ShiftedDiT
+from full.pixart import load_base
+from geometry.camera import VIEWS
+from sample import Sampling, sample_images
+from support.launch import launch, on_rank_0_first, run_cli
+from support.pictures import save_picture, to_uint8
+from toy.render import Look, render
+from toy.world import BACKGROUNDS, STYLES, asset_captions, tokenize, uniforms
+from training.flags import fill_defaults, parse_training, training_arguments
+from training.loop import Iteration, finish, train
+
+PREVIEWS = ("photo of a red wooden mug, white background", "photo of a blue marble duck, white background",
+            "photo of a green brick house, white background", "photo of a yellow striped chair, white background",
+            "render of a red wooden mug, white background", "sketch of a purple metal car",
+            "cartoon of a green spotted snowman", "photo of a pink marble teapot, sunset background")
+
+
+def base_set(num, seed=SEEDS["base"], size=32, folder="runs/toy/sets", device="cpu"):
+    """The base model's wide world -> image uint8 (N, 1, 3, H, W), text int64 (N, L).
+
+    About 65 % photos, 15 % renders, 20 % other styles; three quarters before white; half with a view phrase (and then
+    within 8 degrees of it). A photo goes without its style phrase one time in five: "a red wooden mug" is a photo.
+    """
+    def draw(assets, first):
+        u = uniforms(len(assets.category), seed + 1000, 8, first)
+        style = [STYLES[int(k)] for k in torch.bucketize(u[:, 0].contiguous(), torch.tensor([.65, .80, .87, .93]))]
+        background = ["white" if a < .75 else BACKGROUNDS[1 + int(b * (len(BACKGROUNDS) - 1))] for a, b in u[:, 1:3]]
+        view = (u[:, 3] * 4).long()
+        named = u[:, 4] < .5
+        azimuth = torch.where(named, 90 * view + 16 * (u[:, 5] - .5), 360 * u[:, 5])
+        look = Look(style, background, seed * 10**6 + first)
+        image = render(assets, look, azimuth[:, None], size, geometry=False, device=device).rgb
+        say_style = [None if s == "photo" and a < .2 else s for s, a in zip(style, u[:, 6])]
+        say_background = [None if b == "white" and a < .2 else b for b, a in zip(background, u[:, 7])]
+        say_view = [VIEWS[v] if say else None for v, say in zip(view, named)]
+        text = tokenize(asset_captions(assets, say_style, say_view, say_background))
+        return dict(image=to_uint8(2 * image - 1), text=text)
+    return build_set("base", num, seed, size, folder, draw)
+
+
+def train_base(args, launched):
+    """Pretrains the base model, or trains --base on -> OUT/base.safetensors; returns the path."""
+    device, config = launched.device, PRESETS[args.preset]
+    images = on_rank_0_first(launched, lambda: base_set(args.num_base_images, size=config.image_size,
+                                                        folder=f"{args.out}/sets", device=device))
+    torch.manual_seed(args.seed)
+    network = ShiftedDiT(load_base(args.base, device, config) if args.base else DiT(config).to(device))
+    for p in (network.dit.control_embedder.weight, network.dit.view_encoding):
+        p.requires_grad_(False)                                     # nothing to learn from: the base sees no control
+
+    def preview(path):
+        text = tokenize(PREVIEWS).repeat_interleave(6, 0)
+        drawn = to_uint8(sample_images(network, {"text": text}, Sampling(num_steps=args.picture_steps)))[:, 0]
+        save_picture(path, list(zip(PREVIEWS, drawn.unflatten(0, (-1, 6)))))
+    losses = train(network, {"base": images}, {"text": tokenize([""])}, lambda step: Iteration("base", step), args,
+                   launched, preview)
+    return finish(f"{args.out}/base.safetensors", network, args, losses, launched)
+
+
+def parse_args(argv=None):
+    """The command line of this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_base_images", type=int, default=48000, help="images of the base model's world (default "
+                        "%(default)s)")
+    training_arguments(parser)
+    parser.set_defaults(adapter=None, rank=None)
+    return parse_training(parser, "-m toy.pretrain", argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    launched = launch(args.threads)
+    fill_defaults(args, "base", launched)
+    train_base(args, launched)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,83 @@
+"""Batches: which samples an iteration takes and what noise they get, pure functions of (seed, step, sample).
+
+So nothing of it is part of a training's state, and two processes with half a batch each see what one sees.
+"""
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from data import LATENT_SCALE, data_indices, read_rows, set_shape
+from dit import T
+from support.generators import NOISE, seeded_generator
+from support.pictures import to_pixels
+
+
+def read_batch(iteration, sets, args, launched):
+    """(number of its first sample within the step, this rank's samples of the iteration's set on the CPU)."""
+    num, views = set_shape(sets[iteration.domain])
+    count = args.batch * args.images_per_sample // views
+    first = (iteration.visit * launched.world + launched.rank) * count
+    domain = ("base", "syn", "real").index(iteration.domain)
+    batch = read_rows(sets[iteration.domain], data_indices(num, first, count, args.seed, domain))
+    if launched.device.type == "cuda":          # from pinned memory the host need not wait for the copy
+        batch = {key: value.pin_memory() for key, value in batch.items()}
+    return launched.rank * count, batch
+
+
+def read_ahead(read, steps, workers):
+    """read(step) for each of steps, in order; with workers, up to as many steps ahead of need, in as many threads."""
+    if not workers:
+        yield from map(read, steps)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = deque()
+        for step in steps:
+            ahead.append(pool.submit(read, step))
+            if len(ahead) > workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def draw_noise(shape, seed, step, first, count, device, timesteps=(0, T)):
+    """For `count` samples from number `first` of this step: t (B,) in [*timesteps), noise (B, *shape) and u (B,)
+    uniform in [0, 1).
+
+    Every sample has a generator of its own, so two ranks with half the batch draw what one rank draws with all of it.
+    """
+    t, noise, u = [], [], []
+    for k in range(first, first + count):
+        generator = seeded_generator(NOISE, seed, step, k, device=device)
+        t.append(torch.randint(*timesteps, (), generator=generator, device=device))
+        noise.append(torch.randn(shape, generator=generator, device=device))
+        u.append(torch.rand((), generator=generator, device=device))
+    return torch.stack(t), torch.stack(noise), torch.stack(u)
+
+
+def with_noise(batch, iteration, seed, step, first):
+    """Adds to a batch what the forward process starts from: x0 (B, V, C, H, W), the clean images in the model's range;
+    t (B,), noise like x0, and u (B,), which decides whether the text is dropped.
+
+    batch: "image", uint8 pixels (B, V, C, H, W), or mean and deviation of latents (B, V, 2, C, h, w), of which the VAE
+    gives a normal distribution: they are drawn anew at each visit.
+    """
+    image, device = batch["image"], batch["image"].device
+    if image.dtype == torch.uint8:
+        x0 = to_pixels(image)
+        t, noise, u = draw_noise(x0.shape[1:], seed, step, first, len(x0), device, iteration.timesteps)
+    else:
+        mean, deviation = image.float().unbind(2)
+        shape = (2, *mean.shape[1:])
+        t, both, u = draw_noise(shape, seed, step, first, len(mean), device, iteration.timesteps)
+        noise, z = both.unbind(1)
+        x0 = LATENT_SCALE * (mean + deviation * z)
+    return batch | dict(x0=x0, t=t, noise=noise, u=u)
+
+
+def split_batch(batch, parts):
+    """A batch in so many parts, or fewer where it is small: a list of (share of the batch, part)."""
+    num = len(batch["image"])
+    size = -(-num // parts)
+    return [(min(size, num - k) / num, {key: value[k:k + size] for key, value in batch.items()})
+            for k in range(0, num, size)]

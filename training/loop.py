@@ -1,0 +1,272 @@
+"""The one training loop of the project, and the step in it (Sec. 4.1, 4.2, B.2).
+
+A stage says which iterations come (its plan: a function of the step), what is trained (requires_grad) and on which
+sets; everything else is here. Stage 2 alternates between two kinds of iteration, the other stages know only images:
+
+                   views                    control   blocks run in                 gets no gradient
+    synthetic      4, attention over all    maps      e_syn                         -
+    real           1, each image by itself  empty     e_real, the first j in e_syn  the first i blocks, what is below
+    stage 1        1, each image by itself  empty     e_syn or e_real               all but the shifters
+"""
+import math
+import os
+import platform
+import signal
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import set_shape
+from dit import T, add_noise, epsilon_loss, save_model
+from domain_shifter import SYN, reassigned_domains, uniform_domains
+from support.launch import barrier
+from training.batches import read_ahead, read_batch, split_batch, with_noise
+from training.log import Log
+from training.states import Trained, check_ranks, load_state, save_state, training_settings
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One iteration
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one training step does: a pure function of (seed, step), so that ranks and restarts agree."""
+    domain: str                 # key of the data set: "syn" or "real" ("base": the toy's base model)
+    visit: int                  # how many steps before this one used that set: where its data order stands
+    views: int = 1              # V: 1 = single-image mode, attention inside each image and no view encoding
+    control: bool = False       # whether the maps are seen; if not, the empty control
+    reassigned_blocks: int = 0  # j of domain reassignment: how many of the first blocks run with e_syn (Sec. 4.2)
+    frozen_blocks: int = 0      # i of layer-aware training: how many of the first blocks are frozen (Sec. 4.2)
+    frozen_last_blocks: int = 0 # how many of the last blocks are frozen: layer-selective training (A.2)
+    timesteps: tuple = (0, T)   # t is drawn from [first, last): timestep-selective training (A.2)
+
+    def domains(self, num_blocks, batch, device):
+        """The domains in which the blocks run, (N_B, B) of SYN / REAL."""
+        if self.domain == "syn":
+            return uniform_domains(SYN, num_blocks, batch, device)
+        return reassigned_domains(self.reassigned_blocks, num_blocks, batch, device)
+
+
+def training_step(model, optimizer, batch, iteration, null, args, lap=lambda part: None):
+    """One iteration of any stage: forward, loss, backward, step.
+
+    What gets no gradient: what the stage froze for good (requires_grad is False); in the first i blocks, and in the
+    embedders below them, the forward pass builds no graph; through the last blocks of A.2 the gradient passes, and
+    their own is dropped. It is None, not zero: AdamW would move a frozen block on a zero gradient.
+
+    model: ShiftedDiT, perhaps in DDP. batch: from `with_noise`. null: the empty caption, {"text": (1, L, ..), ..},
+    which replaces the caption where u < text_dropout. lap(part): called after each part, for the benchmark's clock.
+    Returns the loss (a scalar) and what it is made of, see `epsilon_loss`.
+    """
+    dit = getattr(model, "module", model).dit
+    parts, loss, bins = split_batch(batch, args.accumulate), 0, 0   # gradients add up to those of the whole batch
+    for k, (share, part) in enumerate(parts):
+        x0, t, noise = part["x0"], part["t"], part["noise"]                                 # (B, V, C, H, W), (B,)
+        if x0.shape[1] != iteration.views:
+            raise ValueError(f"a {iteration.domain} iteration of {iteration.views} view(s) got {x0.shape[1]}")
+        text = drop_text(part, null, args.text_dropout)
+        control = part["control"] if iteration.control else None                            # None: the empty control
+        domains = iteration.domains(dit.config.depth, len(x0), x0.device)                   # (N_B, B)
+        waits = isinstance(model, DistributedDataParallel) and k + 1 < len(parts)           # for the last part
+        with model.no_sync() if waits else nullcontext():
+            with torch.autocast(x0.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                prediction = model(add_noise(x0, noise, t), t, domains=domains, control=control,
+                                   frozen_blocks=iteration.frozen_blocks, **text)
+                part_loss, part_bins = epsilon_loss(prediction, noise, t, even=args.loss == "even")
+            lap("forward")
+            (share * part_loss).backward()
+        loss, bins = loss + share * part_loss.detach(), bins + part_bins
+    for block in dit.blocks[len(dit.blocks) - iteration.frozen_last_blocks:]:               # A.2; else none
+        block.zero_grad(set_to_none=True)
+    lap("backward")
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], args.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    lap("optimizer")
+    return loss, bins
+
+
+def drop_text(batch, null, text_dropout):
+    """The captions of a batch, {"text": (B, L, ..), perhaps "text_mask"}, the empty one where u < text_dropout."""
+    text = {key: batch[key] for key in ("text", "text_mask") if key in batch}
+    for key, empty in null.items():
+        dropped = (batch["u"] < text_dropout).view(-1, *[1] * (text[key].dim() - 1))
+        text[key] = torch.where(dropped, empty, text[key])
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(network, sets, null, plan, args, launched, preview=None):
+    """Trains the parameters of `network` that require a gradient; resumes from the newest readable state.
+
+    network: ShiftedDiT. sets: {domain: {"image": (N, V, C, H, W), "text": ..., ...} or LatentSet}. null: the empty
+    caption, {"text": ...}. plan(step) -> Iteration. args: from a parser with `training_arguments`. preview(path): draws
+    a picture of samples. States, log.jsonl and pictures go to OUT/NAME. Afterwards `network` holds the EMA weights.
+    Returns the mean loss by domain over the last tenth of the steps. Raises FloatingPointError at a non-finite loss.
+    """
+    device, rank, world = launched
+    out = f"{args.out}/{args.name}"
+    check_sets(sets, args, world)
+    params = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    optimizer = adamw(params, args, device)
+    ema = {name: p.detach().clone() for name, p in params.items()} if args.ema else {}
+    trained = Trained(params, ema, optimizer)
+    start = load_state(out, trained, args, world)
+    check_ranks(start, out, world)
+    describe(network, params, sets, plan, args, launched, start)
+    model = in_training(network, args, world)
+    null = {key: value.to(device) for key, value in null.items()}
+    log = Log(out, args, launched, start)
+    stop = catch_signals()
+    batches = read_ahead(lambda step: (step, *read_batch(plan(step), sets, args, launched)), range(start, args.steps),
+                         args.workers)
+    bar = tqdm(batches, initial=start, total=args.steps, desc=args.name, disable=rank > 0)
+    for step, first, batch in bar:
+        iteration, last = plan(step), step + 1 == args.steps
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        batch = with_noise(batch, iteration, args.seed, step, first)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args) * group["lr_scale"]
+        loss, bins = training_step(model, optimizer, batch, iteration, null, args)
+        for name, average in ema.items():       # a short horizon at first, so that the start is forgotten
+            average.lerp_(params[name].detach(), 1 - min(args.ema, (step + 1) / (step + 10)))
+        log.add(step, iteration.domain, loss, bins, batch["x0"].shape[:2].numel())
+        stopping = (world == 1 or step % args.log_every == 0) and agree(stop["now"], launched)
+        saving = last or stopping or (step + 1) % args.save_every == 0
+        if saving or (step + 1) % args.log_every == 0:      # first: it stops at a loss that is not finite
+            bar.set_postfix_str(log.flush(step, learning_rate(step, args)))
+        if saving and rank == 0:
+            save_state(out, step + 1, trained, args, world)
+        if stopping and not last:
+            bar.close()
+            if rank == 0:
+                print(f"{args.name}: stopped by a signal at step {step + 1}; the same command goes on from there")
+            raise SystemExit(130 if stop["now"] == signal.SIGINT else 0)
+        if preview and rank == 0 and (step + 1) % args.sample_every == 0 and not last:
+            with swapped(params, ema), torch.compiler.set_stance("force_eager"):  # not worth a compilation
+                preview(f"{out}/samples_{step + 1:07d}.png")
+    for number, handler in stop["before"].items():
+        signal.signal(number, handler)
+    for name, average in ema.items():
+        params[name].data.copy_(average)
+    if preview and rank == 0:
+        with torch.compiler.set_stance("force_eager"):
+            preview(f"{out}.png")
+    return log.finish()
+
+
+def adamw(params, args, device):
+    """AdamW over {name: parameter}, in two groups: the backbone's, and shifters' or an adapter's at a share of --lr."""
+    groups = [dict(params=[], lr_scale=1.0), dict(params=[], lr_scale=args.shifter_lr_scale)]
+    for name, p in params.items():
+        groups[0 if name.startswith("dit.") else 1]["params"].append(p)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99), weight_decay=args.weight_decay,
+                             fused=device.type == "cuda")
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then a cosine down to zero at the last step."""
+    warm = min(1, (step + 1) / max(1, args.warmup))
+    return args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+
+
+def in_training(network, args, world):
+    """The network with the flags --compile and --grad_checkpointing, in DDP where there are several processes."""
+    if args.compile:            # four compilations serve all blocks, domains and i: grids, single images with a graph,
+        for block in network.dit.blocks:            # without one, and where the graph begins
+            block.compile(dynamic=False)
+    network.dit.grad_checkpointing = args.grad_checkpointing
+    # find_unused_parameters: the blocks frozen in an iteration get no gradient; without it the ranks drift apart. To
+    # run them and set their gradients to None takes 8 to 10 % longer, and trains the embedders through them; an
+    # all-reduce by hand takes up to 3 % less on two gloo ranks, but on GPUs would not overlap with the backward pass.
+    # Where the backbone is frozen (stage 1) nothing is unused, and the buffers are constants.
+    if world == 1:
+        return network
+    backbone_trains = any(p.requires_grad for p in network.dit.parameters())
+    return DistributedDataParallel(network, find_unused_parameters=backbone_trains, gradient_as_bucket_view=True,
+                                   broadcast_buffers=False)
+
+
+def check_sets(sets, args, world):
+    """Refuses a set that is smaller than one step of all ranks."""
+    for domain, dataset in sets.items():
+        num, views = set_shape(dataset)
+        count = args.batch * args.images_per_sample // views * world
+        if count > num:
+            raise ValueError(f"one step of {world} process(es) takes {count} samples, but the {domain} set has only "
+                             f"{num}: use a smaller --batch or --nproc_per_node, or more data")
+
+
+def describe(network, params, sets, plan, args, launched, start):
+    """Prints what follows from the settings before the first step."""
+    if launched.rank > 0:
+        return
+    trained, total = sum(p.numel() for p in params.values()), sum(p.numel() for p in network.parameters())
+    images = args.batch * args.images_per_sample
+    turns, seen = [plan(step).domain for step in range(args.steps)], []
+    for domain, dataset in sets.items():
+        num, views = set_shape(dataset)
+        epochs = turns.count(domain) * images * launched.world / (num * views)
+        seen.append(f"{domain} set of {num} x {views} image(s), {epochs:.3g} epochs")
+    print(f"{args.name}: trains {trained:,} of {total:,} parameters, {args.steps - start} of {args.steps} steps of "
+          f"{images} images x {launched.world} process(es) = {images * launched.world}, on {launched.device} in "
+          f"{args.dtype}; {', '.join(seen)}; into {args.out}/{args.name}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and looking
+
+
+def catch_signals():
+    """From now on SIGTERM (a requeue, torchrun's stop) and Ctrl-C only set ["now"] to their number; the loop then saves
+    and exits. ["before"] is what they did until now."""
+    stop = {"now": 0}
+    stop["before"] = {number: signal.signal(number, lambda number, _: stop.update(now=number))
+                      for number in (signal.SIGTERM, signal.SIGINT)}
+    return stop
+
+
+def agree(flag, launched):
+    """Whether any rank raised the flag; all ranks must call this at the same step."""
+    if launched.world == 1:
+        return flag
+    flag = torch.tensor(float(flag), device=launched.device)
+    torch.distributed.all_reduce(flag)
+    return bool(flag)
+
+
+@contextmanager
+def swapped(params, ema):
+    """with swapped(params, ema): the parameters hold their running averages."""
+    def swap():
+        for name, average in ema.items():
+            params[name].data, ema[name] = average, params[name].data
+    swap()
+    yield
+    swap()
+
+
+def finish(path, network, args, losses, launched, keep=("model", "shifters", "adapter")):
+    """Writes the trained weights in 16 bits for use (the states keep 32), with how they were made; returns the path.
+
+    keep: which parts of the network go into the file.
+    """
+    if launched.rank == 0:
+        made = dict(name=args.name, command=args.command, loss=losses, torch=torch.__version__,
+                    settings=training_settings(args), machine=f"{platform.machine()}, {os.cpu_count()} cores, "
+                    f"{launched.world} process(es) on {launched.device}")
+        parts = {"model": network.dit, "shifters": network.shifters, "adapter": network.adapter}
+        parts = {name: module for name, module in parts.items() if name in keep}
+        if parts.get("adapter") is not None:
+            made["adapter_kind"] = network.adapter.kind
+        save_model(path, network.dit.config, **parts, dtype=torch.float16, **made)
+        print(f"{args.name}: done, loss {', '.join(f'{k} {v:.4f}' for k, v in losses.items())} -> {path}; "
+              f"log and pictures: {args.out}/{args.name}*", flush=True)
+    barrier(launched)
+    return path

@@ -1,0 +1,85 @@
+"""What stages 1 and 2 start from: the base model, the two sets (Sec. 5, C.1), the empty caption."""
+import os
+
+from data import synthetic_set
+from dit import PRESETS
+from full.latents import LatentSet
+from full.pixart import load_base
+from sample import Sampling, default_base, write_real_set
+from support.files import load_tensors
+from support.launch import on_rank_0_first
+from toy.world import tokenize
+
+
+def base_path(args):
+    """The base model: --base, else the run folder's, else the shipped one. Raises FileNotFoundError."""
+    if args.base and not os.path.isfile(args.base):
+        raise FileNotFoundError(f"no such file: {args.base} (--base)")
+    return args.base or default_base(args.preset, args.out)
+
+
+def base_model(args, device):
+    """The base model of the preset's configuration: `base_path`'s."""
+    return load_base(base_path(args), device, PRESETS[args.preset])
+
+
+def training_sets(args, launched, views, needs_real=True, control=False):
+    """{"syn": set, "real": set}, of --synthetic and --real, or of the toy world and the base model (C.1).
+
+    views: 4 for a synthetic set of grids, 1 for one of single images; real images are always single. needs_real: False
+    leaves the real set undrawn and out. control: whether the synthetic set must have maps.
+    """
+    if not PRESETS[args.preset].vocab_size:
+        return latent_sets(args, views, needs_real, control)
+    size, folder = PRESETS[args.preset].image_size, f"{args.out}/sets"
+    if args.synthetic:
+        synthetic = read_set(args.synthetic)
+    else:
+        synthetic = on_rank_0_first(launched, lambda: synthetic_set(args.num_assets, size=size, folder=folder,
+                                                                    device=launched.device))
+    if control and "control" not in synthetic:
+        raise ValueError("task texturing needs control maps, but the synthetic set has none: use --task text")
+    if not control:
+        synthetic.pop("control", None)
+    if views == 1:
+        synthetic = {"image": synthetic["image"].flatten(0, 1)[:, None],                            # (4 N, 1, C, H, W)
+                     "text": synthetic["text"].repeat_interleave(4, 0)}
+    if not needs_real:
+        return {"syn": synthetic}
+    path = args.real
+    if not path:
+        path = f"{folder}/real_{args.num_assets}.safetensors"
+        write_real_set(path, base_path(args), args.num_assets, Sampling(num_steps=args.real_steps), launched)
+    return {"syn": synthetic, "real": read_set(path)}
+
+
+def latent_sets(args, views, needs_real, control):
+    """`training_sets` of the full configuration: shards on disk."""
+    config = PRESETS[args.preset]
+    if not args.synthetic or needs_real and not args.real:
+        raise FileNotFoundError(f"preset {args.preset} needs --synthetic DIR, from python -m full.latents encode, and "
+                                "--real DIR, from python -m full.real_set")
+    synthetic = LatentSet(args.synthetic, config, views > 1, control)
+    if not needs_real:
+        return {"syn": synthetic}
+    real = LatentSet(args.real, config, views=False)
+    if real.key["text_encoder"] != synthetic.key["text_encoder"]:
+        raise ValueError(f"{args.real} has text of the encoder {real.key['text_encoder']}, {args.synthetic} of "
+                         f"{synthetic.key['text_encoder']}")
+    return {"syn": synthetic, "real": real}
+
+
+def read_set(path):
+    """{"image": ..., "text": ...} of a file of images of the toy world. Raises ValueError if it holds no such set."""
+    tensors, _ = load_tensors(path)
+    if not {"image", "text"} <= tensors.keys():
+        raise ValueError(f"{path} is no set of images: it holds no 'image' and 'text'")
+    return tensors
+
+
+def null_caption(dit, synthetic):
+    """What drops the text for guidance: no words; of vectors PixArt's own, under the caption's mask as PixArt has it,
+    else the text encoder's for an empty caption."""
+    if dit.config.vocab_size:
+        return {"text": tokenize([""])}
+    return synthetic.null if dit.null_text is None else {"text": dit.null_text[None]}

@@ -1,0 +1,84 @@
+"""Training states: what a training resumes from. Noise, draws and data order need none, see support/generators.py."""
+import json
+import os
+import sys
+from glob import glob
+from typing import NamedTuple
+
+import torch
+
+from support.files import load_tensors, save_tensors
+
+# flags that do not decide the result of a training
+NOT_SETTINGS = ("out", "log_every", "save_every", "sample_every", "picture_steps", "compile", "grad_checkpointing",
+                "accumulate", "workers", "threads", "command", "layer_selective", "benchmark", "seeds", "num_prompts",
+                "rounds")
+
+
+class Trained(NamedTuple):
+    """What a training changes."""
+    params: dict                        # {name: parameter} of those that require a gradient
+    ema: dict                           # {name: tensor}, their running averages; empty without --ema
+    optimizer: torch.optim.Optimizer    # AdamW, with its moments
+
+
+def training_settings(args):
+    """The flags that decide the result of a training."""
+    return {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
+
+
+def save_state(out, step, trained, args, world):
+    """Writes out/state_STEP.safetensors, and keeps the one before it. For one rank to call."""
+    params, ema, optimizer = trained
+    tensors = {f"param.{name}": p for name, p in params.items()} | {f"ema.{name}": p for name, p in ema.items()}
+    for name, p in params.items():
+        tensors |= {f"{key}.{name}": torch.as_tensor(value) for key, value in optimizer.state[p].items()}
+    save_tensors(f"{out}/state_{step:08d}.safetensors", tensors, step=step,
+                 settings=training_settings(args) | {"processes": world})
+    for old in sorted(glob(f"{out}/state_*.safetensors"))[:-2]:
+        os.remove(old)
+
+
+def load_state(out, trained, args, world):
+    """Restores the newest readable state in `out` and returns its step, 0 if there is none.
+
+    Raises ValueError if that state was made with other settings, or by another number of processes, which see other
+    data.
+    """
+    for path in sorted(glob(f"{out}/state_*.safetensors"), reverse=True):
+        try:
+            tensors, metadata = load_tensors(path)
+        except ValueError as error:
+            print(f"skipping a damaged state: {error}", file=sys.stderr)
+            continue
+        was, now = metadata["settings"], json.loads(json.dumps(training_settings(args) | {"processes": world}))
+        other = [f"{key} {was.get(key)} (now {now.get(key)})" for key in sorted(was.keys() | now.keys())
+                 if was.get(key) != now.get(key)]
+        if other:
+            raise ValueError(f"{path} was made with other settings: {', '.join(other)}; use another --out or --name, "
+                             f"or delete {out}")
+        restore(trained, tensors)
+        return metadata["step"]
+    return 0
+
+
+def restore(trained, tensors):
+    """Copies the tensors of a state into parameters, averages and optimizer."""
+    params, ema, optimizer = trained
+    for name, p in params.items():
+        p.data.copy_(tensors[f"param.{name}"])
+        if ema:
+            ema[name].copy_(tensors[f"ema.{name}"])
+        if f"step.{name}" in tensors:
+            optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+            step = tensors[f"step.{name}"]              # a fused optimizer counts on the device, the others on the CPU
+            optimizer.state[p]["step"] = step.to(p.device) if optimizer.defaults["fused"] else step
+
+
+def check_ranks(start, out, world):
+    """Refuses processes that found different states: their gradients would be averaged over different steps."""
+    starts = [start] * world
+    if world > 1:
+        torch.distributed.all_gather_object(starts, start)
+    if len(set(starts)) > 1:
+        raise ValueError(f"the processes would go on from different steps, {starts}: all nodes must see the same {out}")
