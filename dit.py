@@ -1,12 +1,12 @@
 """The diffusion transformer, its noise process and its file.
 
 The network is PixArt-alpha's (Chen et al. 2023), the public text-to-image DiT (Peebles & Xie 2023) with the paper's
-epsilon objective, so that its weights can be loaded. Realiz3D adds three inputs to it (Sec. 4, B.2), each of which
-leaves the base model exactly as it was until it is trained:
+epsilon objective, so that its weights can be loaded. Realiz3D adds three inputs to it (Sec. 4, B.2). Until they are
+trained, control and shift leave the base model exactly as it was, and so does a grid of views that attend alone:
 
     control  extra input channels of the patch embedder, their weights start at zero    (texturing: normals, positions)
     views    attention over all views of a grid, each with a learned encoding that starts at zero
-    shift    a vector per block and sample, added to every token before the block       (domain_shifter.py, Sec. 4.1)
+    domain   a vector per block and sample, added to every token before the block       (domain_shifter.py, Sec. 4.1)
 
 and a number, frozen_blocks: how many of the first blocks run without a graph (layer-aware training, Sec. 4.2). Blocks
 are counted from 0: "the first 3" are blocks 0, 1 and 2.
@@ -34,7 +34,7 @@ from support.files import load_strictly, load_tensors, save_tensors
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides the shape of the network; stored in every checkpoint."""
+    """Everything that decides what the network is; stored in every checkpoint."""
     image_size: int         # height and width of one view, in pixels (toy, small) or VAE latents (full)
     patch_size: int         # side of a patch: (image_size / patch_size)^2 tokens a view
     channels: int           # channels of the image: 3 RGB, or 4 latent
@@ -50,6 +50,11 @@ class Config:
     output_skip: bool       # eps = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) F(x_t) in place of eps = F(x_t)
     qk_norm: bool           # RMS-normalise queries and keys: keeps attention logits bounded in long fine-tuning
     pos_scale: float = 1.0  # positions are divided by this (2: a table trained at half the resolution)
+
+    @property
+    def latent(self):
+        """Whether images are VAE latents and text T5's vectors (full), not the toy world's pixels and words."""
+        return self.vocab_size == 0
 
 
 PRESETS = {
@@ -90,8 +95,8 @@ def epsilon_loss(prediction, noise, t, even=False):
     2022) and lets every noise level weigh alike; the plain loss of a low-resolution image is all but blind to high
     noise, where shape is decided. Where the noise is too faint to see (variance below 1 / 50) it is weighed down, as
     in min-SNR (Hang et al. 2023): telling it from the image is most of the loss and none of the picture.
-    Returns the mean squared error (a scalar), and a detached (2, LOSS_BINS) of the sums and counts of the plain loss by
-    timestep bin, over samples.
+    Returns the mean (a scalar), and a detached (2, LOSS_BINS) of the sums and counts of the plain loss by timestep bin,
+    over samples.
     """
     per_sample = (prediction.float() - noise.float()).square().flatten(1).mean(1)                   # (B,)
     bins = F.one_hot(t * LOSS_BINS // T, LOSS_BINS).float()                                         # (B, LOSS_BINS)
@@ -192,13 +197,18 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(Linear(d, 4 * d), nn.GELU(approximate="tanh"), Linear(4 * d, d))
         self.scale_shift_table = nn.Parameter(torch.randn(6, d) / d ** 0.5)
 
-    def forward(self, x, mod, text, text_mask, shift):
-        if shift is not None:                                       # Sec. 4.1: X~ = X + W_left W_right e_domain, this
-            x = x + shift[:, None]                                  # block's row of DomainShifters.forward (B, d)
+    def forward(self, x, mod, text, text_mask, domain_shift):
+        """x (B, V N, d) -> the same. domain_shift: W_left W_right e_domain (B, d), this block's row of what
+        `DomainShifters.forward` gives, or None. mod: adaLN-single's (B, 6, d)."""
+        if domain_shift is not None:
+            x = x + domain_shift[:, None]                                                           # Sec. 4.1: X~
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + mod).unsqueeze(2).unbind(1)
         x = x + gate1 * self.attn(modulate(self.norm(x), shift1, scale1))                           # over all V views
         x = x + self.cross_attn(x, text, text_mask)
         return x + gate2 * self.mlp(modulate(self.norm(x), shift2, scale2))                         # (B, V N, d)
+
+
+NEW_INPUTS = ("control_embedder.weight", "view_encoding")       # what Realiz3D adds to the base model, at zero
 
 
 class DiT(nn.Module):
@@ -207,8 +217,10 @@ class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         c, d = config, config.width
-        if c.image_size % c.patch_size or d % c.heads or d % 4:
-            raise ValueError(f"patch {c.patch_size} must divide image {c.image_size}; heads {c.heads} and 4 width {d}")
+        if c.image_size % c.patch_size:
+            raise ValueError(f"patch_size {c.patch_size} must divide image_size {c.image_size}")
+        if d % c.heads or d % 4:
+            raise ValueError(f"heads {c.heads} and 4 must divide width {d}")
         self.config = config
         self.grad_checkpointing = False         # recompute each block in the backward pass: less memory, a third slower
         self.x_embedder = nn.Conv2d(c.channels, d, c.patch_size, c.patch_size)
@@ -248,20 +260,21 @@ class DiT(nn.Module):
         if self.control_embedder is not None:
             nn.init.zeros_(self.control_embedder.weight)    # the base model stays as it is until control is trained
 
-    def check_inputs(self, x, text, control, shift, frozen_blocks):
+    def check_inputs(self, x, text, control, domain_shift, frozen_blocks):
         """Raises ValueError, naming the first input whose shape does not fit."""
         c, (B, V) = self.config, x.shape[:2]
         image = (c.image_size, c.image_size)
 
-        def check(name, tensor, *shapes):
-            if tensor is not None and tuple(tensor.shape) not in shapes:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {' or '.join(map(str, shapes))}")
+        def check(name, tensor, shape):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, must be {shape}")
         check("x", x, (B, V, c.channels, *image))
         check("control", control, (B, V, c.control_channels, *image))
-        check("shift", shift, (c.depth, B, c.width))
-        check("text", text, *[(B, n) if c.vocab_size else (B, n, c.text_dim) for n in (text.shape[1], c.text_length)])
-        if text.shape[1] > c.text_length:
-            raise ValueError(f"text has {text.shape[1]} tokens, the model takes {c.text_length}")
+        check("domain_shift", domain_shift, (c.depth, B, c.width))
+        words = text.shape[1]
+        check("text", text, (B, words, c.text_dim) if c.latent else (B, words))
+        if words > c.text_length:
+            raise ValueError(f"text has {words} tokens, the model takes {c.text_length}")
         if V > max(1, c.num_views):
             raise ValueError(f"x has {V} views, the model knows {c.num_views}")
         if not 0 <= frozen_blocks <= c.depth:
@@ -295,19 +308,21 @@ class DiT(nn.Module):
         x = tokens.view(len(tokens), V, n, n, p, p, -1)                                             # PixArt: (p, q, c)
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
-    def forward(self, x, t, text, text_mask=None, control=None, shift=None, frozen_blocks=0):
+    def forward(self, x, t, text, text_mask=None, control=None, domain_shift=None,
+                frozen_blocks=0):
         """Predicts the noise in x.
 
         x: (B, V, C, H, W) noisy views. V = 1 is single-image mode: attention inside the image, no view encoding; else
         attention runs over all V views, view v having encoding v.
         t: (B,) timesteps in [0, T). text: (B, L) ids or (B, L, text_dim) vectors; text_mask: (B, L), nonzero = a real
-        token (None: ids other than 0, or every vector). control: (B, V, C_c, H, W), None = the empty control, zeros.
-        shift: (N_B, B, d) from `DomainShifters`, or None.
+        token (None: ids other than 0, or every vector). control: (B, V, C_c, H, W) from data.control_maps, None =
+        the empty control, zeros.
+        domain_shift: (N_B, B, d) from `DomainShifters`, or None.
         frozen_blocks: i of layer-aware training (Sec. 4.2); for i > 0 the patch embedder and the first i blocks run
         without a graph, so they get no gradient and the backward pass ends at block i.
         Returns epsilon (B, V, C, H, W). Raises ValueError naming an input of the wrong shape.
         """
-        self.check_inputs(x, text, control, shift, frozen_blocks)
+        self.check_inputs(x, text, control, domain_shift, frozen_blocks)
         B, V = x.shape[:2]
         dtype = self.final_table.dtype
         t = t.expand(B)
@@ -319,7 +334,7 @@ class DiT(nn.Module):
             h = self.embed_tokens(x, control)                                                       # (B, V N, d)
         for k, block in enumerate(self.blocks):
             with torch.set_grad_enabled(grad and k >= frozen_blocks):                               # Sec. 4.2
-                inputs = h, mod, text, text_mask, None if shift is None else shift[k]
+                inputs = h, mod, text, text_mask, None if domain_shift is None else domain_shift[k]
                 recompute = self.grad_checkpointing and torch.is_grad_enabled()
                 h = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         shift_out, scale_out = (self.final_table + t_emb[:, None]).unsqueeze(2).unbind(1)

@@ -1,13 +1,14 @@
-"""The Domain Shifter (Sec. 4.1) and the two tables that say which domain each block runs in.
+"""The Domain Shifter (Sec. 4.1), and which domain each block runs in (Sec. 4.1, 4.2, 4.3).
 
 One shifter stands before each DiT block and adds one vector to all of its tokens:
 
     X~ = X + W_left W_right e_domain        W_left (d, r), W_right (r, d), e_domain in {e_syn, e_real} in R^d
 
-Most of the time every block runs in the sample's own domain. There are two exceptions, in which the first blocks run in
-the synthetic one: domain reassignment in training (Sec. 4.2) and shifted sampling (Sec. 4.3). Either way the domains
-are a table (N_B, B), a row for each block, counted from 0, and a column for each sample. Numbers of blocks are counts:
-tau_B = 0.4 and B_max = 0.3 of N_B = 28 mean the first 11 and the first 8, blocks 0..10 and 0..7.
+Domains are a table (N_B, B), a row for each block, counted from 0, and a column for each sample. Most of the time every
+block runs in the sample's own domain. In two cases blocks of real samples run in the synthetic one: the first j of them
+by domain reassignment in training (Sec. 4.2), and by shifted sampling (Sec. 4.3) the first ones at every step and all
+of them at the first steps. Numbers of blocks are counts: B_max = 0.3 of N_B = 28 means the first 8, blocks 0..7, and
+tau_B = 0.4 at most the first 11, blocks 0..10.
 """
 import torch
 import torch.nn as nn
@@ -16,6 +17,8 @@ from dit import read_config, require_config
 from support.files import load_strictly, load_tensors
 
 SYN, REAL = 0, 1            # indices of e_syn and e_real
+TAU_B, P_B = 0.4, 0.1       # the paper's: deepest block to freeze or reassign, probability of reassignment (Sec. 4.2)
+B_MAX, T_MAX = 0.3, 950     # the paper's shift at sampling time (Sec. 4.3)
 
 
 class DomainShifters(nn.Module):
@@ -54,8 +57,8 @@ class ShiftedDiT(nn.Module):
 
     def forward(self, x, t, text, domains, **inputs):
         """As `DiT.forward`, with domains (N_B, B) in place of the shift."""
-        shift = None if self.shifters is None else self.shifters(domains)                           # (N_B, B, d)
-        return self.dit(x, t, text, shift=shift, **inputs)
+        domain_shift = None if self.shifters is None else self.shifters(domains)                    # (N_B, B, d)
+        return self.dit(x, t, text, domain_shift=domain_shift, **inputs)
 
     def knows_domains(self):
         """Whether the domain makes a difference."""
@@ -78,19 +81,19 @@ def uniform_domains(domain, num_blocks, batch, device=None):
     return torch.full((num_blocks, batch), domain, device=device)
 
 
-def draw_frozen_blocks(generator, num_blocks, tau_B=0.4):
+def draw_frozen_blocks(generator, num_blocks, tau_B=TAU_B):
     """Layer-aware training (Sec. 4.2): i uniform in 0..floor(tau_B N_B), how many of the first blocks are frozen."""
     return int(torch.randint(block_count(tau_B, num_blocks) + 1, (), generator=generator))
 
 
-def draw_reassigned_blocks(generator, num_blocks, p_B=0.1, tau_B=0.4):
+def draw_reassigned_blocks(generator, num_blocks, p_B=P_B, tau_B=TAU_B):
     """Domain reassignment (Sec. 4.2): with probability p_B, j uniform in 0..floor(tau_B N_B); else 0."""
     reassign = torch.rand((), generator=generator) < p_B
     j = int(torch.randint(block_count(tau_B, num_blocks) + 1, (), generator=generator))
     return j if reassign else 0
 
 
-def reassigned_domains(first_blocks, num_blocks, batch, device=None):
+def real_after(first_blocks, num_blocks, batch, device=None):
     """Real samples whose first blocks run with e_syn, the others with e_real: (N_B, B) of SYN / REAL.
 
     first_blocks: how many. In training j, from `draw_reassigned_blocks` (domain reassignment, Sec. 4.2); in sampling
@@ -101,14 +104,15 @@ def reassigned_domains(first_blocks, num_blocks, batch, device=None):
     return domains
 
 
-def shifted_domains(t, num_blocks, B_max=0.3, t_max=950):
+def shifted_domains(t, num_blocks, B_max=B_MAX, t_max=T_MAX):
     """Shifted sampling (Sec. 4.3): real mode, but synthetic in the first floor(B_max N_B) blocks, and in every block
     at t >= t_max.
 
-    t: (B,) timesteps. B_max: fraction of N_B, 0 = no layer shift. t_max: in [0, T], T = no time shift.
+    t: (B,) timesteps. B_max: fraction of N_B, 0 = no layer shift. t_max: in [0, T], T = no time shift; 950 is 3 of 50
+    trailing steps.
     Returns (N_B, B) of SYN / REAL.
     """
-    domains = reassigned_domains(block_count(B_max, num_blocks), num_blocks, len(t), t.device)
+    domains = real_after(block_count(B_max, num_blocks), num_blocks, len(t), t.device)
     domains[:, t >= t_max] = SYN
     return domains
 

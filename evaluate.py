@@ -438,9 +438,9 @@ def load_toy(path, device):
     """`load_network` of a model that draws pixels of the toy's size, which is what the feature network knows."""
     network = load_network(path, device)
     config = network.dit.config
-    if not config.vocab_size or config.image_size != 32:
+    if config.latent or config.image_size != 32:
         raise ValueError(f"{path} is a model of {config.image_size} x {config.image_size} "
-                         f"{'pixels' if config.vocab_size else 'latents'}: the toy's measures are for 32 x 32 pixels")
+                         f"{'pixels' if not config.latent else 'latents'}: the toy's measures are for 32 x 32 pixels")
     return network
 
 

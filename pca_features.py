@@ -21,8 +21,7 @@ from domain_shifter import REAL, uniform_domains
 from full.encoders import encode_captions, load_text_encoder
 from geometry.camera import AZIMUTHS, camera
 from sample import (CFG_SCALE, LATENT_CFG_SCALE, Sampling, ddim_sample, ddim_timesteps, default_base, domain_mode,
-                    guidance, guided_noise, load_network)
-from support.generators import SAMPLES, seeded_generator
+                    guidance, guided_noise, initial_noise, load_network)
 from support.launch import launch, run_cli
 from support.pictures import draw_plot, save_image, save_picture, side_by_side
 from toy.render import Look, render
@@ -78,8 +77,7 @@ def sampled_features(network, inputs, sampling):
     null = {key: value.to(like.device) for key, value in inputs["null"].items()}
     images, features = [], {(t, block): [] for t in steps for block in blocks}
     for rows in tqdm(torch.arange(len(inputs["text"])).split(sampling.batch), desc="sampling", unit="batch"):
-        generators = [seeded_generator(SAMPLES, sampling.seed, k) for k in rows.tolist()]
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        noise = initial_noise(rows.tolist(), shape, sampling.seed)
         given = {key: inputs[key][rows].to(like.device) for key in ("text", "text_mask") if key in inputs}
         predict_noise = guided_noise(network, null, domain_mode("real", config.depth), sampling.cfg_scale,
                                      **given)
@@ -176,8 +174,7 @@ def readability(network, num=800, seed=0):
     fit = (torch.arange(2 * num) % num < num // 2).repeat_interleave(per_image)
     domain = (torch.arange(2 * num) < num).double().repeat_interleave(per_image)[:, None]
     targets = {"silhouette": (covered, torch.ones_like(on)), "normals": (tokens(normal), on), "domain": (domain, on)}
-    generators = [seeded_generator(SAMPLES, seed, k) for k in range(2 * num)]
-    noise = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators]).to(device)
+    noise = initial_noise(range(2 * num), x0.shape[1:], seed).to(device)
     found = {name: {} for name in targets}
     for t in tqdm(STEPS, desc="reading", unit="timestep"):
         x_t, blocks = add_noise(x0, noise, torch.full((2 * num,), t, device=device)), {}
@@ -222,7 +219,7 @@ def readability_plot(path, found):
 
 def prompts_of(args, network):
     """What the command line asks for, as `sampled_features` takes it: random objects in random styles, or --prompt."""
-    if network.dit.config.vocab_size:
+    if not network.dit.config.latent:
         assets, generator = sample_assets(args.num, 100 + args.seed), torch.Generator().manual_seed(args.seed)
         styles = [STYLES[k] for k in torch.randint(len(STYLES), (args.num,), generator=generator).tolist()]
         return {"text": tokenize(asset_captions(assets, styles)), "null": {"text": tokenize([""])}}
@@ -255,7 +252,7 @@ def main(argv=None):
     if min(args.num_objects, args.num) < 10:
         parser.error("--num and --num_objects must be at least 10")
     network = load_network(args.model or default_base("toy"), launch(args.threads).device)
-    pixels = bool(network.dit.config.vocab_size)
+    pixels = not network.dit.config.latent
     sampling = Sampling(cfg_scale=guidance(args.cfg_scale, latents=not pixels), num_steps=args.num_steps,
                         spacing=args.spacing, seed=args.seed, batch=16)
     images, features = sampled_features(network, prompts_of(args, network), sampling)

@@ -1,6 +1,6 @@
 """Sampling (Sec. 4.3, B.3): DDIM, guidance on the text, Domain Shifters switched by block and by timestep.
 
-    python sample.py                                        # three toy objects, from the shipped weights
+    python sample.py                                        # three toy objects, by runs/toy's model or the shipped one
     python sample.py --object 3 7 --domain shifted          # objects 3 and 7 of the held-out ones, shifted mode only
     python sample.py --model runs/toy/realiz3d_text.safetensors --prompt "a red wooden mug"     # four views from text
     python sample.py --object 3 --textured runs/toy/textured                    # a textured 3D object: GLB, OBJ
@@ -22,10 +22,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from baselines.adapters import AdaptedDiT, load_adapter
+from baselines.adapters import load_beside
 from data import SEEDS, control_maps, evaluation_set, real_captions
 from dit import PRESETS, T, alphas_cumprod
-from domain_shifter import REAL, SYN, ShiftedDiT, block_count, load_shifters, shifted_domains, uniform_domains
+from domain_shifter import (B_MAX, REAL, SYN, T_MAX, ShiftedDiT, block_count, load_shifters, shifted_domains,
+                            uniform_domains)
 from full.encoders import Encoders, latent_objects
 from full.pixart import load_base
 from geometry.camera import VIEWS
@@ -41,6 +42,7 @@ from toy.world import WORLD_VERSION, sample_assets, take, tokenize
 
 CFG_SCALE = 1.0         # guidance on the text, 1 = none: more burns toy photos to flat colours that look rendered
 LATENT_CFG_SCALE = 4.5  # PixArt-alpha's, which draws poorly without
+MODES = {"syn": "synthetic mode", "real": "real mode", "shifted": "shifted"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # DDIM (Song et al. 2021; 50 steps in Sec. B.3)
@@ -68,7 +70,7 @@ def ddim_sample(predict_noise, x, num_steps=50, spacing="trailing", clip_x0=Fals
     """DDIM (Song et al. 2021, eq. 12 with sigma = 0): from noise x (B, ...) at t = T to an image of the same shape.
 
     predict_noise(x, t): epsilon like x, at t, a scalar integer tensor. clip_x0: keep the predicted image in [-1, 1],
-    which only makes sense where x is pixels. t_start: x is an image noised to this step; later ones are left out.
+    which only makes sense where x is pixels. t_start: x is an image noised to this step; steps above it are skipped.
     """
     steps = ddim_timesteps(num_steps, spacing)
     following = [*steps[1:].tolist(), -1]               # the next one visited
@@ -92,8 +94,9 @@ def ddim_sample(predict_noise, x, num_steps=50, spacing="trailing", clip_x0=Fals
 # What DDIM asks for: guided noise, in a domain
 
 
-def domain_mode(mode, num_blocks, B_max=0.3, t_max=950):
-    """"real", "syn" or "shifted" (Sec. 4.3) -> a function of t (B,) that gives the (N_B, B) table of domains.
+def domain_mode(mode, num_blocks, B_max=B_MAX, t_max=T_MAX):
+    """"real", "syn" or "shifted" (Sec. 4.3) -> a function of t (B,) that gives the (N_B, B) table of domains, as
+    `uniform_domains` and `shifted_domains` in domain_shifter.py say it.
 
     mode may be a number s too, for e(s) = (1 - s) e_syn + s e_real in all blocks: a dial from render to photograph.
     """
@@ -141,12 +144,14 @@ class Sampling:
     cfg_scale: float = CFG_SCALE
     num_steps: int = 50             # of DDIM
     spacing: str = "trailing"       # see `ddim_timesteps`
-    B_max: float = 0.3              # of mode "shifted" (Sec. 4.3)
-    t_max: int = 950
+    B_max: float = B_MAX            # of mode "shifted" (Sec. 4.3)
+    t_max: int = T_MAX
     seed: int = 0                   # decides the noise
     batch: int = 64                 # samples computed at once, changes none of them
 
     def __post_init__(self):
+        if isinstance(self.mode, str) and self.mode not in MODES:
+            raise ValueError(f"mode must be a number or one of {', '.join(MODES)}, not {self.mode!r}")
         ddim_timesteps(self.num_steps, self.spacing)
         block_count(self.B_max, 1)
         if not 0 <= self.t_max <= T:
@@ -157,32 +162,35 @@ class Sampling:
             raise ValueError(f"seed must be 0 or more, not {self.seed}")
 
 
+def initial_noise(keys, shape, seed):
+    """(B, *shape): sample k starts from noise of its own generator, (seed, keys[k]), whatever it is sampled with."""
+    return torch.stack([torch.randn(shape, generator=seeded_generator(SAMPLES, seed, key)) for key in keys])
+
+
 @torch.no_grad()
 def sample_images(network, inputs, sampling=Sampling(), views=1, keys=None, progress=None):
     """Samples one grid of V views per caption.
 
     network: ShiftedDiT. inputs: "text" (N, L) ids; or vectors (N, L, D), with "text_mask" (N, L) and "null", the empty
     caption, as `guided_noise` takes it; perhaps "control" (N, V, C_c, H, W), which is empty where absent. views: V, 1
-    is single-image mode. keys: N whole numbers (default 0, 1, ..): sample k starts from noise of its own generator,
-    (seed, keys[k]), so it does not depend on batch size or on how samples are spread over ranks. Latents are sampled
-    in bf16 on CUDA. Returns (N, V, C, H, W) in the model's range, on the CPU.
+    is single-image mode. keys: N whole numbers (default 0, 1, ..), the samples' numbers for `initial_noise`. Latents
+    are sampled in bf16 on CUDA. Returns (N, V, C, H, W) in the model's range, on the CPU.
     """
     config, like = network.dit.config, network.dit.positions            # like: its device and dtype
-    null = inputs.get("null", {"text": tokenize([""])} if config.vocab_size else {})
+    null = inputs.get("null", {} if config.latent else {"text": tokenize([""])})
     null = {key: value.to(like.device) for key, value in null.items()}
     domains = domain_mode(sampling.mode, config.depth, sampling.B_max, sampling.t_max)
     shape = (views, config.channels, config.image_size, config.image_size)
     images, keys = [], range(len(inputs["text"])) if keys is None else keys
     for rows in torch.arange(len(inputs["text"])).split(sampling.batch):
-        generators = [seeded_generator(SAMPLES, sampling.seed, keys[k]) for k in rows]
-        x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(like)
+        x = initial_noise([keys[k] for k in rows], shape, sampling.seed).to(like)                   # (B, V, C, H, W)
         given = {key: inputs[key][rows].to(like.device) for key in ("text", "text_mask") if key in inputs}
         if "control" in inputs:
             given["control"] = inputs["control"][rows].to(like)
         predict_noise = guided_noise(network, null, domains, sampling.cfg_scale, **given)
         if progress is not None:
             predict_noise = ticking(predict_noise, progress, 1 / sampling.num_steps)
-        with torch.autocast(like.device.type, torch.bfloat16, enabled=like.is_cuda and not config.vocab_size):
+        with torch.autocast(like.device.type, torch.bfloat16, enabled=like.is_cuda and config.latent):
             x0 = ddim_sample(predict_noise, x, sampling.num_steps, sampling.spacing, clip_x0=config.output_skip)
         images.append(x0.cpu())                                                                     # (B, V, C, H, W)
     return torch.cat(images)
@@ -203,10 +211,7 @@ def load_network(path, device="cpu", config=None, shifters=None):
         return ShiftedDiT(model, of_file).eval()
     if "config" not in read_metadata(path):                             # PixArt-alpha's
         return ShiftedDiT(model).eval()
-    adapter = load_adapter(path, device, model.config)
-    if adapter is not None:
-        return AdaptedDiT(model, adapter).eval()
-    return ShiftedDiT(model, load_shifters(path, device, model.config)).eval()
+    return load_beside(model, path).eval()
 
 
 def default_base(preset="toy", folder=None):
@@ -244,7 +249,7 @@ def selected_shift(path):
     (Sec. 4.3)."""
     choice = f"{path.removesuffix('.safetensors')}.shift.json"
     if not os.path.isfile(choice):
-        return 0.3, 950
+        return B_MAX, T_MAX
     try:
         stored = read_json(choice)
         (name, total), (now_name, now) = stored["model"], file_id(path)
@@ -262,7 +267,8 @@ def selected_shift(path):
 
 
 def write_real_set(path, base, num_assets, sampling, launched, chunk=64):
-    """Draws four images a caption with the base model and writes the real set of stage 1 and 2, over all ranks.
+    """Draws four images a caption with the base model and writes the toy's real set of stage 1 and 2, over all ranks.
+    (The full configuration's: full/real_set.py.) Training draws it with --real_steps, 10.
 
     path: the safetensors to write: {"image": uint8 (N, 1, 3, H, W), "text": (N, L)}, N = 4 num_assets, the text being
     the captions to train on (`real_captions`). sampling: no guidance by default, see CFG_SCALE. Chunks of images are
@@ -301,9 +307,6 @@ def write_real_set(path, base, num_assets, sampling, launched, chunk=64):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures of samples
-
-MODES = {"syn": "synthetic mode", "real": "real mode", "shifted": "shifted"}
-
 
 def as_they_are(images):
     """The images of a model of pixels: nothing to decode."""
@@ -401,8 +404,8 @@ def parse_args(argv=None):
     add("--objects", nargs="+", metavar="DIR", help="full: folders of rendered objects, in place of --object")
     add("--vae", metavar="DIR", help="full: PixArt's vae folder (needs diffusers)")
     add("--text_encoder", metavar="DIR", help="full: PixArt's text_encoder folder (needs transformers)")
-    add("--real_set", metavar="FILE", help="draw the toy's real set of stages 1 and 2 with the base model, instead "
-        "(full: python -m full.real_set)")
+    add("--real_set", metavar="FILE", help="draw the toy's real set of stages 1 and 2 with the base model, instead (as "
+        "training does with --num_steps 10; full: python -m full.real_set)")
     add("--num_assets", type=int, default=640, help="real set: assets, four images each")
     return parser, parser.parse_args(argv)
 
@@ -435,12 +438,13 @@ def check_flags(parser, args):
 
 def check_fit(args, path, network, task):
     """Raises ValueError at flags that do not fit the model at path, trained for `task` (None: a base model)."""
-    if network.dit.config.vocab_size and (args.objects or args.vae or args.text_encoder):
+    if not network.dit.config.latent and (args.objects or args.vae or args.text_encoder):
         raise ValueError(f"--objects, --vae and --text_encoder are for models of latents (--preset full), {path} is of "
                          "the toy world: use --object or --mesh")
     if args.task not in (None, task):
         raise ValueError(f"{path} was trained for {task or 'no task (a base model)'}, not for {args.task}")
-    if task == "texturing" and len(args.prompt or []) != bool(args.mesh):
+    captions_wanted = 1 if args.mesh else 0
+    if task == "texturing" and len(args.prompt or []) != captions_wanted:
         raise ValueError("a texturing model needs an object's maps: name one with --object (full: --objects), or bring "
                          "--mesh FILE and one --prompt, or use --task text")
     if args.mesh and task != "texturing":
@@ -509,7 +513,7 @@ def main(argv=None):
     path = args.model or default_model(args.preset, args.task or "texturing")
     network, task = load_network(path, launched.device, shifters=args.shifters), trained_task(path)
     check_fit(args, path, network, task)
-    latents = not network.dit.config.vocab_size
+    latents = network.dit.config.latent
     sampling = chosen_sampling(args, path, latents)
     if launched.rank > 0:
         return

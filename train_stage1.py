@@ -11,48 +11,48 @@ the empty control and the epsilon loss (toy and small weigh it, see --loss). To 
 """
 import argparse
 
-from baselines.adapters import ADAPTERS, with_adapter
+from baselines.adapters import ADAPTERS, new_network, sees_both_domains
 from data import SEEDS
 from sample import Sampling, sample_images
 from support.launch import launch, run_cli
 from support.pictures import save_picture, to_uint8
 from toy.world import asset_captions, sample_assets, tokenize
-from training.flags import fill_defaults, parse_training, stage1_suffix, training_arguments
-from training.loop import Iteration, finish, train
+from training.flags import fill_defaults, parse_training, stage1_name, training_arguments
+from training.loop import Iteration, save_trained, train
 from training.sets import base_model, null_caption, training_sets
 
 
 def stage1_plan(domains):
-    """plan(step) -> Iteration: single images without control, of each of `domains` in turn (Sec. 4.1)."""
+    """plan(step) -> Iteration: single images without control, of each of `domains` in turn, "syn" first (Sec. 4.1)."""
     def plan(step):
         visit, turn = divmod(step, len(domains))
         return Iteration(domains[turn], visit, views=1, control=False)
     return plan
 
 
-def train_shifters(args, launched):
+def run_stage1(args, launched):
     """Stage 1: the whole backbone frozen, the shifters learn both domains -> OUT/shifters.safetensors.
 
     The four views of an asset, without their maps, are four images. A baseline's --adapter is fitted in the same way,
     LoRA and linear ones to renders alone -> OUT/ADAPTER_RANK.safetensors.
     """
     base = base_model(args, launched.device).requires_grad_(False)
-    network = with_adapter(base, args.adapter, args.rank, args.seed)
-    sets = training_sets(args, launched, views=1, needs_real=network.knows_domains())
-    losses = train(network, sets, null_caption(base, sets["syn"]), stage1_plan(list(sets)), args, launched,
+    network = new_network(base, args.adapter, args.rank, args.seed)
+    domains = ("syn", "real") if sees_both_domains(args.adapter) else ("syn",)
+    sets = training_sets(args, launched, views=1, needs_real="real" in domains)
+    losses = train(network, sets, null_caption(base, sets["syn"]), stage1_plan(domains), args, launched,
                    domain_preview(network, args))
-    return finish(stage1_file(args.out, args.adapter, args.rank), network, args, losses, launched,
-                  keep=("shifters", "adapter"))
+    return save_trained(stage1_file(args), network, args, losses, launched, keep=("shifters", "adapter"))
 
 
-def stage1_file(out, adapter, rank):
+def stage1_file(args):
     """Where stage 1 leaves its shifters, or a baseline's adapter."""
-    return f"{out}/{stage1_suffix(adapter, rank).removeprefix('_') or 'shifters'}.safetensors"
+    return f"{args.out}/{stage1_name(args.adapter, args.rank)}.safetensors"
 
 
 def domain_preview(network, args):
     """preview(path) for `train`: the same captions and noise in both domains, single-image mode; None for latents."""
-    if not network.dit.config.vocab_size:
+    if network.dit.config.latent:
         return None
     text = tokenize(asset_captions(sample_assets(12, SEEDS["validation"])))
 
@@ -79,7 +79,7 @@ def main(argv=None):
     args = parse_args(argv)
     launched = launch(args.threads)
     fill_defaults(args, "stage1", launched)
-    train_shifters(args, launched)
+    run_stage1(args, launched)
 
 
 if __name__ == "__main__":

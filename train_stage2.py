@@ -14,8 +14,8 @@ Iterations alternate between the domains (`stage2_plan`). Shifters are frozen, t
 (toy and small weigh it, see --loss):
 
     synthetic   four views of one asset, control, e_syn, attention over all views
-    real        single images, empty control, e_real; the first i blocks frozen (layer-aware training), the first j
-                blocks run with e_syn (domain reassignment)
+    real        single images, empty control, e_real; the first i blocks frozen (layer-aware training); with
+                probability p_B the first j blocks run with e_syn (domain reassignment)
 
 What an iteration does with that is `training_step` in training/loop.py. In the toy world, stage 1 and the sets it needs
 are made first where they are missing. To resume, run it again.
@@ -23,26 +23,21 @@ are made first where they are missing. To resume, run it again.
 import argparse
 import os
 import sys
-import time
 from contextlib import nullcontext
-from glob import glob
-
-import torch
 
 import train_stage1
-from baselines.adapters import AdaptedDiT, load_adapter, with_adapter
+from baselines.adapters import load_beside, new_network
 from baselines.methods import METHODS
 from data import evaluation_set
-from dit import PRESETS
-from domain_shifter import ShiftedDiT, draw_frozen_blocks, draw_reassigned_blocks, load_shifters
+from dit import NEW_INPUTS
+from domain_shifter import P_B, TAU_B, draw_frozen_blocks, draw_reassigned_blocks
 from sample import Sampling, object_sheet
 from support.files import read_metadata
 from support.generators import DRAWS, seeded_generator
-from support.launch import launch, run_cli, seconds_of
-from toy.render import render
-from toy.world import sample_assets, tokenize
-from training.flags import DEFAULTS, fill_defaults, parse_training, training_arguments
-from training.loop import Iteration, finish, train
+from support.launch import launch, run_cli
+from training.estimate import announce
+from training.flags import fill_defaults, parse_training, training_arguments
+from training.loop import Iteration, save_trained, train
 from training.sets import base_model, null_caption, training_sets
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,28 +74,19 @@ def stage2_network(args, launched):
     device, method = launched.device, METHODS[args.method]
     base = base_model(args, device)
     if method.stage1 and not args.joint:
-        network = with_stage1(base, stage1_path(args, launched)).requires_grad_(False)
+        network = load_beside(base, stage1_path(args, launched)).requires_grad_(False)
     else:
-        network = with_adapter(base, method.adapter, args.rank, args.seed)
+        network = new_network(base, method.adapter, args.rank, args.seed)
     for name, p in base.named_parameters():
-        p.requires_grad_(method.backbone or name in ("control_embedder.weight", "view_encoding"))
+        p.requires_grad_(method.backbone or name in NEW_INPUTS)
     if args.task == "text" and base.control_embedder is not None:
         base.control_embedder.requires_grad_(False)
     return network
 
 
-def with_stage1(base, path):
-    """The base model with what stage 1 left at path: Domain Shifters, or a baseline's adapter."""
-    device = base.positions.device
-    adapter = load_adapter(path, device, base.config)
-    if adapter is not None:
-        return AdaptedDiT(base, adapter)
-    return ShiftedDiT(base, load_shifters(path, device, base.config))
-
-
 def stage1_path(args, launched):
     """The run folder's shifters or adapter, trained first where they are missing (toy and small)."""
-    path = args.shifters or train_stage1.stage1_file(args.out, args.adapter, args.rank)
+    path = args.shifters or train_stage1.stage1_file(args)
     if os.path.isfile(path):
         made = read_metadata(path).get("settings", {})
         if launched.rank == 0:
@@ -109,30 +95,34 @@ def stage1_path(args, launched):
     if args.preset == "full" or args.shifters:
         raise FileNotFoundError(f"no {args.adapter} at {path}: train with train_stage1.py --preset {args.preset} "
                                 f"--adapter {args.adapter} --rank {args.rank}, or name a file with --shifters")
-    flags = ("preset", "out", "base", "synthetic", "real", "num_assets", "real_steps", "adapter", "rank", "seed",
-             "batch", "dtype", "loss", "threads", "log_every", "picture_steps")
-    argv = [f"--{flag}={getattr(args, flag)}" for flag in flags if getattr(args, flag) is not None]
-    argv += [f"--steps={args.stage1_steps}"] if args.stage1_steps else []
     if launched.rank == 0:
-        print(f"{path} is missing, first: train_stage1.py {' '.join(argv)}", flush=True)
-    stage1 = fill_defaults(train_stage1.parse_args(argv), "stage1", launched)
-    return train_stage1.train_shifters(stage1, launched)
+        print(f"{path} is missing: stage 1 comes first", flush=True)
+    return train_stage1.run_stage1(stage1_flags(args, launched), launched)
 
 
-def train_backbone(args, launched):
+def stage1_flags(args, launched):
+    """The flags of stage 1 on the way to stage 2: those of stage 2, but for what each stage has defaults of."""
+    stage1 = train_stage1.parse_args([])
+    for name in vars(stage1).keys() - {"name", "lr", "warmup", "weight_decay", "ema", "shifter_lr_scale"}:
+        setattr(stage1, name, getattr(args, name))
+    stage1.steps = args.stage1_steps
+    return fill_defaults(stage1, "stage1", launched)
+
+
+def run_stage2(args, launched):
     """Stage 2 -> OUT/NAME.safetensors, and a picture of held-out objects; returns the path."""
     network = stage2_network(args, launched)
     sets = training_sets(args, launched, views=4, needs_real=not args.no_real_data, control=args.task == "texturing")
     losses = train(network, sets, null_caption(network.dit, sets["syn"]), stage2_plan(args, network.dit.config.depth),
                    args, launched, object_preview(network, args))
     keep = ("model", "shifters", "adapter") if METHODS[args.method].kept else ("model",)
-    return finish(f"{args.out}/{args.name}.safetensors", network, args, losses, launched, keep)
+    return save_trained(f"{args.out}/{args.name}.safetensors", network, args, losses, launched, keep)
 
 
 def object_preview(network, args):
     """preview(path) for `train`: three held-out objects, as the method is sampled; None for latents."""
     config = network.dit.config
-    if not config.vocab_size:
+    if config.latent:
         return None
     objects = evaluation_set(3, size=config.image_size, folder=f"{args.out}/sets")
 
@@ -144,45 +134,6 @@ def object_preview(network, args):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
-
-
-def step_seconds(args, device):
-    """Seconds a training step and a forward pass take for each image, from a short trial of the base model."""
-    config, images = PRESETS[args.preset], 16
-    model = base_model(args, device)
-    x = torch.randn(images, 1, config.channels, config.image_size, config.image_size, device=device)
-    t, text = torch.zeros(images, dtype=torch.long, device=device), tokenize([""] * images).to(device)
-
-    def third(work):                                                # the first two warm up
-        return [seconds_of(work, device) for _ in range(3)][-1] / images
-    with torch.no_grad():
-        forward = third(lambda: model(x, t, text))
-    return third(lambda: model(x, t, text).square().mean().backward()), forward
-
-
-def announce(args, launched):
-    """Prints what this command will do and how long that should take, from a short trial on this machine."""
-    config = PRESETS[args.preset]
-    if not config.vocab_size or launched.rank > 0:
-        return
-    step, forward = step_seconds(args, launched.device)
-    start = time.perf_counter()
-    render(sample_assets(16, 0), size=config.image_size, device=launched.device)
-    rendering = (time.perf_counter() - start) / 16
-    stage1 = METHODS[args.method].stage1 and not args.joint and \
-        not os.path.isfile(args.shifters or train_stage1.stage1_file(args.out, args.adapter, args.rank))
-    stage1_steps = args.stage1_steps or DEFAULTS[args.preset, "stage1"][0]
-    todo = {}
-    if not (args.synthetic or glob(f"{args.out}/sets/synthetic_{args.num_assets}_*")):
-        todo["render the assets"] = args.num_assets * rendering
-    needs_real = not args.no_real_data or stage1 and args.adapter in ("shifters", "switcher")
-    if needs_real and not (args.real or os.path.isfile(f"{args.out}/sets/real_{args.num_assets}.safetensors")):
-        todo["draw the real set"] = args.num_assets * 4 * args.real_steps * forward / launched.world
-    if stage1:
-        todo["train stage 1"] = stage1_steps * args.batch * 4 * step
-    todo["train stage 2"] = args.steps * args.batch * 4 * step
-    print(f"to do: {', '.join(f'{what} ({took / 60:.1f} min)' for what, took in todo.items())}; about "
-          f"{sum(todo.values()) / 60:.0f} minutes on this machine", flush=True)
 
 
 def parse_args(argv=None):
@@ -198,8 +149,8 @@ def parse_args(argv=None):
     add("--no_reassignment", action="store_true", help="no domain reassignment")
     add("--joint", action="store_true", help="skip stage 1, train shifters or domain switcher with the model (Table 2, "
         "row 1, is this with --no_freezing --no_reassignment)")
-    add("--tau_B", type=float, default=0.4, help="deepest block that may be frozen or reassigned, as a share of N_B")
-    add("--p_B", type=float, default=0.1, help="probability of domain reassignment on a real iteration")
+    add("--tau_B", type=float, default=TAU_B, help="deepest block that may be frozen or reassigned, as a share of N_B")
+    add("--p_B", type=float, default=P_B, help="probability of domain reassignment on a real iteration")
     add("--real_warmup", type=int, default=20, help="real iterations before the domains alternate")
     add("--shifters", help="shifters, or a baseline's adapter, of stage 1 (default: in OUT)")
     add("--rank", type=int, help="r of the Domain Shifters (default 8) or of a baseline's adapter (32 at full)")
@@ -233,8 +184,8 @@ def main(argv=None):
     args = parse_args(argv)
     launched = launch(args.threads)
     fill_defaults(args, "stage2", launched)
-    announce(args, launched)
-    path = train_backbone(args, launched)
+    announce(args, train_stage1.stage1_file(args), launched)
+    path = run_stage2(args, launched)
     if launched.rank == 0:
         print(f"to draw more: python sample.py --model {path}")
 

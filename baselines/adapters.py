@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn as nn
 
-from domain_shifter import DomainShifters, ShiftedDiT, load_part
+from domain_shifter import DomainShifters, ShiftedDiT, load_part, load_shifters
 from support.files import load_strictly
 
 
@@ -27,7 +27,7 @@ class AdaptedDiT(ShiftedDiT):
 
     def knows_domains(self):
         """Whether the domain makes a difference."""
-        return isinstance(self.adapter, DomainSwitcher)
+        return self.adapter.knows_domains
 
     @contextmanager
     def without_adapter(self):
@@ -54,7 +54,7 @@ class LowRank(nn.Module):
 
 class LoRA(nn.Module):
     """Beside every attention projection W: W x + W_left W_right x (Hu et al. 2021; baselines 3 and 5)."""
-    kind = "lora"
+    kind, knows_domains = "lora", False
     OUTPUTS = {"attn.qkv": 3, "attn.proj": 1, "cross_attn.q": 1, "cross_attn.kv": 2, "cross_attn.proj": 1}
 
     def __init__(self, config, rank):
@@ -75,7 +75,7 @@ class LoRA(nn.Module):
 
 class LinearAdapters(nn.Module):
     """Before each block: X + W_left W_right X on every token (Still-Moving, Chefer et al. 2024; baselines 4 and 6)."""
-    kind = "linear"
+    kind, knows_domains = "linear", False
 
     def __init__(self, config, rank):
         super().__init__()
@@ -93,7 +93,7 @@ class LinearAdapters(nn.Module):
 
 class DomainSwitcher(nn.Module):
     """A vector per domain, added to the time embedding (Wonder3D, Long et al. 2024; baseline 7)."""
-    kind = "switcher"
+    kind, knows_domains = "switcher", True
 
     def __init__(self, config, rank=None):
         super().__init__()
@@ -113,12 +113,17 @@ class DomainSwitcher(nn.Module):
 ADAPTERS = {adapter.kind: adapter for adapter in (LoRA, LinearAdapters, DomainSwitcher)}
 
 
+def sees_both_domains(kind):
+    """Whether what stage 1 fits alone, shifters or a key of ADAPTERS, is fitted to both domains or to renders alone."""
+    return kind == "shifters" or ADAPTERS[kind].knows_domains
+
+
 def adapter_rank(kind, config):
     """Rank where none is given: the paper's 8 for the shifters; for the baselines its 32, scaled to the width."""
     return round(32 * config.width / 1152) if kind in ("lora", "linear") else 8
 
 
-def with_adapter(dit, kind, rank, seed=0):
+def new_network(dit, kind, rank, seed=0):
     """The network with new shifters ("shifters"), a new adapter (a key of ADAPTERS), or neither (None)."""
     device = dit.positions.device
     torch.manual_seed(seed)
@@ -127,6 +132,16 @@ def with_adapter(dit, kind, rank, seed=0):
     if kind == "shifters":
         return ShiftedDiT(dit, DomainShifters(dit.config, rank).to(device))
     return AdaptedDiT(dit, ADAPTERS[kind](dit.config, rank).to(device))
+
+
+def load_beside(model, path):
+    """ShiftedDiT of a model with what the checkpoint at path holds beside one: Domain Shifters, a baseline's adapter,
+    or neither. Raises as `load_shifters`."""
+    device = model.positions.device
+    adapter = load_adapter(path, device, model.config)
+    if adapter is not None:
+        return AdaptedDiT(model, adapter)
+    return ShiftedDiT(model, load_shifters(path, device, model.config))
 
 
 def load_adapter(path, device="cpu", config=None):

@@ -1,4 +1,8 @@
-"""Realiz3D and its baselines (Sec. 5) as one table: what each trains, on what, and what it keeps for sampling."""
+"""Realiz3D and its baselines (Sec. 5) as one table: what each trains, on what, and what it keeps for sampling.
+
+Another baseline is a row here and, where it has an adapter of its own, a class in adapters.py; and a row in
+experiments/paper.py to stand in the tables. SDEdit (sdedit.py) trains nothing and has no row.
+"""
 from typing import NamedTuple
 
 
@@ -6,7 +10,7 @@ class Method(NamedTuple):
     """What a row of the paper's tables trains."""
     adapter: str | None         # "shifters", a key of ADAPTERS (adapters.py), or None
     stage1: bool                # whether that is trained alone first, then frozen (--joint: trained with the model)
-    backbone: bool              # whether the backbone trains; control and view weights always do
+    backbone: bool              # whether the backbone trains; the weights of control (texturing) and views always do
     real_data: bool             # whether real iterations alternate with the synthetic ones
     kept: bool = True           # whether the adapter stays for sampling
 

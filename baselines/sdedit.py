@@ -2,8 +2,7 @@
 import torch
 
 from dit import add_noise
-from sample import Sampling, ddim_sample, ddim_timesteps, domain_mode, guided_noise
-from support.generators import SAMPLES, seeded_generator
+from sample import Sampling, ddim_sample, ddim_timesteps, domain_mode, guided_noise, initial_noise
 from toy.world import tokenize
 
 
@@ -21,8 +20,7 @@ def sdedit(network, images, text, t=500, sampling=Sampling(), first=0):
     steps = ddim_timesteps(sampling.num_steps, sampling.spacing)
     start, done = steps[steps <= t].max(), []
     for k, grid in enumerate(images):
-        generator = seeded_generator(SAMPLES, sampling.seed, first + k)
-        noise = torch.randn(grid.shape[1:], generator=generator).to(like)                           # (C, H, W)
+        noise = initial_noise([first + k], grid.shape[1:], sampling.seed)[0].to(like)               # (C, H, W)
         x = add_noise(grid.to(like), noise.expand(grid.shape), start.expand(len(grid)).to(like.device))
         predict_noise = guided_noise(network, null, domain_mode("real", config.depth), sampling.cfg_scale,
                                      text=text[k].to(like.device))

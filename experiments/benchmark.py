@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from dit import PRESETS, DiT
-from domain_shifter import DomainShifters, ShiftedDiT, block_count
+from domain_shifter import TAU_B, DomainShifters, ShiftedDiT, block_count
 from support.launch import launch, peak_memory, run_cli, seconds_of, wait_for
 from toy.world import TEXT_LENGTH, VOCAB
 from training.batches import read_batch, with_noise
@@ -83,7 +83,7 @@ def memory_bytes(config, batch, views, dtype, checkpointing):
 def tera_operations(args, views, frozen_blocks=0):
     """10^12 operations of an iteration of one process on samples of `views` views, two for each multiply-add."""
     config = PRESETS[args.preset]
-    L = TEXT_LENGTH if config.vocab_size else config.text_length
+    L = TEXT_LENGTH if not config.latent else config.text_length
     return 2e-12 * args.batch * 4 / views * iteration_macs(config, views, frozen_blocks, L)
 
 
@@ -119,7 +119,7 @@ def random_sets(args):
     size = (config.image_size, config.image_size)
 
     def one_set(num, views):
-        if config.vocab_size:
+        if not config.latent:
             return {"image": torch.randint(256, (num, views, config.channels, *size), dtype=torch.uint8),
                     "text": torch.randint(1, len(VOCAB), (num, TEXT_LENGTH))}
         return {"image": torch.randn(num, views, 2, config.channels, *size).half(),
@@ -252,7 +252,7 @@ def parse_args(argv=None):
     training_arguments(parser)
     parser.add_argument("--rounds", type=int, default=15, help="how often each kind of iteration is timed (default "
                         "%(default)s)")
-    parser.add_argument("--tau_B", type=float, default=0.4, help="deepest block that is frozen, as a share of N_B "
+    parser.add_argument("--tau_B", type=float, default=TAU_B, help="deepest block that is frozen, as a share of N_B "
                         "(default %(default)s)")
     parser.add_argument("--rank", type=int, help="r of the Domain Shifters (default 8)")
     parser.set_defaults(adapter="shifters", no_real_data=False, real_warmup=0)

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from baselines.adapters import with_adapter
+from baselines.adapters import new_network
 from data import SEEDS, build_set
 from dit import PRESETS, T
 from evaluate import fid, kid, measured_settings
@@ -22,7 +22,7 @@ from support.pictures import save_picture, to_uint8
 from toy.judge import train_feature_net, world_features
 from toy.render import Look, render
 from toy.world import BACKGROUNDS, asset_captions, sample_assets, tokenize, uniforms
-from train_stage2 import step_seconds
+from training.estimate import step_seconds
 from training.flags import fill_defaults, parse_training, training_arguments
 from training.loop import Iteration, train
 from training.sets import base_model
@@ -54,7 +54,10 @@ def selective_set(num, style, seed, size=32, folder="runs/toy/sets", device="cpu
 
 
 def selective_plan(variant, num_blocks):
-    """plan(step) -> Iteration for one of VARIANTS; synthetic and real in turn where it takes both."""
+    """plan(step) -> Iteration for one of VARIANTS; synthetic and real in turn where it takes both.
+
+    The gradient passes the frozen last half on its way to the first; `training_step` drops what it leaves there.
+    """
     half = num_blocks // 2
 
     def plan(step):
@@ -72,7 +75,7 @@ def selective_plan(variant, num_blocks):
 
 def train_variant(variant, seed, sets, args, launched):
     """The base model ("base"), or fine-tuned on `sets` as one of VARIANTS says, from this seed: a ShiftedDiT."""
-    network = with_adapter(base_model(args, launched.device).requires_grad_(False), None, None)
+    network = new_network(base_model(args, launched.device).requires_grad_(False), None, None)
     network.dit.blocks.requires_grad_(True)                             # only blocks train
     if variant != "base":
         run = argparse.Namespace(**vars(args) | dict(seed=seed, name=f"selective_{variant}_{seed}"))

@@ -7,7 +7,7 @@ names and nothing else. The inputs that Realiz3D adds (control and view, Sec. 4)
 """
 import torch
 
-from dit import PRESETS, Config, DiT, load_model, require_config
+from dit import NEW_INPUTS, PRESETS, Config, DiT, load_model, require_config
 from support.files import load_strictly, load_tensors, read_metadata
 
 # PixArt-alpha's own name for each part of ours, and the diffusers one (several: stacked along the rows)
@@ -40,7 +40,7 @@ def load_base(path, device="cpu", config=None):
 
     config: what it must be (default: PixArt-alpha's must be PRESETS["full"]). Raises as `load_model`, `load_pixart`.
     """
-    if "config" in read_metadata(path) or config and config.vocab_size:
+    if "config" in read_metadata(path) or config and not config.latent:
         return load_model(path, device, config)
     config = config or PRESETS["full"]
     model = load_pixart(path, config.heads, config.image_size, config.pos_scale)
@@ -65,7 +65,7 @@ def load_pixart(path, num_heads=16, image_size=64, pos_scale=1.0):
                     width=width, heads=num_heads, text_dim=text_dim, text_length=120, vocab_size=0, output_skip=False,
                     qk_norm=False, pos_scale=pos_scale)
     model = DiT(config)
-    for name in ("control_embedder.weight", "view_encoding"):       # not PixArt's: as they start, at zero
+    for name in NEW_INPUTS:                                         # not PixArt's: as they start, at zero
         weights[name] = model.state_dict()[name]
     if null_text is not None:
         model.null_text = torch.empty(config.text_length, text_dim)

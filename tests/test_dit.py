@@ -105,7 +105,7 @@ def test_a_grid_in_single_image_mode_is_four_base_forwards():
     assert torch.equal(grid, base(images, t, text))
     assert torch.equal(grid, model(images, t, text, control=torch.zeros(4, 1, 6, 8, 8)))
     alone = torch.cat([base(images[k : k + 1], t[:1], text[:1]) for k in range(4)])
-    assert torch.allclose(grid, alone, rtol=0, atol=1e-12)
+    assert torch.allclose(grid, alone, rtol=0, atol=1e-5)  # the sinusoid of t is fp32, its last place may differ
 
 
 @torch.no_grad()
@@ -196,7 +196,7 @@ def test_attention_in_bf16_is_its_formula(length):
     logits = torch.einsum("bhnd,bhmd->bhnm", *exact[:2]) / 8**0.5
     weights = logits.exp() * mask
     want = torch.einsum("bhnm,bhmd->bhnd", weights / weights.sum(-1, keepdim=True), exact[2])
-    assert got.dtype == torch.bfloat16 and torch.allclose(got.double(), want, atol=0.03)
+    assert got.dtype == torch.bfloat16 and (got.double() - want).norm() < 0.02 * want.norm()
     got.square().sum().backward()
     want.square().sum().backward()
     for z, other in zip((q, k, v), exact):
@@ -208,7 +208,7 @@ def test_attention_in_bf16_is_its_formula(length):
     [
         ("control", dict(control=torch.zeros(2, 4, 3, 8, 8))),
         ("x has 5 views, the model knows 4", dict(x=torch.zeros(2, 5, 3, 8, 8))),
-        ("shift", dict(shift=torch.zeros(3, 2, 16))),
+        ("domain_shift", dict(domain_shift=torch.zeros(3, 2, 16))),
         ("x", dict(x=torch.zeros(2, 4, 3, 8, 4))),
         ("frozen_blocks", dict(frozen_blocks=5)),
         ("text", dict(text=torch.ones(2, 17, dtype=torch.long))),

@@ -16,7 +16,7 @@ from domain_shifter import (
     draw_frozen_blocks,
     draw_reassigned_blocks,
     load_shifters,
-    reassigned_domains,
+    real_after,
     shifted_domains,
     uniform_domains,
 )
@@ -93,8 +93,8 @@ def test_each_block_reads_its_own_row_and_each_sample_its_own_column():
 
 
 def test_reassigned_domains_by_hand():
-    assert reassigned_domains(0, 4, 2).tolist() == [[1, 1]] * 4
-    assert reassigned_domains(3, 4, 2).tolist() == [[0, 0]] * 3 + [[1, 1]]
+    assert real_after(0, 4, 2).tolist() == [[1, 1]] * 4
+    assert real_after(3, 4, 2).tolist() == [[0, 0]] * 3 + [[1, 1]]
 
 
 def test_shifted_domains_by_hand():

@@ -272,8 +272,8 @@ def test_golden_lpips(golden):
     tensors, values = golden
     weights = golden_lpips_weights(values)
     a, b = tensors["images.a"] / 2 + 0.5, tensors["images.b"] / 2 + 0.5
-    assert evaluate.lpips(a, b, weights).tolist() == pytest.approx(values["lpips_alex"], abs=1e-6)
-    assert evaluate.lpips(a, a, weights).abs().max() == 0
+    assert evaluate.lpips(a, b, weights).tolist() == pytest.approx(values["lpips_alex"], rel=1e-5)
+    assert evaluate.lpips(a, a, weights).abs().max() < 1e-6
     assert evaluate.lpips(a[None], b[None], weights).shape == (1, 2)
 
 

@@ -10,7 +10,7 @@ ROOMS = ("support", "geometry", "toy", "training", "full", "baselines", "experim
 FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
          for path in sorted([*ROOT.glob("*.py"), *(file for room in ROOMS for file in (ROOT / room).glob("*.py"))])
          if path.name != "__init__.py"}
-MAY_IMPORT = {                          # what a room, or a file at the top, may import of ours; others: what runs no circle
+MAY_IMPORT = {                          # what a room, or a file, may import of ours; others: what runs in no circle
     "support": ("support",),
     "dit": ("support",),
     "domain_shifter": ("support", "dit"),

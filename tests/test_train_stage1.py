@@ -1,6 +1,7 @@
 """Stage 1: which iterations come, what trains, what it leaves."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,17 +55,17 @@ def test_a_baselines_adapter_is_fitted_in_the_same_way(tiny_toy, adapter, domain
     run_main(train_stage1, "--out", out, "--adapter", adapter, "--rank", 2, *FLAGS)
     trained = seen[f"stage1_{adapter}_2"]
     assert {name.partition(".")[0] for name in trained["learns"]} == {"adapter"} and list(trained["sets"]) == domains
-    found = load_adapter(stage1_file(out, adapter, 2), config=TINY)
+    path = f"{out}/{adapter}_2.safetensors"
+    found = load_adapter(path, config=TINY)
     learnt = [p.abs().max() > 0 for name, p in found.named_parameters() if not name.endswith("W_right")]
     assert found.kind == adapter and all(learnt)
-    assert read_metadata(stage1_file(out, adapter, 2))["settings"]["adapter"] == adapter
+    assert read_metadata(path)["settings"]["adapter"] == adapter
     assert (out / "sets" / "real_4.safetensors").exists() == (domains == ["syn", "real"])
 
 
 def test_where_stage_1_leaves_what_it_trained():
-    assert stage1_file("a", "shifters", 8) == "a/shifters.safetensors"
-    assert stage1_file("a", "shifters", 4) == "a/shifters_4.safetensors"
-    assert stage1_file("a", "lora", 5) == "a/lora_5.safetensors"
+    for adapter, rank, name in (("shifters", 8, "shifters"), ("shifters", 4, "shifters_4"), ("lora", 5, "lora_5")):
+        assert stage1_file(SimpleNamespace(out="a", adapter=adapter, rank=rank)) == f"a/{name}.safetensors"
 
 
 def test_stage_1_needs_a_base_model_of_its_preset(tiny_toy):

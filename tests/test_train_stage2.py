@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import TINY, refuses, run_main
+from conftest import ALONE, TINY, refuses, run_main
 
+import train_stage1
 import train_stage2
 from baselines.adapters import load_adapter
 from baselines.methods import METHODS
@@ -15,7 +16,8 @@ from dit import load_model
 from domain_shifter import load_shifters
 from sample import load_network
 from support.files import read_metadata
-from train_stage2 import parse_args, stage2_plan
+from train_stage2 import parse_args, stage1_flags, stage2_plan
+from training.flags import fill_defaults
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan
@@ -79,7 +81,7 @@ def test_realiz3d_trains_the_backbone_around_shifters_that_stage_1_left(tiny_toy
     out, seen = tiny_toy
     run_main(train_stage2, "--out", out, *FLAGS)
     printed = capsys.readouterr().out
-    assert "to do: " in printed and f"{out}/shifters.safetensors is missing, first: train_stage1.py" in printed
+    assert "to do: " in printed and f"{out}/shifters.safetensors is missing: stage 1 comes first" in printed
     assert list(seen) == ["stage1", "realiz3d_texturing"]
     trained = seen["realiz3d_texturing"]
     backbone = {f"dit.{name}" for name, _ in load_model(str(out / "base.safetensors")).named_parameters()}
@@ -99,6 +101,17 @@ def test_realiz3d_trains_the_backbone_around_shifters_that_stage_1_left(tiny_toy
     run_main(train_stage2, "--out", out, "--no_freezing", *FLAGS)
     assert f"stage 1: {out}/shifters.safetensors, trained for 4 steps with seed 0" in capsys.readouterr().out
     assert list(seen)[2:] == ["realiz3d_texturing-no_freezing"]
+
+
+def test_stage_1_on_the_way_takes_the_flags_of_stage_2_but_its_own_defaults():
+    shared = "--seed 7 --clip 0.5 --batch 3 --text_dropout 0.2 --num_assets 9"
+    own = "--lr 0.5 --steps 77 --ema 0.5 --stage1_steps 11"
+    args = fill_defaults(parse_args(f"{shared} {own}".split()), "stage2", ALONE)
+    stage1, alone = stage1_flags(args, ALONE), fill_defaults(train_stage1.parse_args([]), "stage1", ALONE)
+    assert (stage1.seed, stage1.clip, stage1.batch, stage1.text_dropout, stage1.num_assets) == (7, 0.5, 3, 0.2, 9)
+    assert stage1.steps == 11 and stage1.name == "stage1" and stage1.adapter == "shifters" and stage1.rank == 8
+    for name in ("lr", "warmup", "weight_decay", "ema", "shifter_lr_scale"):
+        assert getattr(stage1, name) == getattr(alone, name)
 
 
 def test_joint_training_has_no_stage_1_and_text_no_control(tiny_toy):

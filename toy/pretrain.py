@@ -11,7 +11,7 @@ import argparse
 import torch
 
 from data import SEEDS, build_set
-from dit import PRESETS, DiT
+from dit import NEW_INPUTS, PRESETS, DiT
 from domain_shifter import ShiftedDiT
 from full.pixart import load_base
 from geometry.camera import VIEWS
@@ -21,7 +21,7 @@ from support.pictures import save_picture, to_uint8
 from toy.render import Look, render
 from toy.world import BACKGROUNDS, STYLES, asset_captions, tokenize, uniforms
 from training.flags import fill_defaults, parse_training, training_arguments
-from training.loop import Iteration, finish, train
+from training.loop import Iteration, save_trained, train
 
 PREVIEWS = ("photo of a red wooden mug, white background", "photo of a blue marble duck, white background",
             "photo of a green brick house, white background", "photo of a yellow striped chair, white background",
@@ -59,8 +59,8 @@ def train_base(args, launched):
                                                         folder=f"{args.out}/sets", device=device))
     torch.manual_seed(args.seed)
     network = ShiftedDiT(load_base(args.base, device, config) if args.base else DiT(config).to(device))
-    for p in (network.dit.control_embedder.weight, network.dit.view_encoding):
-        p.requires_grad_(False)                                     # nothing to learn from: the base sees no control
+    for name in NEW_INPUTS:
+        network.dit.get_parameter(name).requires_grad_(False)       # nothing to learn from: the base sees no control
 
     def preview(path):
         text = tokenize(PREVIEWS).repeat_interleave(6, 0)
@@ -68,7 +68,7 @@ def train_base(args, launched):
         save_picture(path, list(zip(PREVIEWS, drawn.unflatten(0, (-1, 6)))))
     losses = train(network, {"base": images}, {"text": tokenize([""])}, lambda step: Iteration("base", step), args,
                    launched, preview)
-    return finish(f"{args.out}/base.safetensors", network, args, losses, launched)
+    return save_trained(f"{args.out}/base.safetensors", network, args, losses, launched)
 
 
 def parse_args(argv=None):

@@ -16,9 +16,9 @@ from support.pictures import to_pixels
 def read_batch(iteration, sets, args, launched):
     """(number of its first sample within the step, this rank's samples of the iteration's set on the CPU)."""
     num, views = set_shape(sets[iteration.domain])
-    count = args.batch * args.images_per_sample // views
+    count = args.batch * args.images_per_grid // views                  # a real sample is a quarter of a grid
     first = (iteration.visit * launched.world + launched.rank) * count
-    domain = ("base", "syn", "real").index(iteration.domain)
+    domain = ("base", "syn", "real").index(iteration.domain)           # so that no two sets share an order
     batch = read_rows(sets[iteration.domain], data_indices(num, first, count, args.seed, domain))
     if launched.device.type == "cuda":          # from pinned memory the host need not wait for the copy
         batch = {key: value.pin_memory() for key, value in batch.items()}

@@ -2,7 +2,7 @@
 import math
 import sys
 
-from baselines.adapters import adapter_rank
+from baselines.adapters import adapter_rank, sees_both_domains
 from dit import PRESETS
 
 # Images are counted in grids of V = 4 views in stages 1 and 2 (a real grid: four single images), one by one at base.
@@ -77,7 +77,8 @@ def parse_training(parser, script, argv):
 def fill_defaults(args, stage, launched):
     """Completes the flags from DEFAULTS and checks their ranges. Raises ValueError."""
     if (args.preset, stage) not in DEFAULTS:
-        raise ValueError(f"preset {args.preset} has no {stage} training")
+        raise ValueError(f"preset {args.preset} has no {stage} training"
+                         + (": its base model comes from a file (--base)" if stage == "base" else ""))
     if args.preset == "full":
         full_length(args, stage, launched.world)
     for name, value in zip(COLUMNS_OF_DEFAULTS, DEFAULTS[args.preset, stage]):
@@ -86,14 +87,17 @@ def fill_defaults(args, stage, launched):
     on_cuda, config = launched.device.type == "cuda", PRESETS[args.preset]
     args.out = args.out or f"runs/{args.preset}"
     args.rank = adapter_rank(args.adapter, config) if args.rank is None else args.rank
-    args.name = args.name or stage.replace("stage1", f"stage1{stage1_suffix(args.adapter, args.rank)}")
+    if args.name is None:
+        args.name = stage
+        if stage == "stage1" and stage1_name(args.adapter, args.rank) != "shifters":
+            args.name = f"stage1_{stage1_name(args.adapter, args.rank)}"
     args.dtype = args.dtype or ("bfloat16" if on_cuda else "float32")
     if args.shifter_lr_scale is None:       # the wider, the faster matrices learn, but not vectors (Yang et al. 2022)
         args.shifter_lr_scale = config.width / 1152 if getattr(args, "joint", False) else 1.0
     args.workers = (2 if on_cuda else 0) if args.workers is None else args.workers
     args.accumulate = 1 if args.accumulate is None else args.accumulate
     args.loss = args.loss or ("even" if config.output_skip else "epsilon")
-    args.images_per_sample = 1 if stage == "base" else config.num_views
+    args.images_per_grid = 1 if stage == "base" else config.num_views
     for name, least in LEAST.items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
@@ -106,24 +110,24 @@ def fill_defaults(args, stage, launched):
 def full_length(args, stage, world):
     """Batch and steps of the full configuration: the paper's, at any number of GPUs (C.2).
 
-    A step takes 512 grids over all processes, each computing its share in parts of 8. One pass over the synthetic set
-    is an epoch, for every method: stage 2 takes 10 of them, and its real iterations come on top; what is trained alone
-    (stage 1) takes 3 of each domain it sees.
+    A step takes 512 grids over all processes, each computing its share in parts of at most 8. One pass over the
+    synthetic set is an epoch, for every method: stage 2 takes 10 of them, and its real iterations come on top; what is
+    trained alone (stage 1) takes 3 of each domain it sees.
     """
     if args.batch is None:
         if GRIDS_A_STEP % world:
             raise ValueError(f"{GRIDS_A_STEP} grids a step do not divide among {world} processes: name a --batch")
         args.batch = GRIDS_A_STEP // world
     if args.accumulate is None:
-        args.accumulate = max(1, args.batch // GRIDS_A_PART)
+        args.accumulate = max(1, math.ceil(args.batch / GRIDS_A_PART))
     if args.steps is None:
         one_domain = math.ceil(FULL_EPOCHS[stage] * FULL_ASSETS / (max(1, args.batch) * world))
         if stage == "stage1":
-            args.steps = one_domain * (2 if args.adapter in ("shifters", "switcher") else 1)
+            args.steps = one_domain * (2 if sees_both_domains(args.adapter) else 1)
         else:
             args.steps = one_domain if args.no_real_data else 2 * one_domain + args.real_warmup
 
 
-def stage1_suffix(adapter, rank):
-    """Tells stage 1 of anything but shifters of rank 8, the paper's, from that: "_lora_32"."""
-    return "" if (adapter, rank) == ("shifters", 8) else f"_{adapter}_{rank}"
+def stage1_name(adapter, rank):
+    """What stage 1 leaves is called so: "shifters" for the paper's, of rank 8; else as "lora_32"."""
+    return "shifters" if (adapter, rank) == ("shifters", 8) else f"{adapter}_{rank}"

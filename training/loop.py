@@ -1,12 +1,12 @@
-"""The one training loop of the project, and the step in it (Sec. 4.1, 4.2, B.2).
+"""The diffusion models' one training loop, and the step in it (Sec. 4.1, 4.2, B.2).
 
 A stage says which iterations come (its plan: a function of the step), what is trained (requires_grad) and on which
-sets; everything else is here. Stage 2 alternates between two kinds of iteration, the other stages know only images:
+sets; everything else is here. Stage 2 alternates between two kinds of iteration, stage 1 knows only single images:
 
-                   views                    control   blocks run in                 gets no gradient
-    synthetic      4, attention over all    maps      e_syn                         -
-    real           1, each image by itself  empty     e_real, the first j in e_syn  the first i blocks, what is below
-    stage 1        1, each image by itself  empty     e_syn or e_real               all but the shifters
+                        views                    control  blocks run in                 frozen
+    stage 2, synthetic  4, attention over all    maps     e_syn                         shifters
+    stage 2, real       1, each image by itself  empty    e_real, the first j in e_syn  shifters, the first i blocks
+    stage 1             1, each image by itself  empty    e_syn or e_real               all but the shifters
 """
 import math
 import os
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import set_shape
 from dit import T, add_noise, epsilon_loss, save_model
-from domain_shifter import SYN, reassigned_domains, uniform_domains
+from domain_shifter import SYN, real_after, uniform_domains
 from support.launch import barrier
 from training.batches import read_ahead, read_batch, split_batch, with_noise
 from training.log import Log
@@ -47,26 +47,30 @@ class Iteration:
         """The domains in which the blocks run, (N_B, B) of SYN / REAL."""
         if self.domain == "syn":
             return uniform_domains(SYN, num_blocks, batch, device)
-        return reassigned_domains(self.reassigned_blocks, num_blocks, batch, device)
+        return real_after(self.reassigned_blocks, num_blocks, batch, device)
 
 
 def training_step(model, optimizer, batch, iteration, null, args, lap=lambda part: None):
     """One iteration of any stage: forward, loss, backward, step.
 
-    What gets no gradient: what the stage froze for good (requires_grad is False); in the first i blocks, and in the
-    embedders below them, the forward pass builds no graph; through the last blocks of A.2 the gradient passes, and
-    their own is dropped. It is None, not zero: AdamW would move a frozen block on a zero gradient.
+    No gradient reaches
+    - what the stage froze for good (requires_grad is False);
+    - the first i blocks and, for i > 0, the patch, control and view embedders below them: there the forward pass builds
+      no graph (layer-aware training; time and text embedders and the final layer train);
+    - what a real iteration does not use: the control embedder and the view encoding;
+    - the last blocks of A.2: the gradient passes them on its way down, and what it leaves there is dropped.
+    Such a gradient is None, not zero, so that AdamW leaves parameter, moments and step count as they are.
 
     model: ShiftedDiT, perhaps in DDP. batch: from `with_noise`. null: the empty caption, {"text": (1, L, ..), ..},
     which replaces the caption where u < text_dropout. lap(part): called after each part, for the benchmark's clock.
     Returns the loss (a scalar) and what it is made of, see `epsilon_loss`.
     """
+    if batch["x0"].shape[1] != iteration.views:
+        raise ValueError(f"a {iteration.domain} iteration of {iteration.views} view(s) got {batch['x0'].shape[1]}")
     dit = getattr(model, "module", model).dit
     parts, loss, bins = split_batch(batch, args.accumulate), 0, 0   # gradients add up to those of the whole batch
     for k, (share, part) in enumerate(parts):
         x0, t, noise = part["x0"], part["t"], part["noise"]                                 # (B, V, C, H, W), (B,)
-        if x0.shape[1] != iteration.views:
-            raise ValueError(f"a {iteration.domain} iteration of {iteration.views} view(s) got {x0.shape[1]}")
         text = drop_text(part, null, args.text_dropout)
         control = part["control"] if iteration.control else None                            # None: the empty control
         domains = iteration.domains(dit.config.depth, len(x0), x0.device)                   # (N_B, B)
@@ -123,36 +127,34 @@ def train(network, sets, null, plan, args, launched, preview=None):
     model = in_training(network, args, world)
     null = {key: value.to(device) for key, value in null.items()}
     log = Log(out, args, launched, start)
-    stop = catch_signals()
     batches = read_ahead(lambda step: (step, *read_batch(plan(step), sets, args, launched)), range(start, args.steps),
                          args.workers)
     bar = tqdm(batches, initial=start, total=args.steps, desc=args.name, disable=rank > 0)
-    for step, first, batch in bar:
-        iteration, last = plan(step), step + 1 == args.steps
-        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-        batch = with_noise(batch, iteration, args.seed, step, first)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args) * group["lr_scale"]
-        loss, bins = training_step(model, optimizer, batch, iteration, null, args)
-        for name, average in ema.items():       # a short horizon at first, so that the start is forgotten
-            average.lerp_(params[name].detach(), 1 - min(args.ema, (step + 1) / (step + 10)))
-        log.add(step, iteration.domain, loss, bins, batch["x0"].shape[:2].numel())
-        stopping = (world == 1 or step % args.log_every == 0) and agree(stop["now"], launched)
-        saving = last or stopping or (step + 1) % args.save_every == 0
-        if saving or (step + 1) % args.log_every == 0:      # first: it stops at a loss that is not finite
-            bar.set_postfix_str(log.flush(step, learning_rate(step, args)))
-        if saving and rank == 0:
-            save_state(out, step + 1, trained, args, world)
-        if stopping and not last:
-            bar.close()
-            if rank == 0:
-                print(f"{args.name}: stopped by a signal at step {step + 1}; the same command goes on from there")
-            raise SystemExit(130 if stop["now"] == signal.SIGINT else 0)
-        if preview and rank == 0 and (step + 1) % args.sample_every == 0 and not last:
-            with swapped(params, ema), torch.compiler.set_stance("force_eager"):  # not worth a compilation
-                preview(f"{out}/samples_{step + 1:07d}.png")
-    for number, handler in stop["before"].items():
-        signal.signal(number, handler)
+    with signals_caught() as stop:
+        for step, first, batch in bar:
+            iteration, last = plan(step), step + 1 == args.steps
+            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            batch = with_noise(batch, iteration, args.seed, step, first)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args) * group["lr_scale"]
+            loss, bins = training_step(model, optimizer, batch, iteration, null, args)
+            for name, average in ema.items():       # a short horizon at first, so that the start is forgotten
+                average.lerp_(params[name].detach(), 1 - min(args.ema, (step + 1) / (step + 10)))
+            log.add(step, iteration.domain, loss, bins, batch["x0"].shape[:2].numel())
+            stopping = (world == 1 or step % args.log_every == 0) and agree(stop["now"], launched)
+            saving = last or stopping or (step + 1) % args.save_every == 0
+            if saving or (step + 1) % args.log_every == 0:      # first, as it raises at a loss that is not finite
+                bar.set_postfix_str(log.flush(step, learning_rate(step, args)))
+            if saving and rank == 0:
+                save_state(out, step + 1, trained, args, world)
+            if stopping and not last:
+                bar.close()
+                if rank == 0:
+                    print(f"{args.name}: stopped by a signal at step {step + 1}; the same command goes on from there")
+                raise SystemExit(130 if stop["now"] == signal.SIGINT else 0)
+            if preview and rank == 0 and (step + 1) % args.sample_every == 0 and not last:
+                with swapped(params, ema), torch.compiler.set_stance("force_eager"):  # not worth a compilation
+                    preview(f"{out}/samples_{step + 1:07d}.png")
     for name, average in ema.items():
         params[name].data.copy_(average)
     if preview and rank == 0:
@@ -182,12 +184,10 @@ def in_training(network, args, world):
         for block in network.dit.blocks:            # without one, and where the graph begins
             block.compile(dynamic=False)
     network.dit.grad_checkpointing = args.grad_checkpointing
-    # find_unused_parameters: the blocks frozen in an iteration get no gradient; without it the ranks drift apart. To
-    # run them and set their gradients to None takes 8 to 10 % longer, and trains the embedders through them; an
-    # all-reduce by hand takes up to 3 % less on two gloo ranks, but on GPUs would not overlap with the backward pass.
-    # Where the backbone is frozen (stage 1) nothing is unused, and the buffers are constants.
     if world == 1:
         return network
+    # The blocks frozen in an iteration get no gradient: without find_unused_parameters the ranks drift apart there. To
+    # run them with a graph and drop their gradients takes 8 to 10 % longer. In stage 1 nothing is unused.
     backbone_trains = any(p.requires_grad for p in network.dit.parameters())
     return DistributedDataParallel(network, find_unused_parameters=backbone_trains, gradient_as_bucket_view=True,
                                    broadcast_buffers=False)
@@ -197,7 +197,7 @@ def check_sets(sets, args, world):
     """Refuses a set that is smaller than one step of all ranks."""
     for domain, dataset in sets.items():
         num, views = set_shape(dataset)
-        count = args.batch * args.images_per_sample // views * world
+        count = args.batch * args.images_per_grid // views * world
         if count > num:
             raise ValueError(f"one step of {world} process(es) takes {count} samples, but the {domain} set has only "
                              f"{num}: use a smaller --batch or --nproc_per_node, or more data")
@@ -208,7 +208,7 @@ def describe(network, params, sets, plan, args, launched, start):
     if launched.rank > 0:
         return
     trained, total = sum(p.numel() for p in params.values()), sum(p.numel() for p in network.parameters())
-    images = args.batch * args.images_per_sample
+    images = args.batch * args.images_per_grid
     turns, seen = [plan(step).domain for step in range(args.steps)], []
     for domain, dataset in sets.items():
         num, views = set_shape(dataset)
@@ -223,13 +223,20 @@ def describe(network, params, sets, plan, args, launched, start):
 # Stopping and looking
 
 
-def catch_signals():
-    """From now on SIGTERM (a requeue, torchrun's stop) and Ctrl-C only set ["now"] to their number; the loop then saves
-    and exits. ["before"] is what they did until now."""
+@contextmanager
+def signals_caught():
+    """with signals_caught() as stop: SIGTERM (a requeue, torchrun's stop) and Ctrl-C only set stop["now"] to their
+    number, for the loop to save and exit."""
     stop = {"now": 0}
-    stop["before"] = {number: signal.signal(number, lambda number, _: stop.update(now=number))
-                      for number in (signal.SIGTERM, signal.SIGINT)}
-    return stop
+
+    def note(number, _):
+        stop["now"] = number
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def agree(flag, launched):
@@ -252,7 +259,7 @@ def swapped(params, ema):
     swap()
 
 
-def finish(path, network, args, losses, launched, keep=("model", "shifters", "adapter")):
+def save_trained(path, network, args, losses, launched, keep=("model", "shifters", "adapter")):
     """Writes the trained weights in 16 bits for use (the states keep 32), with how they were made; returns the path.
 
     keep: which parts of the network go into the file.

@@ -29,7 +29,7 @@ def training_sets(args, launched, views, needs_real=True, control=False):
     views: 4 for a synthetic set of grids, 1 for one of single images; real images are always single. needs_real: False
     leaves the real set undrawn and out. control: whether the synthetic set must have maps.
     """
-    if not PRESETS[args.preset].vocab_size:
+    if PRESETS[args.preset].latent:
         return latent_sets(args, views, needs_real, control)
     size, folder = PRESETS[args.preset].image_size, f"{args.out}/sets"
     if args.synthetic:
@@ -48,9 +48,14 @@ def training_sets(args, launched, views, needs_real=True, control=False):
         return {"syn": synthetic}
     path = args.real
     if not path:
-        path = f"{folder}/real_{args.num_assets}.safetensors"
+        path = real_set_path(args)
         write_real_set(path, base_path(args), args.num_assets, Sampling(num_steps=args.real_steps), launched)
     return {"syn": synthetic, "real": read_set(path)}
+
+
+def real_set_path(args):
+    """Where the run folder keeps the real set that the base model draws."""
+    return f"{args.out}/sets/real_{args.num_assets}.safetensors"
 
 
 def latent_sets(args, views, needs_real, control):
@@ -80,6 +85,6 @@ def read_set(path):
 def null_caption(dit, synthetic):
     """What drops the text for guidance: no words; of vectors PixArt's own, under the caption's mask as PixArt has it,
     else the text encoder's for an empty caption."""
-    if dit.config.vocab_size:
+    if not dit.config.latent:
         return {"text": tokenize([""])}
     return synthetic.null if dit.null_text is None else {"text": dit.null_text[None]}

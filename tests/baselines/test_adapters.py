@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import TINY, random_inputs, random_model
 
-from baselines.adapters import ADAPTERS, LoRA, adapter_rank, load_adapter, with_adapter
+from baselines.adapters import ADAPTERS, LoRA, adapter_rank, load_adapter, new_network
 from baselines.methods import METHODS
 from dit import PRESETS, save_model
 from domain_shifter import REAL, SYN, uniform_domains
@@ -31,7 +31,7 @@ def test_methods_name_adapters_that_there_are_and_only_ones_of_stage_1_are_remov
 def test_an_adapter_starts_as_the_base_learns_at_once_and_comes_off_exactly(kind):
     inputs, domains = random_inputs(), uniform_domains(REAL, 4, 2)
     base = random_model()(*inputs)
-    network = with_adapter(random_model(), kind, rank=3)
+    network = new_network(random_model(), kind, rank=3)
     assert torch.equal(network(*inputs, domains), base)
     network(*inputs, domains).square().mean().backward()
     learns = [p for name, p in network.adapter.named_parameters() if not name.endswith("W_right")]
@@ -51,7 +51,7 @@ def test_an_adapter_starts_as_the_base_learns_at_once_and_comes_off_exactly(kind
 @torch.no_grad()
 def test_lora_is_a_low_rank_change_of_each_projection_weight():
     inputs, domains = random_inputs(), uniform_domains(REAL, 4, 2)
-    network, merged = with_adapter(random_model(), "lora", rank=3), random_model()
+    network, merged = new_network(random_model(), "lora", rank=3), random_model()
     layers = iter(network.adapter.layers)
     for block in merged.blocks:
         for name, outputs in LoRA.OUTPUTS.items():
@@ -65,7 +65,7 @@ def test_lora_is_a_low_rank_change_of_each_projection_weight():
 @torch.no_grad()
 def test_linear_adapters_stand_before_each_block():
     inputs, domains = random_inputs(), uniform_domains(REAL, 4, 2)
-    network, seen = with_adapter(random_model(), "linear", rank=3), {}
+    network, seen = new_network(random_model(), "linear", rank=3), {}
     first, layer = network.dit.blocks[0], network.adapter.layers[0]
     torch.nn.init.normal_(layer.W_left)
     first.norm.register_forward_pre_hook(lambda _, args: seen.setdefault("in", args[0]))
@@ -76,7 +76,7 @@ def test_linear_adapters_stand_before_each_block():
 
 def test_adapters_are_kept_in_checkpoints(tmp_path):
     for kind in ADAPTERS:
-        network, path = with_adapter(random_model(), kind, rank=3), str(tmp_path / kind)
+        network, path = new_network(random_model(), kind, rank=3), str(tmp_path / kind)
         save_model(path, TINY, network.dit, adapter=network.adapter, adapter_kind=kind)
         again = load_adapter(path, config=TINY)
         assert type(again) is ADAPTERS[kind]

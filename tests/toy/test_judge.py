@@ -16,7 +16,7 @@ def test_feature_net_learns_the_domain_and_is_kept(tmp_path):
     photo, picture = (render(assets, Look(style), geometry=False).rgb.flatten(0, 1) for style in ("photo", "render"))
     features = net.features(photo)
     assert features.shape == (96, 64) and torch.equal(features, again.features(photo))
-    assert torch.allclose(features[:7], net.features(photo[:7], batch=3), atol=1e-5)
+    assert torch.allclose(features[:7], net.features(photo[:7], batch=3), atol=1e-4)
     assert net.photo_probability(photo).mean() - net.photo_probability(picture).mean() > 0.3
     other = net.features(picture)
     assert fid(features, other) > 2 * fid(features[::2], features[1::2])

@@ -8,7 +8,7 @@ from conftest import random_model
 
 import train_stage1
 import train_stage2
-from baselines.adapters import with_adapter
+from baselines.adapters import new_network
 from baselines.methods import METHODS
 from support.launch import Launched
 from toy import pretrain
@@ -60,7 +60,7 @@ def test_stage_1_at_full_sees_three_epochs_of_each_of_its_domains(adapter, domai
     for world in (1, 8, 64):
         args = filled(train_stage1, "stage1", "--preset", "full", "--adapter", adapter, world=world)
         assert args.steps == domains * math.ceil(3 * 120_000 / 512)
-    sees_real = with_adapter(random_model(), adapter, 2).knows_domains()  # what `train_shifters` asks
+    sees_real = new_network(random_model(), adapter, 2).knows_domains()  # what `run_stage1` asks
     assert domains == (2 if sees_real else 1)
 
 
@@ -90,7 +90,7 @@ def test_every_default_is_one_that_is_allowed():
             args = filled(programs[stage], stage, "--preset", preset)
             assert None not in (args.steps, args.batch, args.lr, args.warmup, args.weight_decay, args.ema, args.loss)
             assert args.out == f"runs/{preset}" and args.workers == 0 and args.dtype == "float32"
-            assert args.images_per_sample == (1 if stage == "base" else 4)
+            assert args.images_per_grid == (1 if stage == "base" else 4)
     with pytest.raises(ValueError, match="preset full has no base training"):
         filled(pretrain, "base", "--preset", "full")
 
