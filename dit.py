@@ -199,7 +199,8 @@ class Block(nn.Module):
 
     def forward(self, x, mod, text, text_mask, domain_shift):
         """x (B, V N, d) -> the same. domain_shift: W_left W_right e_domain (B, d), this block's row of what
-        `DomainShifters.forward` gives, or None. mod: adaLN-single's (B, 6, d)."""
+        `DomainShifters.forward` gives, or None; blocks are counted from 0, so B_max = 0.3 of 28 means blocks 0..7.
+        mod: adaLN-single's (B, 6, d)."""
         if domain_shift is not None:
             x = x + domain_shift[:, None]                                                           # Sec. 4.1: X~
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + mod).unsqueeze(2).unbind(1)

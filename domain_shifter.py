@@ -36,8 +36,9 @@ class DomainShifters(nn.Module):
     def forward(self, domains):
         """W_left W_right e_domain of every block: domains (N_B, B) of SYN / REAL -> shift (N_B, B, d).
 
-        It is added where the block begins, to each of its tokens: in `Block.forward` (dit.py). Numbers between SYN and
-        REAL (or a little outside) mix: e(s) = (1 - s) e_syn + s e_real.
+        Row k is added where block k begins, to each of its tokens: in `Block.forward` (dit.py). Blocks are counted from
+        0: B_max = 0.3 of 28 means that rows 0..7 are synthetic. Numbers between SYN and REAL (or a little outside) mix:
+        e(s) = (1 - s) e_syn + s e_real.
         """
         e_syn, e_real = self.domain_embeddings.unsqueeze(2).unbind(1)                               # (N_B, 1, d)
         e_domain = torch.lerp(e_syn, e_real, domains[..., None].to(e_syn))                          # (N_B, B, d)

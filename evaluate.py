@@ -13,6 +13,7 @@ FID and KID.
 """
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -290,7 +291,7 @@ def paired_metrics(ours, theirs, names, weights=None):
     """Means of PSNR, SSIM (and LPIPS, given its weights) of the images `names` in two folders: {metric: value}."""
     metrics = {"PSNR": psnr, "SSIM": ssim}
     if weights:
-        metrics["LPIPS"] = lambda x, y: lpips(x, y, weights)
+        metrics["LPIPS"] = partial(lpips, weights=weights)
 
     def compare(images, paths):
         others = [read_image(theirs + path.removeprefix(ours)) for path in paths]

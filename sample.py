@@ -208,6 +208,8 @@ def load_network(path, device="cpu", config=None, shifters=None):
         of_file = load_shifters(shifters, device, model.config)
         if of_file is None:
             raise ValueError(f"{shifters} holds no Domain Shifters (--shifters)")
+        if "adapter_kind" in read_metadata(path):
+            raise ValueError(f"{path} has a baseline's adapter, which takes no --shifters beside it")
         return ShiftedDiT(model, of_file).eval()
     if "config" not in read_metadata(path):                             # PixArt-alpha's
         return ShiftedDiT(model).eval()

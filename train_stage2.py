@@ -138,7 +138,8 @@ def object_preview(network, args):
 
 def parse_args(argv=None):
     """The command line of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)                # main looks for two flags by their whole names
     training_arguments(parser)
     add = parser.add_argument
     add("--task", choices=("texturing", "text"), default="texturing", help="control by normal and position maps, or by "

@@ -224,7 +224,8 @@ def print_measured(args, launched, times, parts, peak):
     for i in range(block_count(args.tau_B, PRESETS[args.preset].depth) + 1):
         rows.append((times[i] / times["real"], tera_operations(args, 1, i) / tera_operations(args, 1)))
         print(f"{i:16d} {rows[-1][0]:17.3f} {rows[-1][1]:9.3f}")
-    measured, counted = (sum(column) / len(rows) for column in zip(*rows))
+    measured = sum(measured for measured, _ in rows) / len(rows)
+    counted = sum(counted for _, counted in rows) / len(rows)
     print(f"{'average':>16} {measured:17.3f} {counted:9.3f}")
 
 
@@ -263,6 +264,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.preset == "full" and args.batch is None:
         args.batch = GRIDS_A_PART                               # what a GPU computes at once
+    args.accumulate = 1 if args.accumulate is None else args.accumulate
     launched = launch(args.threads)
     fill_defaults(args, "stage2", launched)
     if args.rounds < 1:

@@ -174,7 +174,7 @@ def seed_noise(results, name):
     """Standard deviation of a measure between seeds, pooled over the rows trained with two or more; None: no such."""
     variances = []
     for row in results.values():
-        values = [toy[name] for toy in row["toy"].values()]
+        values = [toy.get(name) for toy in row["toy"].values()]
         if len(values) > 1 and None not in values:
             variances.append(np.var(values, ddof=1))
     return float(np.sqrt(np.mean(variances))) if variances else None

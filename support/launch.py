@@ -24,8 +24,8 @@ def launch(threads=None):
 
     RANK decides who writes, LOCAL_RANK which GPU is used, so that several nodes work.
     """
-    rank, local, world = (int(os.environ.get(key, default)) for key, default in
-                          (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if threads is not None:
         if threads < 1:
             raise ValueError(f"--threads must be at least 1, not {threads}")

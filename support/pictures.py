@@ -101,26 +101,42 @@ def save_plot(path, curves, x_label, y_label, log_y=False):
 def draw_points(points, x_label, y_label, limit=None, size=(700, 560), highlight=()):
     """A plot of labelled points {label: (x, y)}, their labels apart, those in `highlight` in red; limit: a vertical
     line at this x. A PIL image."""
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points.values()))
+    xs, ys = [x for x, _ in points.values()], [y for _, y in points.values()]
+    (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
     x1 = x1 if limit is None else max(x1, limit)
     dx, dy = 0.06 * (x1 - x0), 0.06 * (y1 - y0)
     sheet, pen, place = axes([(x0 - dx, y0 - dy), (x1 + dx, y1 + dy)], x_label, y_label, size=size)
     if limit is not None:
         x, _ = place(limit, y0)
         pen.line([(x, 20), (x, size[1] - 36)], "gray")
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in (place(*point) for point in points.values())]
-    for k, (label, point) in enumerate(points.items()):
+    places = {label: place(*point) for label, point in points.items()}
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places.values()]
+    for k, (label, (x, y)) in enumerate(places.items()):
         color = PLOT_COLORS[label in highlight]
-        x, y = place(*point)
         pen.ellipse(taken[k], fill=color)
-        wide = pen.textlength(label)
-        boxes = [(left, y - 6 + shift, left + wide, y + 5 + shift) for shift in (0, 11, -11, 22, -22, 33, -33, 44, -44)
-                 for left in (x + 7, x - 7 - wide) if 60 < left < size[0] - 12 - wide]
-        box = next((box for box in boxes if not any(box[0] < c and a < box[2] and box[1] < d and b < box[3]
-                                                    for a, b, c, d in taken)), boxes[0])
+        box = free_box(x, y, pen.textlength(label), taken, size[0])
         taken.append(box)
         pen.text(box[:2], label, color)
     return sheet
+
+
+def free_box(x, y, wide, taken, width):
+    """Where a label of this width goes beside a point: the first box (left, top, right, bottom) that meets none of
+    those that are taken, near ones first; the first of all where there is none."""
+    boxes = []
+    for shift in (0, 11, -11, 22, -22, 33, -33, 44, -44):
+        for left in (x + 7, x - 7 - wide):
+            if 60 < left < width - 12 - wide:
+                boxes.append((left, y - 6 + shift, left + wide, y + 5 + shift))
+    for box in boxes:
+        if not any(overlap(box, other) for other in taken):
+            return box
+    return boxes[0]
+
+
+def overlap(one, other):
+    """Whether two boxes (left, top, right, bottom) share some of the picture."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def side_by_side(images):

@@ -8,6 +8,7 @@ from conftest import GOLDEN, random_model, trained_shifters
 from safetensors.torch import load_file
 
 import sample
+from baselines.adapters import new_network
 from dit import PRESETS, DiT, alphas_cumprod, save_model
 from domain_shifter import ShiftedDiT
 from sample import Sampling, ddim_sample, ddim_timesteps, domain_mode, guided_noise, sample_images
@@ -191,3 +192,7 @@ def test_shifters_that_are_none_are_refused(tmp_path):
     assert sample.load_network(path).shifters is not None
     with pytest.raises(ValueError, match="none.safetensors holds no Domain Shifters"):
         sample.load_network(path, shifters=str(tmp_path / "none.safetensors"))
+    adapted = new_network(model, "lora", rank=2)
+    save_model(str(tmp_path / "lora.safetensors"), model.config, model, adapter=adapted.adapter, adapter_kind="lora")
+    with pytest.raises(ValueError, match="lora.safetensors has a baseline's adapter"):
+        sample.load_network(str(tmp_path / "lora.safetensors"), shifters=path)

@@ -191,3 +191,4 @@ def test_another_program_gets_the_other_flags(flag, program, monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_stage2.py", flag, "--threads", "1"])
     train_stage2.main()
     assert given[1] == ["--threads", "1"]
+    refuses(train_stage2, (flag[:-2],), 2, flag[:-2])  # half a flag does not start a training in its place

@@ -94,8 +94,10 @@ def fill_defaults(args, stage, launched):
     args.dtype = args.dtype or ("bfloat16" if on_cuda else "float32")
     if args.shifter_lr_scale is None:       # the wider, the faster matrices learn, but not vectors (Yang et al. 2022)
         args.shifter_lr_scale = config.width / 1152 if getattr(args, "joint", False) else 1.0
-    args.workers = (2 if on_cuda else 0) if args.workers is None else args.workers
-    args.accumulate = 1 if args.accumulate is None else args.accumulate
+    if args.workers is None:
+        args.workers = 2 if on_cuda else 0
+    if args.accumulate is None:
+        args.accumulate = 1
     args.loss = args.loss or ("even" if config.output_skip else "epsilon")
     args.images_per_grid = 1 if stage == "base" else config.num_views
     for name, least in LEAST.items():

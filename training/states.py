@@ -11,8 +11,8 @@ from support.files import load_tensors, save_tensors
 
 # flags that do not decide the result of a training
 NOT_SETTINGS = ("out", "log_every", "save_every", "sample_every", "picture_steps", "compile", "grad_checkpointing",
-                "accumulate", "workers", "threads", "command", "layer_selective", "benchmark", "seeds", "num_prompts",
-                "rounds")
+                "accumulate", "workers", "threads", "images_per_grid", "command", "layer_selective", "benchmark",
+                "seeds", "num_prompts", "rounds")
 
 
 class Trained(NamedTuple):
@@ -52,8 +52,7 @@ def load_state(out, trained, args, world):
             print(f"skipping a damaged state: {error}", file=sys.stderr)
             continue
         was, now = metadata["settings"], json.loads(json.dumps(training_settings(args) | {"processes": world}))
-        other = [f"{key} {was.get(key)} (now {now.get(key)})" for key in sorted(was.keys() | now.keys())
-                 if was.get(key) != now.get(key)]
+        other = [f"{key} {was.get(key)} (now {now[key]})" for key in now if was.get(key) != now[key]]
         if other:
             raise ValueError(f"{path} was made with other settings: {', '.join(other)}; use another --out or --name, "
                              f"or delete {out}")

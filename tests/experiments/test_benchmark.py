@@ -128,6 +128,7 @@ def test_full_without_a_gpu_is_counted_and_not_timed(run_benchmark, monkeypatch)
     assert rows["saved activations"][0] == pytest.approx(28 * block / 2 ** 30, rel=0.02)
     assert rows["saved activations"][1] == pytest.approx((block + 28 * 8192 * 1152 * 4) / 2 ** 30, rel=0.1)
     assert "full, 8 grids of 4 views a step" in run_benchmark("--preset", "full")  # what a GPU computes at once
+    assert "full, 16 grids" in run_benchmark("--preset", "full", "--batch", "16")  # in one part, unlike in training
 
 
 def test_benchmark_prints_rates_and_parts_that_agree(run_benchmark, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from train_worker import tiny_args, train_tiny
 
-from support.files import load_tensors
+from support.files import load_tensors, save_tensors
 from training.states import check_ranks, training_settings
 
 WORKER = "tests/training/train_worker.py"
@@ -64,6 +64,10 @@ def test_other_settings_are_not_resumed(tmp_path):
     with pytest.raises(ValueError, match=r"other settings: lr 0.0002 \(now 0.5\); use another --out or --name"):
         train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1, "--lr", 0.5)
     train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1, "--log_every", 2)  # does not decide the result
+    for path in states(tmp_path):  # nor does a setting that there is no more
+        kept, metadata = load_tensors(path)
+        save_tensors(path, kept, step=metadata["step"], settings=metadata["settings"] | {"images_per_sample": 4})
+    train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1)
 
 
 def test_settings_are_what_decides_the_result(tmp_path):
