@@ -4,8 +4,9 @@
     python data.py --size 64 --out sheet.png
 
     synthetic set   renders of assets, four views each, with normal and position maps, "a red wooden mug"
-    real set        what the base model draws for the same captions (sample.py), without maps
-    held-out sets   objects that no training sees, as renders and, which no paper has, as perfect photographs
+    real set        what the base model draws for the same captions, without maps: in 10 DDIM steps at toy (sample.py),
+                    in 20 at full (full/real_set.py)
+    held-out sets   objects that no training sees, as renders and, as the toy world can, as perfect photographs
 
 The toy's sets are made here from toy/ (the world) and kept as safetensors; those of the full configuration are latents
 on disk (full/latents.py). Training takes either, as samples of V views: images are (B, V, C, H, W).
@@ -79,7 +80,7 @@ def synthetic_set(num, seed=SEEDS["synthetic"], size=32, folder="runs/toy/sets",
 
 
 def evaluation_set(num, seed=SEEDS["evaluation"], size=32, folder="runs/toy/sets", device="cpu"):
-    """synthetic_set of held-out objects, with what no paper has: the same views as photos under the object's one light.
+    """synthetic_set of held-out objects, with what a toy world can draw: the same views as photos under one light.
 
     Adds photo uint8 (N, 4, 3, H, W), mask uint8 (N, 4, 1, H, W) = 255 x coverage, position and normal float32
     (N, 4, 3, H, W), labels int64 (N, 3) = category, color, material.

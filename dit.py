@@ -2,7 +2,7 @@
 
 The network is PixArt-alpha's (Chen et al. 2023), the public text-to-image DiT (Peebles & Xie 2023) with the paper's
 epsilon objective, so that its weights can be loaded. Realiz3D adds three inputs to it (Sec. 4, B.2). Until they are
-trained, control and shift leave the base model exactly as it was, and so does a grid of views that attend alone:
+trained, control and domain leave the base model exactly as it was; with one view it is the base model's in any case:
 
     control  extra input channels of the patch embedder, their weights start at zero    (texturing: normals, positions)
     views    attention over all views of a grid, each with a learned encoding that starts at zero
@@ -91,10 +91,11 @@ def add_noise(x0, noise, t):
 def epsilon_loss(prediction, noise, t, even=False):
     """Plain epsilon loss (Sec. 4), in fp32, and what it is made of.
 
-    prediction, noise: (B, ...); t: (B,). even: divide by alpha_bar_t, which makes it the loss on v (Salimans & Ho
-    2022) and lets every noise level weigh alike; the plain loss of a low-resolution image is all but blind to high
-    noise, where shape is decided. Where the noise is too faint to see (variance below 1 / 50) it is weighed down, as
-    in min-SNR (Hang et al. 2023): telling it from the image is most of the loss and none of the picture.
+    prediction, noise: (B, ...); t: (B,). even (--loss even, the default at toy and small): divide by alpha_bar_t, which
+    makes it the loss on v (Salimans & Ho 2022) and lets every noise level weigh alike; the plain loss of a
+    low-resolution image is all but blind to high noise, where shape is decided. Where the noise is too faint to see
+    (variance below 1 / 50) it is weighed down, as in min-SNR (Hang et al. 2023): telling it from the image is most of
+    the loss and none of the picture.
     Returns the mean (a scalar), and a detached (2, LOSS_BINS) of the sums and counts of the plain loss by timestep bin,
     over samples.
     """

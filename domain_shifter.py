@@ -17,7 +17,7 @@ from dit import read_config, require_config
 from support.files import load_strictly, load_tensors
 
 SYN, REAL = 0, 1            # indices of e_syn and e_real
-TAU_B, P_B = 0.4, 0.1       # the paper's: deepest block to freeze or reassign, probability of reassignment (Sec. 4.2)
+TAU_B, P_B = 0.4, 0.1       # the paper's: most blocks to freeze or reassign, probability of reassignment (Sec. 4.2)
 B_MAX, T_MAX = 0.3, 950     # the paper's shift at sampling time (Sec. 4.3)
 
 

@@ -1,4 +1,4 @@
-"""Measures of control and realism (Sec. 5), calibrated on what no paper has: perfect photos of the same objects.
+"""Measures of control and realism (Sec. 5), calibrated on what a toy world can draw: perfect photos of its objects.
 
     python evaluate.py toy                          # the trained models beside the oracle: control, domain, leakage
     python evaluate.py oracle                       # perfect photos and perfect renders through every measure
@@ -204,7 +204,8 @@ def fid(a, b):
 
 def kid(a, b):
     """Unbiased squared MMD of features (N, F) and (M, F) with the kernel (x y / F + 1)^3 (KID, Binkowski et al. 2018);
-    float64, all pairs, any N and M above 1; unlike FID it does not depend on their size. Raises as `fid`."""
+    float64, all pairs, any N and M above 1; unlike FID unbiased at any size, as far as the images are independent.
+    Raises as `fid`."""
     def kernel(x, y):
         return (x @ y.T / x.shape[1] + 1)**3
 

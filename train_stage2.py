@@ -150,7 +150,8 @@ def parse_args(argv=None):
     add("--no_reassignment", action="store_true", help="no domain reassignment")
     add("--joint", action="store_true", help="skip stage 1, train shifters or domain switcher with the model (Table 2, "
         "row 1, is this with --no_freezing --no_reassignment)")
-    add("--tau_B", type=float, default=TAU_B, help="deepest block that may be frozen or reassigned, as a share of N_B")
+    add("--tau_B", type=float, default=TAU_B, help="how many of the first blocks may be frozen or "
+        "reassigned, as a share of N_B")
     add("--p_B", type=float, default=P_B, help="probability of domain reassignment on a real iteration")
     add("--real_warmup", type=int, default=20, help="real iterations before the domains alternate")
     add("--shifters", help="shifters, or a baseline's adapter, of stage 1 (default: in OUT)")

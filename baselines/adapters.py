@@ -1,7 +1,8 @@
 """The baselines' adapters (Sec. 5): LoRA, linear adapters, the domain switcher.
 
 They hang on the network by hooks: dit.py knows none of them, and a network without its adapter is exactly what was
-trained around it (domain and spatial adapters are removed for sampling).
+trained around it. Domain and spatial adapters are removed for sampling (`kept` in methods.py): `run_stage2` saves their
+model alone, and `without_adapter` switches them off for the pictures before that.
 """
 from contextlib import contextmanager
 

@@ -1,7 +1,8 @@
 """Realiz3D and its baselines (Sec. 5) as one table: what each trains, on what, and what it keeps for sampling.
 
-Another baseline is a row here and, where it has an adapter of its own, a class in adapters.py; and a row in
-experiments/paper.py to stand in the tables. SDEdit (sdedit.py) trains nothing and has no row.
+Another baseline is a row here and, where it has an adapter of its own, a class in adapters.py (in ADAPTERS and
+`adapter_rank`); to stand in the tables, a row in BASELINES of experiments/paper.py and the paper's numbers beside it.
+SDEdit (sdedit.py) trains nothing and has no row.
 """
 from typing import NamedTuple
 

@@ -1,6 +1,6 @@
 """How far to shift at sampling time (Sec. 4.3), and, beyond the paper, the dial between the two domains.
 
-    python -m experiments.shift select      # B_max and t_max of a model, kept where sample.py finds them
+    python -m experiments.shift select      # B_max and t_max of a model, kept where sample.py and evaluate.py find them
     python -m experiments.shift dial        # e(s) = (1 - s) e_syn + s e_real, from render to photograph
 
 The choice of B_max and t_max is made once per model, on validation objects, which nothing is evaluated on.

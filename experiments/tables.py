@@ -3,9 +3,10 @@
     python -m experiments.tables table1                         # hours on a CPU; run again to go on
     python -m experiments.tables table2 --seed 1 --rows "3 real data" "5 = 3 + reassignment"        # a second seed
 
-A row's model is trained by train_stage2.py where it is missing, its images are sampled where they are missing, and both
-are kept in the run folder. Writes results/TABLE.json after each row, and at the end TABLE.md, TABLE.png (realism
-against consistency, a point a method) and TABLE_sheet.png (six objects, a row a method).
+The rows, their flags and the paper's numbers are in experiments/paper.py. A row's model is trained by train_stage2.py
+where it is missing, its images are sampled where they are missing, and both are kept in the run folder. Writes
+results/TABLE.json after each row, and at the end TABLE.md, TABLE.png (realism against consistency, a point a method)
+and TABLE_sheet.png (six objects, a row a method).
 """
 import argparse
 import os
