@@ -1,6 +1,6 @@
 """What training reads (Sec. 5, C.1): the synthetic set, the captions of the real set, the held-out sets.
 
-    python data.py                                  # what the toy world looks like: assets/world.png, and views/s
+    python data.py                                  # what the toy world looks like: runs/toy/world.png, and views/s
     python data.py --size 64 --out sheet.png
 
     synthetic set   renders of assets, four views each, with normal and position maps, "a red wooden mug"
@@ -180,7 +180,7 @@ def contact_sheet(out, size=32, seed=0):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="assets/world.png", help="the picture to write (default %(default)s)")
+    parser.add_argument("--out", default="runs/toy/world.png", help="the picture to write (default %(default)s)")
     parser.add_argument("--size", type=int, default=32, help="its pixels a view (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="its objects (default %(default)s)")
     args = parser.parse_args(argv)

@@ -253,8 +253,8 @@ def parse_args(argv=None):
     training_arguments(parser)
     parser.add_argument("--rounds", type=int, default=15, help="how often each kind of iteration is timed (default "
                         "%(default)s)")
-    parser.add_argument("--tau_B", type=float, default=TAU_B, help="how many of the first blocks are frozen at most, as "
-                        "a share of N_B (default %(default)s)")
+    parser.add_argument("--tau_B", type=float, default=TAU_B, help="how many of the first blocks are frozen at most, "
+                        "as a share of N_B (default %(default)s)")
     parser.add_argument("--rank", type=int, help="r of the Domain Shifters (default 8)")
     parser.set_defaults(adapter="shifters", no_real_data=False, real_warmup=0)
     return parse_training(parser, "-m experiments.benchmark", argv)

@@ -32,6 +32,8 @@ def launch(threads=None):
         torch.set_num_threads(threads)
     # under bf16 autocast RMSNorm keeps its weight in fp32, which is what we want, and says so at length
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    # the word for it that torch 2.13 wants is not known to torch 2.11
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device(f"cuda:{local}")
