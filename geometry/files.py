@@ -47,9 +47,9 @@ def read_mesh(path):
         raise ValueError(f"{path}: meshes are read from {', '.join(MESH_KINDS)} files")
     try:
         vertices, faces = read_obj(path) if kind == ".obj" else read_scene(path)
-    except ImportError as error:
-        raise ValueError(f"reading {path} needs {error.name}: pip install {error.name}") from None
     except Exception as error:          # trimesh raises whatever the bytes of a damaged file lead it to
+        if isinstance(error, ImportError) and error.name == "trimesh":
+            raise ValueError(f"reading {path} needs trimesh: pip install trimesh") from None
         reason = " ".join(str(error).split()) if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"{path} is not a readable {kind[1:].upper()} file: {reason}") from None
     if len(faces) == 0:

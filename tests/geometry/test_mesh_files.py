@@ -253,7 +253,7 @@ def test_bad_ply_and_stl_files_are_refused_in_one_line(trimesh, tmp_path):
         "flat.ply": (ply([*points[:2], (2, 0, 0)], [face]), "without area"),
         "word.stl": ("solid", "holds no triangles"),
         "nothing.stl": ("", "holds no triangles"),
-        "cut.stl": (stl[:-30], "holds no triangles"),
+        "cut.stl": (stl[:-30], "holds no triangles|not a readable STL"),  # read as text, by what trimesh finds installed
         "half.stl": (text[:len(text) // 2], "holds no triangles"),
         "zero.stl": (text.replace("0.1", "zero", 1), "not a readable STL"),
     }
