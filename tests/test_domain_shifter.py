@@ -92,7 +92,7 @@ def test_each_block_reads_its_own_row_and_each_sample_its_own_column():
         assert moved[0] == 0 and moved[1] > 1e-5
 
 
-def test_reassigned_domains_by_hand():
+def test_real_after_some_synthetic_blocks_by_hand():
     assert real_after(0, 4, 2).tolist() == [[1, 1]] * 4
     assert real_after(3, 4, 2).tolist() == [[0, 0]] * 3 + [[1, 1]]
 

@@ -129,13 +129,14 @@ def train(network, sets, null, plan, args, launched, preview=None):
     log = Log(out, args, launched, start)
 
     def read(step):
-        first, batch = read_batch(plan(step), sets, args, launched)
-        return step, first, batch
+        iteration = plan(step)
+        first, batch = read_batch(iteration, sets, args, launched)
+        return step, iteration, first, batch
     batches = read_ahead(read, range(start, args.steps), args.workers)
     bar = tqdm(batches, initial=start, total=args.steps, desc=args.name, disable=rank > 0)
     with signals_caught() as stop:
-        for step, first, batch in bar:
-            iteration, last = plan(step), step + 1 == args.steps
+        for step, iteration, first, batch in bar:
+            last = step + 1 == args.steps
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             batch = with_noise(batch, iteration, args.seed, step, first)
             for group in optimizer.param_groups:
