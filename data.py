@@ -25,9 +25,11 @@ from support.generators import ORDER, seeded_generator
 from support.launch import run_cli
 from support.pictures import save_image, to_uint8
 from toy.render import Look, render
-from toy.world import (CATEGORIES, WORLD_VERSION, Assets, asset_captions, sample_assets, take, tokenize, uniforms)
+from toy.world import (CATEGORIES, WORLD_VERSION, Assets, asset_captions, exaggerated, sample_assets, take, tokenize,
+                       uniforms)
 
 SEEDS = dict(base=1, synthetic=2, evaluation=3, validation=4, photos=5)     # held-out objects are never trained on
+ASSETS = {"toy": 400, "small": 4000, "full": 120_000}      # of the synthetic set, at full the paper's (C.1)
 LATENT_SCALE = 0.18215                  # of PixArt's VAE: the model sees its latents times this
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,6 +75,7 @@ def in_chunks(num, name, draw, chunk=256):
 def synthetic_set(num, seed=SEEDS["synthetic"], size=32, folder="runs/toy/sets", device="cpu"):
     """Renders -> image uint8 (N, 4, 3, H, W), control float16 (N, 4, 6, H, W), text (N, L): "a red wooden mug"."""
     def draw(assets, first):
+        assets = exaggerated(assets)
         views = render(assets, Look("render"), size=size, device=device)
         return dict(image=to_uint8(2 * views.rgb - 1), control=control_maps(views).half(),
                     text=tokenize(asset_captions(assets)))
@@ -86,6 +89,7 @@ def evaluation_set(num, seed=SEEDS["evaluation"], size=32, folder="runs/toy/sets
     (N, 4, 3, H, W), labels int64 (N, 3) = category, color, material.
     """
     def draw(assets, first):
+        assets = exaggerated(assets)
         views = render(assets, Look("render"), size=size, device=device)
         grain = Look("photo", seed=seed * 10**6 + first)
         photo = render(assets, grain, size=size, geometry=False, device=device).rgb

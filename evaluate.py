@@ -31,7 +31,7 @@ from support.folders import find_images, in_batches, read_caption, read_image, r
 from support.launch import BAR, launch, run_cli
 from support.networks import LPIPS_LAYERS, load_clip, load_inception, load_lpips
 from support.pictures import save_picture, to_uint8
-from toy.judge import train_feature_net, world_features
+from toy.judge import load_judges, train_feature_net
 from toy.world import WORLD_VERSION, asset_captions, sample_assets, tokenize
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,11 +348,13 @@ def compare_folders(args):
 
 def oracle(folder="runs/toy/sets", num=64):
     """Dict of (perfect photos, perfect renders, target) per measure on num held-out objects."""
-    held, net = data.evaluation_set(num, folder=folder), train_feature_net(folder)
-    pictures = [held["photo"] / 255, held["image"] / 255]
+    held, judges = data.evaluation_set(num, folder=folder), load_judges(folder)
+    net, pictures = judges.net, [held["photo"] / 255, held["image"] / 255]
     surface = Surface(held["position"], held["normal"], held["mask"] / 255)
     views = [consistency(x, surface) for x in pictures]
+    angles = [judges.normals.angular_error(x, held["normal"]).mean().item() for x in pictures]
     rows = {"silhouette IoU": (*(silhouette_iou(x, surface.mask).mean().item() for x in pictures), ">= 0.98"),
+            "normals read wrong by (degrees)": (*angles, ""),
             "re-rendered PSNR (dB)": (*(x["psnr"].nanmean().item() for x in views), ""),
             "re-rendered SSIM": (*(x["ssim"].nanmean().item() for x in views), ""),
             "leave-one-out PSNR (dB)": (*(x["psnr_loo"].nanmean().item() for x in views), ">= 30"),
@@ -361,11 +363,10 @@ def oracle(folder="runs/toy/sets", num=64):
     heads = [net(x.flatten(0, 1)) for x in pictures]
     for k, head in enumerate(("category", "color", "material")):
         right = [(said[head].argmax(dim=1) == labels[:, k]).float().mean().item() for said in heads]
-        if head == "material":
-            right[1] = float("nan")                                     # renders do not show it
         rows[f"{head} read right"] = (*right, "")
-    right = [(said["domain"].argmax(dim=1) == domain).float().mean().item() for said, domain in zip(heads, (1, 0))]
-    rows["domain read right"] = (*right, ">= 0.99")
+    for name, judge in (("domain read right", net), ("  by the second judge", judges.second)):
+        called = [(judge.photo_probability(x.flatten(0, 1)) > 0.5).float().mean().item() for x in pictures]
+        rows[name] = (called[0], 1 - called[1], ">= 0.99")
     photos = net.features(data.photo_set(4 * num, folder=folder)["image"].flatten(0, 1) / 255)
     features = [net.features(x.flatten(0, 1)) for x in pictures]
     rows["Frechet distance to photos"] = (*(fid(photos, x) for x in features), "small, large")
@@ -384,38 +385,55 @@ def print_oracle(args):
 # The trained models: does control hold, does the domain follow its switch, has the domain leaked?
 
 DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4, "FD_B": 1, "KD_B": 0, "FD_I": 1, "KD_I": 0, "caption": 3, "iou": 3,
-          "psnr_loo": 2, "photo": 2}                                    # of each measure, to print
+          "normals": 1, "psnr_loo": 2, "loo_gap": 2, "photo": 2, "photo_2": 2}      # of each measure, to print
 
 
-def measure(images, held, photos, net, base=None, task="texturing", lpips_weights=None):
+def measure(images, held, judges, base=None, task="texturing", lpips_weights=None):
     """Control, consistency and realism of grids of images.
 
-    images: (B, V, 3, H, W) in [0, 1], of the objects `held` (data.evaluation_set). photos: (N, F) features of held-out
-    photographs; base: of the base model's images of the same prompts. task "text": there are no maps, so consistency
-    is taken on the visual hull. Returns a dict of floats: silhouette IoU with the control mask; PSNR (dB) and SSIM of
-    the views re-rendered (and LPIPS, given its weights), PSNR leave-one-out; share called a photo; Frechet and kernel
-    (x 1000) distance to base and to photos; caption, how surely the heads read category, colour and material off the
-    image (in place of CLIP).
+    images: (B, V, 3, H, W) in [0, 1], of the objects `held` (data.evaluation_set). judges: toy.judge.Judges; base:
+    (N, F) features of the base model's images of the same prompts. task "text": there are no maps, so consistency is
+    taken on the visual hull. Returns a dict of floats:
+
+    iou             silhouette IoU with the control mask                                        (texturing only)
+    normals         angle in degrees between the normals asked for and those read off the image (texturing only)
+    psnr, ssim      of the views against their re-rendering (dB), the paper's form; lpips given its weights
+    psnr_loo        the same, leave-one-out (dB); loo_gap: how far below perfect views of its own domain
+    photo, photo_2  share called a photo, by each of two judges
+    FD_B, KD_B ..   Frechet and kernel (x 1000) distance to the base model's images, and (I) to held-out photographs
+    caption         how surely the judge reads category, colour and material off the image (in place of CLIP)
     """
-    mask, flat = held["mask"] / 255, images.flatten(0, 1)
-    if task == "text":
-        outline = silhouette(images)
-        lifted = Surface(*visual_hull(outline))
-        views = consistency(images, lifted, near=0.5, outline=outline, lpips_weights=lpips_weights)
-    else:
-        views = consistency(images, Surface(held["position"], held["normal"], mask), lpips_weights=lpips_weights)
-    features, labels = net.features(flat), held["labels"].repeat_interleave(images.shape[1], dim=0)
+    flat, labels = images.flatten(0, 1), held["labels"].repeat_interleave(images.shape[1], dim=0)
+    views = grid_consistency(images, held, task, lpips_weights)
     with torch.no_grad():
-        heads = net(flat)
+        heads = judges.net(flat)
     said = [heads[name].softmax(1).gather(1, labels[:, k:k + 1])
             for k, name in enumerate(("category", "color", "material"))]
-    row = dict(iou=silhouette_iou(images, mask).mean().item() if task == "texturing" else None,
-               **{name: value.nanmean().item() for name, value in views.items() if name != "covered"},
-               photo=(net.photo_probability(flat) > 0.5).float().mean().item(), caption=torch.cat(said).mean().item())
-    for name, reference in (("B", base), ("I", photos)):
+    photo, photo_2 = ((net.photo_probability(flat) > 0.5).float().mean().item() for net in (judges.net, judges.second))
+    perfect = grid_consistency(held["photo" if photo > 0.5 else "image"] / 255, held, task)
+    row = dict(iou=None, normals=None)
+    if task == "texturing":
+        row = dict(iou=silhouette_iou(images, held["mask"] / 255).mean().item(),
+                   normals=judges.normals.angular_error(images, held["normal"]).mean().item())
+    row |= {name: value.nanmean().item() for name, value in views.items() if name != "covered"}
+    row |= dict(loo_gap=perfect["psnr_loo"].nanmean().item() - row["psnr_loo"], photo=photo, photo_2=photo_2,
+                caption=torch.cat(said).mean().item())
+    features = judges.net.features(flat)
+    for name, reference in (("B", base), ("I", judges.photos)):
         if reference is not None:
             row |= {f"FD_{name}": fid(reference, features), f"KD_{name}": 1000 * kid(reference, features)}
     return row
+
+
+def grid_consistency(images, held, task, lpips_weights=None):
+    """`consistency` of grids (B, V, 3, H, W) of the objects `held`, on their own surface, or for "text" on the hull of
+    what is seen."""
+    if task == "text":
+        outline = silhouette(images)
+        lifted = Surface(*visual_hull(outline))
+        return consistency(images, lifted, near=0.5, outline=outline, lpips_weights=lpips_weights)
+    return consistency(images, Surface(held["position"], held["normal"], held["mask"] / 255),
+                       lpips_weights=lpips_weights)
 
 
 def base_images(path, num, folder, device, sampling):
@@ -453,8 +471,7 @@ def toy_table(args):
     realiz3d = args.model or default_model("toy", "texturing")
     syn_only = args.syn_only or default_model("toy", "texturing", "syn_only")
     network, plain = load_toy(realiz3d, device), load_toy(syn_only, device)
-    held, net = data.evaluation_set(args.num, folder=args.folder, device=device), train_feature_net(args.folder)
-    photos = world_features(net, args.folder, device)
+    held, judges = data.evaluation_set(args.num, folder=args.folder, device=device), load_judges(args.folder, device)
     B_max, t_max = selected_shift(realiz3d)
     sampling = replace(asked_sampling(args), B_max=B_max, t_max=t_max)
     base = base_images(args.base or default_base(), args.num, args.folder, device, sampling)
@@ -466,13 +483,15 @@ def toy_table(args):
         for name, model, mode in runs:
             drawn = sample_images(model, held, replace(sampling, mode=mode, batch=16), views=4, progress=progress)
             images[name] = to_uint8(drawn) / 255
-    rows = {name: measure(grids, held, photos, net) for name, grids in images.items()}
-    rows["base model, no control"].update(iou=None, psnr_loo=None)          # free shapes, not views of one object
+    rows = {name: measure(grids, held, judges) for name, grids in images.items()}
+    free = dict.fromkeys(("iou", "normals", "psnr", "ssim", "psnr_loo", "loo_gap"))
+    rows["base model, no control"].update(free)                     # shapes of its own, not views of one object
     print(f"{args.num} held-out objects, four views, {args.num_steps} steps, seed {args.seed}; {realiz3d}, {syn_only}; "
           f"shifted: B_max {B_max}, t_max {t_max}")
     print_toy_table(rows)
-    print("IoU: silhouette with the control mask; LOO: leave-one-out consistency; photo: share called a photo; FD, KD: "
-          f"to {len(photos)} held-out photos")
+    print("IoU: silhouette with the control mask; normals: error in degrees of those read off the image; LOO: leave-"
+          "one-out consistency, and how far it is below that of perfect views of its domain; photo: share called so by "
+          f"two judges; FD, KD: to {len(judges.photos)} held-out photos; caption: how surely what it names is read")
     out = args.out.removesuffix(".png")
     save_picture(f"{out}.png", [(name, (grids[:6] * 255).round().byte().flatten(0, 1))
                                 for name, grids in images.items()], column_titles=VIEWS * min(6, args.num))
@@ -482,10 +501,11 @@ def toy_table(args):
 
 def print_toy_table(rows):
     """Prints {name: what `measure` returned}, a line each."""
-    columns = {"iou": 3, "psnr_loo": 2, "photo": 3, "FD_I": 1, "KD_I": 0}
-    print(f"{'':28}{'IoU':>10}{'LOO dB':>10}{'photo':>10}{'FD':>10}{'KD x1000':>10}")
+    heads = {"iou": "IoU", "normals": "normals", "psnr_loo": "LOO dB", "loo_gap": "below", "photo": "photo",
+             "photo_2": "2nd judge", "FD_I": "FD", "KD_I": "KD x1000", "caption": "caption"}
+    print(f"{'':28}" + "".join(f"{head:>10}" for head in heads.values()))
     for name, row in rows.items():
-        print(f"{name:28}" + "".join(f"{formatted(row[key], digits):>10}" for key, digits in columns.items()))
+        print(f"{name:28}" + "".join(f"{formatted(row[key], DIGITS[key]):>10}" for key in heads))
 
 
 def formatted(value, digits):

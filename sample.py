@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from baselines.adapters import load_beside
-from data import SEEDS, control_maps, evaluation_set, real_captions
+from data import ASSETS, SEEDS, control_maps, evaluation_set, real_captions
 from dit import PRESETS, T, alphas_cumprod
 from domain_shifter import (B_MAX, REAL, SYN, T_MAX, ShiftedDiT, block_count, load_shifters, shifted_domains,
                             uniform_domains)
@@ -38,7 +38,7 @@ from support.generators import SAMPLES, seeded_generator
 from support.launch import BAR, barrier, launch, run_cli
 from support.pictures import save_image, save_picture, to_uint8
 from toy.render import asset_mesh
-from toy.world import WORLD_VERSION, sample_assets, take, tokenize
+from toy.world import WORLD_VERSION, exaggerated, sample_assets, take, tokenize
 
 CFG_SCALE = 1.0         # guidance on the text, 1 = none: more burns toy photos to flat colours that look rendered
 LATENT_CFG_SCALE = 4.5  # PixArt-alpha's, which draws poorly without
@@ -334,19 +334,23 @@ def sample_modes(network, objects, task, modes, sampling, decode=as_they_are):
     return images
 
 
-def object_sheet(path, network, objects, task="texturing", modes=tuple(MODES), sampling=Sampling(),
-                 decode=as_they_are):
-    """Samples objects, see `sample_modes`, and writes the picture: the control maps and a row for each domain mode, of
-    which a network without shifters has one. Returns {mode: images (N, V, 3, H, W) in [-1, 1]}."""
-    images = sample_modes(network, objects, task, modes if network.knows_domains() else ("real",), sampling, decode)
+def object_sheet(path, network, objects, task="texturing", modes=tuple(MODES), sampling=Sampling()):
+    """Samples objects of the toy world, see `sample_modes`, and writes their picture, see `write_sheet`."""
+    modes = modes if network.knows_domains() else ("real",)
+    write_sheet(path, sample_modes(network, objects, task, modes, sampling), objects, task)
+
+
+def write_sheet(path, images, objects, task):
+    """Writes a picture: the control maps, a row for each of images {mode or name: (N, V, 3, H, W) in [-1, 1]}, and
+    where the objects have them (the toy's) their perfect photographs."""
     maps = objects.get("maps", objects.get("control")) if task == "texturing" else None
-    rows = [] if maps is None else [("normals", maps[:, :, :3]), ("positions", maps[:, :, 3:])]
-    for mode, grids in images.items():
-        rows.append((MODES.get(mode, f"s = {mode}") if network.knows_domains() else "generated", grids))
-    save_picture(path, [(label, to_uint8(row).flatten(0, 1)) for label, row in rows],
+    rows = [] if maps is None else [("normals", to_uint8(maps[:, :, :3])), ("positions", to_uint8(maps[:, :, 3:]))]
+    rows += [(MODES.get(mode, f"s = {mode}" if isinstance(mode, float) else mode), to_uint8(grids))
+             for mode, grids in images.items()]
+    rows += [("a perfect photo", objects["photo"])] if task and "photo" in objects else []
+    save_picture(path, [(label, grids.flatten(0, 1)) for label, grids in rows],
                  scale=1 if rows[-1][1].shape[-1] > 128 else 3,
                  column_titles=VIEWS * len(objects["text"]) if task else ())
-    return images
 
 
 def save_views(folder, images, objects, names):
@@ -401,14 +405,15 @@ def parse_args(argv=None):
     add("--textured", metavar="DIR", help="also texture the object's mesh with the views: GLB, OBJ and a turntable")
     add("--mesh", metavar="FILE", help="a mesh to texture after a --prompt, in place of the toy's objects: OBJ; "
         "GLB, glTF, PLY, STL with pip install trimesh")
-    add("--beside", nargs="+", default=[], metavar="MODEL", help="--textured: with these models too")
+    add("--beside", nargs="+", default=[], metavar="MODEL", help="what these models draw of the same, above it")
     add("--texture_size", type=int, default=1024, help="--textured: texels to a side")
     add("--objects", nargs="+", metavar="DIR", help="full: folders of rendered objects, in place of --object")
     add("--vae", metavar="DIR", help="full: PixArt's vae folder (needs diffusers)")
     add("--text_encoder", metavar="DIR", help="full: PixArt's text_encoder folder (needs transformers)")
     add("--real_set", metavar="FILE", help="draw the toy's real set of stages 1 and 2 with the base model, instead (as "
         "training does with --num_steps 10; full: python -m full.real_set)")
-    add("--num_assets", type=int, default=640, help="real set: assets, four images each")
+    add("--num_assets", type=int, default=ASSETS["toy"], help="real set: assets, four images each "
+        "(default %(default)s)")
     return parser, parser.parse_args(argv)
 
 
@@ -429,8 +434,6 @@ def check_flags(parser, args):
     """Ends with a line of usage at flags that no model makes sense of."""
     if min(args.object) < 0:
         parser.error(f"--object must be 0 or more, not {min(args.object)}")
-    if args.beside and not args.textured:
-        parser.error("--beside compares textured objects: add --textured DIR")
     if args.prompt and not args.text_encoder:                       # then it is in words of the toy world
         try:
             tokenize(args.prompt)
@@ -489,7 +492,7 @@ def chosen_objects(args, size, task):
         return dict(text=text), dict.fromkeys(range(len(text)))
     num = max(args.object) + 1
     held = evaluation_set(num, size=size, folder=f"runs/{args.preset}/sets")
-    assets, meshes = sample_assets(num, SEEDS["evaluation"]), dict.fromkeys(args.object)
+    assets, meshes = exaggerated(sample_assets(num, SEEDS["evaluation"])), dict.fromkeys(args.object)
     if args.textured and task == "texturing":
         meshes = {k: asset_mesh(take(assets, torch.tensor([k])), 64) for k in args.object}
     return {key: value[list(meshes)] for key, value in held.items()}, meshes
@@ -527,16 +530,18 @@ def main(argv=None):
         decode = as_they_are
     out = args.out or f"runs/{args.preset}/sample.png"
     modes = ("syn", "real", "shifted") if args.domain == "all" else (args.domain,)
-    images = object_sheet(out, network, objects, task, modes, sampling, decode)
+    modes = modes if network.knows_domains() else ("real",)
+    images = sample_modes(network, objects, task, modes, sampling, decode)
+    for other in args.beside:
+        network, name = load_network(other, launched.device), Path(other).name.removesuffix(".safetensors")
+        mode = "shifted" if network.knows_domains() else "real"
+        images = {name: sample_modes(network, objects, task, (mode,), sampling, decode)[mode]} | images
+    write_sheet(out, images, objects, task)
     print(f"{path} -> {out}")
     if args.views:
         save_views(args.views, images, objects, list(meshes))
         print(f"the single views are in {args.views}")
     if args.textured:
-        for other in args.beside:
-            network, name = load_network(other, launched.device), Path(other).name.removesuffix(".safetensors")
-            mode = "shifted" if network.knows_domains() else "real"
-            images[name] = sample_modes(network, objects, task, (mode,), sampling, decode)[mode]
         save_meshes(args.textured, meshes, images, args.texture_size)
 
 

@@ -160,7 +160,7 @@ def time_step(model, bench, iteration, args, launched, parts=None):
     wait_for(device)
     start = time.perf_counter()                 # `train` reads while the device computes: not part of the step
     batch = with_noise(batch, iteration, args.seed, 0, 0)
-    training_step(model, bench.optimizer, batch, iteration, bench.null, args, lap)
+    training_step(model, [bench.optimizer], batch, iteration, bench.null, args, lap)
     wait_for(device)
     return time.perf_counter() - start
 

@@ -21,7 +21,7 @@ from support.launch import launch, on_rank_0_first, run_cli
 from support.pictures import save_picture, to_uint8
 from toy.judge import train_feature_net, world_features
 from toy.render import Look, render
-from toy.world import BACKGROUNDS, asset_captions, sample_assets, tokenize, uniforms
+from toy.world import BACKGROUNDS, asset_captions, exaggerated, sample_assets, tokenize, uniforms
 from training.estimate import step_seconds
 from training.flags import fill_defaults, parse_training, training_arguments
 from training.loop import Iteration, train
@@ -46,6 +46,7 @@ def selective_set(num, style, seed, size=32, folder="runs/toy/sets", device="cpu
         u = uniforms(len(assets.category), seed + 1000, 2, first)
         background = ["white" if style == "render" else OTHERS[int(b * len(OTHERS))] for b in u[:, 0]]
         view = 90. * (u[:, 1] * 4).long()
+        assets = exaggerated(assets) if style == "render" else assets
         look = Look(style, background, seed * 10**6 + first)
         image = render(assets, look, view[:, None], size, geometry=False, device=device).rgb
         text = tokenize(asset_captions(assets, background=None if style == "render" else background))

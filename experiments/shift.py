@@ -19,7 +19,7 @@ from sample import default_model, sample_images, trained_task
 from support.files import file_id, write_json
 from support.launch import BAR, launch, run_cli
 from support.pictures import draw_plot, draw_points, save_image, save_picture, to_uint8
-from toy.judge import train_feature_net, world_features
+from toy.judge import load_judges
 
 LAYER_SHIFTS, TIME_SHIFTS = (0.0, 0.1, 0.2, 0.3, 0.4), (950, 900, 850, 800)     # tried in this order; T: no time shift
 DIAL = (-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
@@ -51,14 +51,14 @@ def select_shift(args):
         raise ValueError(f"{path} is not a Realiz3D model of stage 2: there is no domain to shift")
     held = data.evaluation_set(args.num, data.SEEDS["validation"], folder=args.folder, device=device)
     inputs = held if task == "texturing" else {"text": held["text"]}
-    net = train_feature_net(args.folder)
-    photos = world_features(net, args.folder, device)
+    judges = load_judges(args.folder, device)
     sampling, tried = replace(asked_sampling(args), mode="shifted", batch=16), {}
 
     def try_shift(B_max, t_max):
         images = sample_images(network, inputs, replace(sampling, B_max=B_max, t_max=t_max), views=4, progress=progress)
-        row = tried[B_max, t_max] = measure(to_uint8(images) / 255, held, photos, net, task=task)
-        progress.write(f"B_max {B_max:.1f}  t_max {t_max:4d}  {some_measures(row, 'psnr psnr_loo iou photo KD_I')}")
+        row = tried[B_max, t_max] = measure(to_uint8(images) / 255, held, judges, task=task)
+        measures = some_measures(row, "psnr psnr_loo iou normals photo KD_I")
+        progress.write(f"B_max {B_max:.1f}  t_max {t_max:4d}  {measures}")
     total = (len(LAYER_SHIFTS) + len(TIME_SHIFTS)) * 4 * args.num
     with tqdm(total=total, desc="select", unit="image", bar_format=BAR) as progress:
         for B_max in LAYER_SHIFTS:
@@ -102,16 +102,15 @@ def turn_dial(args):
     network = load_toy(path, device)
     if not network.knows_domains() or trained_task(path) != "texturing":
         raise ValueError(f"{path} is not a texturing model with Domain Shifters: there is no dial to turn")
-    held, net = data.evaluation_set(args.num, folder=args.folder, device=device), train_feature_net(args.folder)
-    photos = world_features(net, args.folder, device)
+    held, judges = data.evaluation_set(args.num, folder=args.folder, device=device), load_judges(args.folder, device)
     sampling, rows, pictures = replace(asked_sampling(args), batch=16), {}, []
     with tqdm(total=len(DIAL) * 4 * args.num, desc="dial", unit="image", bar_format=BAR) as progress:
         for s in DIAL:
             images = to_uint8(sample_images(network, held, replace(sampling, mode=s), views=4, progress=progress))
-            rows[s] = measure(images / 255, held, photos, net)
+            rows[s] = measure(images / 255, held, judges)
             pictures.append((f"s = {s}", images[:3].flatten(0, 1)))
     for s, row in rows.items():
-        print(f"s {s:5.2f}  {some_measures(row, 'photo iou psnr psnr_loo KD_I')}")
+        print(f"s {s:5.2f}  {some_measures(row, 'photo iou normals psnr psnr_loo KD_I')}")
     curves = {"called a photo": [(s, row["photo"]) for s, row in rows.items()],
               "silhouette IoU": [(s, row["iou"]) for s, row in rows.items()]}
     out = args.out.removesuffix(".png")

@@ -1,7 +1,7 @@
 """The paper's tables on the toy world: Table 1 (texturing), Table 2 (ablation), Table 3 (text to multiview).
 
     python -m experiments.tables table1                         # hours on a CPU; run again to go on
-    python -m experiments.tables table2 --seed 1 --rows "3 real data" "5 = 3 + reassignment"        # a second seed
+    python -m experiments.tables table2 --seed 1 --rows "3 real data" "5 = 3 + reassignment"        # another seed
 
 The rows, their flags and the paper's numbers are in experiments/paper.py. A row's model is trained by train_stage2.py
 where it is missing, its images are sampled where they are missing, and both are kept in the run folder. Writes
@@ -30,7 +30,7 @@ from support.files import cached, file_id, read_json, read_metadata, write_json,
 from support.launch import BAR, launch, run_cli
 from support.networks import load_lpips
 from support.pictures import draw_points, save_image, save_picture, side_by_side, to_pixels, to_uint8
-from toy.judge import train_feature_net, world_features
+from toy.judge import load_judges
 from toy.world import WORLD_VERSION, sample_assets, tokenize
 
 ORACLE = "perfect photos (oracle)"                                      # a row of every table: the best there is
@@ -44,16 +44,15 @@ def trained_row(row, task, args):
 
     Another seed trains stage 1 and 2 anew, on the same sets. Raises ValueError where the model was trained otherwise.
     """
-    name = "-".join([task, *row.flags.replace("--", "").replace(" ", "_").split(), f"{args.steps}_steps"])
+    name = "-".join([task, *row.flags.replace("--", "").replace(" ", "_").split()])
     out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
     if args.seed and not os.path.exists(f"{out}/sets"):
         os.makedirs(out, exist_ok=True)
         os.symlink(os.path.abspath(f"{args.folder}/sets"), f"{out}/sets")
     path = f"{out}/{name}.safetensors"
-    flags = ["--task", task, *row.flags.split(), "--name", name, "--seed", str(args.seed), "--steps", str(args.steps),
-             *args.train_flags.split()]
+    flags = ["--task", task, *row.flags.split(), "--name", name, "--seed", str(args.seed), *args.train_flags.split()]
     if not os.path.isfile(path):
-        more = ["--out", out, "--base", default_base("toy", args.folder), "--sample_every", str(args.steps + 1)]
+        more = ["--out", out, "--base", default_base("toy", args.folder), "--sample_every", "1000000"]
         more += ["--threads", str(args.threads)] if args.threads else []
         print(f"{row.label}: python train_stage2.py {' '.join(flags + more)}", flush=True)
         torch.compiler.reset()              # what was compiled for the last model counts against this one's limit
@@ -108,19 +107,18 @@ def run_table(args):
                          + ", ".join(repr(row.label) for row in rows))
     out, folder = f"{args.results}/{args.table}", f"{args.folder}/sets"
     results = table_rows(rows, read_results(f"{out}.json", args))
-    net, weights = train_feature_net(folder), load_lpips(args.lpips) if args.lpips else None
+    judges, weights = load_judges(folder, device), load_lpips(args.lpips) if args.lpips else None
     held = data.evaluation_set(args.num, folder=folder, device=device)
-    photos = world_features(net, folder, device)
     base = base_images(default_base("toy", args.folder), args.num, folder, device, asked_sampling(args))
-    base = net.features(base / 255)
-    results[ORACLE]["toy"]["-"] = measure(held["photo"] / 255, held, photos, net, base, task, weights)
+    base = judges.net.features(base / 255)
+    results[ORACLE]["toy"]["-"] = measure(held["photo"] / 255, held, judges, base, task, weights)
     todo = [row for row in rows if row.flags is not None and row.label in (args.rows or results)]
-    print(f"{len(todo)} rows on {args.num} held-out objects, models of {args.steps} steps, seed {args.seed}; into "
-          f"{out}.json; about eight minutes a model of 1,200 steps where it is missing", flush=True)
+    print(f"{len(todo)} rows on {args.num} held-out objects, seed {args.seed}; into {out}.json; a missing model is "
+          "trained first, about ten minutes on one core", flush=True)
     grids = {}
     for row in todo:
         grids[row.label] = row_samples(row, trained_row(row, task, args), task, held, args, device)
-        toy = measure(grids[row.label] / 255, held, photos, net, base, task, weights)
+        toy = measure(grids[row.label] / 255, held, judges, base, task, weights)
         results[row.label]["toy"][str(args.seed)] = toy | dict(commit=current_commit())
         write_json(f"{out}.json", dict(settings=measured_settings(args), rows=results))
     write_table(out, results, args)
@@ -171,14 +169,25 @@ def seed_mean(row, name):
     return float(np.mean(values)) if values else None
 
 
+def seed_deviation(row, name):
+    """Standard deviation of a row's measure over its seeds; None where fewer than two have it."""
+    values = [toy[name] for toy in row["toy"].values() if toy.get(name) is not None]
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
 def seed_noise(results, name):
     """Standard deviation of a measure between seeds, pooled over the rows trained with two or more; None: no such."""
     variances = []
     for row in results.values():
-        values = [toy.get(name) for toy in row["toy"].values()]
-        if len(values) > 1 and None not in values:
-            variances.append(np.var(values, ddof=1))
+        if seed_deviation(row, name) is not None:
+            variances.append(seed_deviation(row, name)**2)
     return float(np.sqrt(np.mean(variances))) if variances else None
+
+
+def mean_and_deviation(row, name, digits):
+    """A row's measure over its seeds, to print: "27.56 +- 0.12"; without the second where there is one seed."""
+    mean, deviation = seed_mean(row, name), seed_deviation(row, name)
+    return formatted(mean, digits) + (f" +- {formatted(deviation, digits)}" if deviation is not None else "")
 
 
 def trained_rows(results):
@@ -205,7 +214,7 @@ def table_lines(results):
     cells = [["", *columns, *(f"paper {name}" for name in PAPER_COLUMNS)]]
     for label, row in results.items():
         seeds = f" ({len(row['toy'])} seeds)" if len(row["toy"]) > 1 else ""
-        ours = [formatted(seed_mean(row, name), digits) for name, digits in columns.items()]
+        ours = [mean_and_deviation(row, name, digits) for name, digits in columns.items()]
         theirs = [formatted(value, 2 if value and value > 10 else 4) for value in row["paper"].values()]
         cells.append([label + seeds, *ours, *theirs])
     noise = {name: seed_noise(results, name) for name in columns}
@@ -234,13 +243,15 @@ def write_table(out, results, args):
     write_text(f"{out}.md", f"# {args.table.replace('table', 'Table ')} on the toy world, beside the paper's\n\n"
                f"{LEGEND}\n\n{lines}\n\n`python -m experiments.tables {args.table} {' '.join(flags)}`; "
                "a further seed: `--seed 1 --rows ..`\n")
-    ours, theirs, highlight = {}, {}, ("Realiz3D", "8 = 7, shifted")
+    ours, theirs, errors, highlight = {}, {}, {}, ("Realiz3D", "8 = 7, shifted")
     for label, row in trained_rows(results).items():
         ours[label] = (seed_mean(row, "KD_I"), seed_mean(row, "psnr"))
+        errors[label] = (seed_deviation(row, "KD_I") or 0, seed_deviation(row, "psnr") or 0)
         theirs[label] = (row["paper"]["KID_I"], row["paper"]["PSNR"])
     toy = draw_points(ours, "KD_I x1000 (left: realistic)", "the toy: re-rendered PSNR (up: consistent)",
-                      highlight=highlight)
-    paper = draw_points(theirs, "KID_I (left: realistic)", "the paper: PSNR (up: consistent)", highlight=highlight)
+                      highlight=highlight, errors=errors)
+    paper = draw_points(theirs, "KID_I (left: realistic)", "the paper: PSNR (up: consistent)", highlight=highlight,
+                        errors={})
     save_image(f"{out}.png", side_by_side([toy, paper]))
 
 
@@ -253,11 +264,9 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="decides the training and the noise (default %(default)s)")
     add("--results", default="results", help="where the tables and their pictures go (default %(default)s)")
     add("--folder", default="runs/toy", help="run folder: sets, models, samples (default %(default)s)")
-    add("--steps", type=int, default=1200, help="training steps of every model (default %(default)s)")
     add("--rows", nargs="+", metavar="LABEL", help="only these rows (default: all)")
     add("--train_flags", default="--dtype bfloat16 --compile", help="more flags for train_stage2.py, as "
         "--train_flags='%(default)s', the default")
-    parser.set_defaults(num_steps=25)
     return parser.parse_args(argv)
 
 

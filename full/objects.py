@@ -36,7 +36,7 @@ from tqdm import tqdm
 from geometry.camera import AZIMUTHS, ELEVATION, EXTENT, Views, camera, project
 from support.launch import run_cli
 from toy.render import Look, render
-from toy.world import asset_captions, sample_assets, take
+from toy.world import asset_captions, exaggerated, sample_assets, take
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -302,7 +302,7 @@ def write_object(folder, caption, views, k=0, elevation=ELEVATION, extent=EXTENT
 def write_toy_objects(out, num, size=512, seed=0):
     """Writes `num` toy objects as rendered objects on disk: an example of the format, to try the full pipeline on.
     Folders that are there already are left as they are."""
-    assets = sample_assets(num, seed)
+    assets = exaggerated(sample_assets(num, seed))
     for k in tqdm(range(num), desc="rendering", unit="object"):
         if not os.path.isdir(f"{out}/{k:04}"):
             one = take(assets, slice(k, k + 1))

@@ -11,9 +11,9 @@ from geometry.camera import AZIMUTHS, ELEVATION, bilinear, camera, project
 from geometry.files import write_glb, write_obj
 from geometry.hull import hull_mesh, silhouette
 from geometry.mesh import corner_normals, coverage, face_areas, rasterize
-from support.pictures import save_picture, to_uint8
+from support.pictures import save_animation, save_picture, to_uint8
 
-ALL_ROUND = tuple(range(0, 360, 45))    # degrees
+ALL_ROUND = tuple(range(0, 360, 15))    # degrees
 
 
 def atlas(num_faces, size):
@@ -84,11 +84,14 @@ def texture_mesh(mesh, images, size=1024, power=4, azimuth=AZIMUTHS, elevation=E
 
 def trusted_pixels(images, covered):
     """How much the colours of pixels count, (V, 1, H, W) in [0, 1]: of images (V, 3, H, W) of a mesh that covers the
-    share `covered` (V, 1, H, W) of each. None of white is mixed into a texture."""
+    share `covered` (V, 1, H, W) of each. A generated outline may miss the mesh's by a pixel or two: there the rim of
+    what is drawn counts little, and white, which would show as pale seams, not at all."""
+    def inner(mask, width):
+        return 1 - F.max_pool2d(1 - mask, 2 * width + 1, 1, width)
     whole = (covered == 1).float()
-    inner = 1 - F.max_pool2d(1 - whole, 3, 1, 1)
-    rim = whole - inner                                                 # a generated outline may miss by a pixel
-    return inner + 0.02 * rim * ((1 - images).amax(dim=1, keepdim=True) > 0.15)
+    drawn = whole * silhouette(images)
+    sure = torch.maximum(inner(whole, 2), inner(drawn, 1))
+    return sure + 0.02 * (drawn - sure).clamp(min=0)
 
 
 def seen_at(maps, column, row):
@@ -97,7 +100,7 @@ def seen_at(maps, column, row):
     return bilinear(maps[None], column[None] * width, row[None] * width)[0, :, 0].T
 
 
-def turntable(mesh, texture, uv, size=96, azimuth=ALL_ROUND, supersample=2):
+def turntable(mesh, texture, uv, size=128, azimuth=ALL_ROUND, supersample=2):
     """Draws a mesh with what `texture_mesh` returned from each azimuth (degrees) before white: uint8 (n, 3, size,
     size)."""
     face, place = rasterize(mesh, size * supersample, azimuth)
@@ -109,12 +112,13 @@ def turntable(mesh, texture, uv, size=96, azimuth=ALL_ROUND, supersample=2):
 
 
 def save_meshes(folder, meshes, images, texture_size=1024):
-    """Textures N meshes with the views of each row of images: FOLDER/NAME_ROW.glb and .obj, and a turntable of all.
+    """Textures N meshes with the views of each row of images: FOLDER/NAME_ROW.glb and .obj, and a turntable of all, as
+    a picture and as an animation.
 
     meshes: {name: Mesh, or None where the hull of the views is the mesh}; images: {row: (N, V, 3, H, W) in [-1, 1]}.
     Raises ValueError where there is no mesh at all, as no shape fits the outlines.
     """
-    rows = []
+    rows = {row: [] for row in images}
     for k, (name, known) in enumerate(meshes.items()):
         for row, grids in images.items():
             views = to_uint8(grids[k]) / 255
@@ -128,8 +132,13 @@ def save_meshes(folder, meshes, images, texture_size=1024):
             write_glb(f"{path}.glb", mesh, texture, uv)
             write_obj(f"{path}.obj", mesh, texture, uv)
             print(f"{path}.glb and .obj: {len(mesh.faces)} triangles, {covered:.0%} of the surface seen")
-            rows.append((f"{name} {row}", turntable(mesh, texture, uv)))
+            rows[row].append((name, turntable(mesh, texture, uv)))
+    rows = {row: objects for row, objects in rows.items() if objects}
     if not rows:
         raise ValueError("there is no mesh to show")
-    save_picture(f"{folder}/turntable.png", rows, scale=1, column_titles=[f"{turn} degrees" for turn in ALL_ROUND])
-    print(f"{folder}/turntable.png shows them")
+    still = [(f"{name} {row}", turning[::3]) for row, objects in rows.items() for name, turning in objects]
+    titles = [f"{turn} degrees" for turn in ALL_ROUND[::3]]
+    save_picture(f"{folder}/turntable.png", still, scale=1, column_titles=titles)
+    save_animation(f"{folder}/turntable.gif", [(row, torch.stack([turning for _, turning in objects], dim=1))
+                                               for row, objects in rows.items()])
+    print(f"{folder}/turntable.png and .gif show them")

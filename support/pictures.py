@@ -19,24 +19,38 @@ def to_pixels(images):
 
 
 def save_picture(path, rows, scale=3, column_titles=(), below=None):
-    """Writes labelled rows of images as one PNG: rows = [(label, uint8 (n, 3, H, W)), ...]; below: a PIL image."""
+    """Writes `sheet` as PNG."""
+    save_image(path, sheet(rows, scale, column_titles, below))
+
+
+def save_animation(path, rows, scale=1, milliseconds=80):
+    """Writes labelled rows of moving images as a GIF without end: rows = [(label, uint8 (frames, n, 3, H, W)), ...]."""
+    count = len(rows[0][1])
+    frames = [sheet([(label, images[k]) for label, images in rows], scale).quantize(128) for k in range(count)]
+    content = io.BytesIO()
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    write_bytes(path, content.getvalue())
+
+
+def sheet(rows, scale=3, column_titles=(), below=None):
+    """Labelled rows of images as one PIL image: rows = [(label, uint8 (n, 3, H, W)), ...]; below: a PIL image."""
     label_width, pad = 8 + 6 * max(len(label) for label, _ in rows), 2
     size = rows[0][1].shape[-1] * scale + pad
     width, top = label_width + size * max(len(images) for _, images in rows), 16 if column_titles else 0
     height = top + size * len(rows)
-    sheet = Image.new("RGB", (width, height) if below is None else (max(width, below.width), height + below.height),
-                      "white")
+    page = Image.new("RGB", (width, height) if below is None else (max(width, below.width), height + below.height),
+                     "white")
     if below is not None:
-        sheet.paste(below, (0, height))
-    pen = ImageDraw.Draw(sheet)
+        page.paste(below, (0, height))
+    pen = ImageDraw.Draw(page)
     for k, title in enumerate(column_titles):
         pen.text((label_width + size * k, 2), title, "black")
     for r, (label, images) in enumerate(rows):
         pen.text((4, top + size * r + size // 2 - 6), label, "black")
         for k, image in enumerate(images):
             tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((size - pad,) * 2, Image.NEAREST)
-            sheet.paste(tile, (label_width + size * k, top + size * r))
-    save_image(path, sheet)
+            page.paste(tile, (label_width + size * k, top + size * r))
+    return page
 
 
 def save_image(path, image):
@@ -50,7 +64,7 @@ PLOT_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e")
 
 
 def axes(points, x_label, y_label, log_y=False, size=(640, 360), margin=12):
-    """An empty plot that spans points [(x, y), ...], right of it `margin` pixels: the sheet, its pen, and place(x, y)
+    """An empty plot that spans points [(x, y), ...], right of it `margin` pixels: the page, its pen, and place(x, y)
     -> pixels."""
     (width, height), left, top, bottom = size, 60, 20, 36
     scale_y = (lambda y: math.log10(max(y, 1e-12))) if log_y else float
@@ -60,8 +74,8 @@ def axes(points, x_label, y_label, log_y=False, size=(640, 360), margin=12):
     def place(x, y):
         return (left + (x - x0) / (x1 - x0) * (width - left - margin),
                 height - bottom - (scale_y(y) - y0) / (y1 - y0) * (height - bottom - top))
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
+    page = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(page)
     pen.rectangle([left, top, width - margin, height - bottom], outline="black")
     for x in round_numbers(x0, x1):
         at = place(x, points[0][1])[0]
@@ -73,7 +87,7 @@ def axes(points, x_label, y_label, log_y=False, size=(640, 360), margin=12):
         pen.text((left - 4, at), f"{y:.3g}", "black", anchor="rm")
     pen.text(((left + width - margin) // 2, height - 16), x_label, "black", anchor="ma")
     pen.text((left, top - 4), y_label, "black", anchor="ls")
-    return sheet, pen, place
+    return page, pen, place
 
 
 def round_numbers(low, high):
@@ -86,11 +100,11 @@ def draw_plot(curves, x_label, y_label, log_y=False, size=(640, 360), y_range=()
     """A line plot: curves = {name: [(x, y), ...]}, spanning y_range at least, names beside it. Returns a PIL image."""
     points = [point for curve in curves.values() for point in curve]
     margin = 20 + 6 * max(map(len, curves))
-    sheet, pen, place = axes(points + [(points[0][0], y) for y in y_range], x_label, y_label, log_y, size, margin)
+    page, pen, place = axes(points + [(points[0][0], y) for y in y_range], x_label, y_label, log_y, size, margin)
     for k, (name, curve) in enumerate(sorted(curves.items())):
         pen.line([place(x, y) for x, y in sorted(curve)], PLOT_COLORS[k % 5], 2)
-        pen.text((sheet.width - margin + 8, 20 + 14 * k), name, PLOT_COLORS[k % 5])
-    return sheet
+        pen.text((page.width - margin + 8, 20 + 14 * k), name, PLOT_COLORS[k % 5])
+    return page
 
 
 def save_plot(path, curves, x_label, y_label, log_y=False):
@@ -98,17 +112,24 @@ def save_plot(path, curves, x_label, y_label, log_y=False):
     save_image(path, draw_plot(curves, x_label, y_label, log_y))
 
 
-def draw_points(points, x_label, y_label, limit=None, size=(700, 560), highlight=()):
+def draw_points(points, x_label, y_label, limit=None, highlight=(), errors=None):
     """A plot of labelled points {label: (x, y)}, their labels apart, those in `highlight` in red; limit: a vertical
-    line at this x. A PIL image."""
-    xs, ys = [x for x, _ in points.values()], [y for _, y in points.values()]
+    line at this x; errors: {label: (dx, dy)}, drawn as bars to each side. Where errors are given, left and up is good,
+    and a line joins the points that no other beats on both axes. A PIL image, 700 x 560."""
+    xs, ys, size = [x for x, _ in points.values()], [y for _, y in points.values()], (700, 560)
     (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
     x1 = x1 if limit is None else max(x1, limit)
     dx, dy = 0.06 * (x1 - x0), 0.06 * (y1 - y0)
-    sheet, pen, place = axes([(x0 - dx, y0 - dy), (x1 + dx, y1 + dy)], x_label, y_label, size=size)
+    page, pen, place = axes([(x0 - dx, y0 - dy), (x1 + dx, y1 + dy)], x_label, y_label, size=size)
     if limit is not None:
         x, _ = place(limit, y0)
         pen.line([(x, 20), (x, size[1] - 36)], "gray")
+    if errors is not None:
+        pen.line([place(*point) for point in frontier(points.values())], "#cccccc", 2)
+        for label, (ex, ey) in errors.items():
+            x, y = points[label]
+            pen.line([place(x - ex, y), place(x + ex, y)], "gray")
+            pen.line([place(x, y - ey), place(x, y + ey)], "gray")
     places = {label: place(*point) for label, point in points.items()}
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places.values()]
     for k, (label, (x, y)) in enumerate(places.items()):
@@ -117,7 +138,16 @@ def draw_points(points, x_label, y_label, limit=None, size=(700, 560), highlight
         box = free_box(x, y, pen.textlength(label), taken, size[0])
         taken.append(box)
         pen.text(box[:2], label, color)
-    return sheet
+    return page
+
+
+def frontier(points):
+    """Of points (x, y) those that no other beats by less x and more y, in the order of x."""
+    best = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or y > best[-1][1]:
+            best.append((x, y))
+    return best
 
 
 def free_box(x, y, wide, taken, width):
@@ -141,7 +171,7 @@ def overlap(one, other):
 
 def side_by_side(images):
     """PIL images in a row."""
-    sheet = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), "white")
+    page = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), "white")
     for k, image in enumerate(images):
-        sheet.paste(image, (sum(other.width for other in images[:k]), 0))
-    return sheet
+        page.paste(image, (sum(other.width for other in images[:k]), 0))
+    return page

@@ -17,7 +17,6 @@ from geometry.mesh import Mesh, mesh_views
 from sample import Sampling, default_base, default_model, save_views
 from support.files import file_id, save_tensors
 from support.pictures import to_uint8
-from toy.judge import FeatureNet
 from toy.render import Look, render
 from toy.world import CATEGORIES, WORLD_VERSION, Assets, sample_assets
 
@@ -29,12 +28,6 @@ def views():
     maps = render(assets)
     pictures = [maps.rgb, render(assets, Look("render"), geometry=False).rgb]
     return maps, *((rgb * 255).round() / 255 for rgb in pictures)
-
-
-@pytest.fixture(scope="module")
-def small_judge(tmp_path_factory):
-    """A judge that learned quickly, in place of the one that every command trains."""
-    return evaluate.train_feature_net(tmp_path_factory.mktemp("judge"), num=60, steps=40)
 
 
 def surface(maps):
@@ -126,13 +119,14 @@ def test_views_are_weighed_by_the_squared_cosine_and_only_where_they_show_the_sa
     assert torch.allclose(alone[0, 0, 0, 14:18, 14:18], torch.tensor(0.2))
 
 
-def test_text_to_views_is_judged_on_the_hull_and_on_what_it_leaves_out(views):
+def test_text_to_views_is_judged_on_the_hull_and_on_what_it_leaves_out(views, quick_judges):
     """The views of one object fit together; those of four objects do not, and the misfit counts."""
     maps, photo, _ = views
     mixed = torch.stack([photo[:, v].roll(v, dims=0) for v in range(4)], dim=1)
-    held = dict(mask=maps.mask * 255, labels=torch.zeros(len(photo), 3, dtype=torch.long))
-    net = FeatureNet().eval()
-    one, four = (evaluate.measure(images, held, torch.rand(9, 64), net, task="text") for images in (photo, mixed))
+    held = dict(mask=maps.mask * 255, labels=torch.zeros(len(photo), 3, dtype=torch.long), photo=photo * 255,
+                image=photo * 255)
+    one, four = (evaluate.measure(images, held, quick_judges, task="text") for images in (photo, mixed))
+    assert one["loo_gap"] == 0 < four["loo_gap"] and one["normals"] is None
     assert one["iou"] is None and one["psnr"] > four["psnr"] + 4 and one["ssim"] > four["ssim"]
     blank = torch.ones(1, 4, 3, 32, 32)
     blank[0, 0, :, 4:9, 4:9] = 0.0  # seen by one view alone: no hull, and black against white is 0 dB
@@ -335,11 +329,9 @@ def test_position_maps_of_another_camera_or_size_are_refused(tmp_path, views):
 # ---- the trained models
 
 
-def test_toy_table_of_untrained_models(tmp_path, tiny_run, small_judge, monkeypatch, capsys):
+def test_toy_table_of_untrained_models(tmp_path, tiny_run, quick_judges, monkeypatch, capsys):
     """The command as a whole: the oracle rows score nearly perfectly, models of three steps do not."""
-    photos = data.photo_set
-    monkeypatch.setattr(evaluate, "train_feature_net", lambda folder: small_judge)
-    monkeypatch.setattr(data, "photo_set", lambda num, **options: photos(40, **options))
+    monkeypatch.setattr(evaluate, "load_judges", lambda *args: quick_judges)
     model = tiny_run / "realiz3d_texturing.safetensors"
     flags = f"--num 2 --num_steps 2 --threads 1 --model {model} --syn_only {model} --base {tiny_run}/base.safetensors"
     evaluate.main(["toy", *flags.split(), "--folder", str(tmp_path), "--out", str(tmp_path / "e.png")])
@@ -357,6 +349,8 @@ def test_toy_table_of_untrained_models(tmp_path, tiny_run, small_judge, monkeypa
     assert rows["oracle photos"]["psnr_loo"] > 25 and rows["realiz3d, real mode"]["iou"] < 0.9
     assert rows["oracle renders"]["FD_I"] > rows["oracle photos"]["FD_I"] > 0
     assert rows["syn_only"] == rows["realiz3d, real mode"]  # here both are the same model
+    assert rows["oracle renders"]["loo_gap"] == 0 < rows["syn_only"]["loo_gap"]
+    assert rows["base model, no control"]["normals"] is None
     assert rows["base model, no control"]["iou"] is None and rows["base model, no control"]["FD_I"] > 0
     assert (tmp_path / "e.png").exists() and "KD x1000" in capsys.readouterr().out
 
@@ -379,11 +373,11 @@ def test_fid_b_compares_with_base_images_of_the_prompts_that_the_models_get(tmp_
     assert sampling == Sampling("real", num_steps=4, seed=5)
 
 
-def test_oracle_prints_each_measure_beside_its_target(tmp_path, small_judge, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "train_feature_net", lambda folder: small_judge)
+def test_oracle_prints_each_measure_beside_its_target(tmp_path, quick_judges, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "load_judges", lambda *args: quick_judges)
     evaluate.main(["oracle", "--num", "3", "--folder", str(tmp_path)])
     head, *lines = capsys.readouterr().out.splitlines()
-    assert "3 held-out objects" in head and len(lines) == 11
+    assert "3 held-out objects" in head and len(lines) == 13
     for line in lines:
         photos, renders = (float(word) for word in line[32:].split()[:2])
         for target, low in ((">= 0.98", 0.98), (">= 30", 30)):

@@ -110,7 +110,7 @@ def test_stage_1_on_the_way_takes_the_flags_of_stage_2_but_its_own_defaults():
     stage1, alone = stage1_flags(args, ALONE), fill_defaults(train_stage1.parse_args([]), "stage1", ALONE)
     assert (stage1.seed, stage1.clip, stage1.batch, stage1.text_dropout, stage1.num_assets) == (7, 0.5, 3, 0.2, 9)
     assert stage1.steps == 11 and stage1.name == "stage1" and stage1.adapter == "shifters" and stage1.rank == 8
-    for name in ("lr", "warmup", "weight_decay", "ema", "shifter_lr_scale"):
+    for name in ("lr", "warmup", "weight_decay", "ema"):
         assert getattr(stage1, name) == getattr(alone, name)
 
 

@@ -1,9 +1,12 @@
-"""The judge of the toy world: a small network that knows photographs from renders, trained here on perfect examples.
+"""The judges of the toy world: small networks trained here on perfect photographs and renders.
 
-It stands where the paper has Inception and CLIP (Sec. 5): distances are taken on its features, its heads say how surely
-an image shows what its caption names, and whether it looks like a photograph.
+FeatureNet stands where the paper has Inception and CLIP (Sec. 5): distances are taken on its features, its heads say
+how surely an image shows what its caption names, and whether it looks like a photograph. A second one of another seed
+says how far to trust that verdict. NormalNet reads the surface off an image of either domain: whether control holds,
+whatever the image looks like.
 """
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -11,6 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+from geometry.camera import AZIMUTHS, camera
 from support.files import cached
 from toy.render import Look, render
 from toy.world import CATEGORIES, COLORS, MATERIALS, WORLD_VERSION, sample_assets
@@ -52,17 +56,18 @@ class FeatureNet(nn.Module):
         return self.head(self.features(images))[:, -2:].softmax(dim=1)[:, 1]
 
 
-def disturb(images, generator):
+def disturb(images, generator, shift=True):
     """Shift, blur, gain and noise, the same kinds in both domains, so that neither grain nor sharpness tells them.
 
-    images: (N, 3, H, W) in [0, 1] before white; returns the same.
+    images: (N, 3, H, W) in [0, 1] before white; returns the same. shift: whether they may move.
     """
     n, size = len(images), images.shape[-1]
 
     def draw(low, high):
         return low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
-    down, right = torch.randint(0, 5, (2,), generator=generator).tolist()
-    images = F.pad(images, (2, 2, 2, 2), value=1.)[..., down:down + size, right:right + size]
+    if shift:
+        down, right = torch.randint(0, 5, (2,), generator=generator).tolist()
+        images = F.pad(images, (2, 2, 2, 2), value=1.)[..., down:down + size, right:right + size]
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     images = images + draw(-.5, .4).clamp(min=0) * (blurred - images)
     noise = torch.randn(images.shape, generator=generator) * draw(-.02, .04).clamp(min=0)
@@ -72,8 +77,7 @@ def disturb(images, generator):
 def domain_examples(num, size, seed, backgrounds):
     """num objects as renders and then as photographs, one view each, before these backgrounds in turn.
 
-    Returns images (2 num, 3, size, size) in [0, 1] and labels (2 num, 4): category, colour, material, domain; -100,
-    which the loss leaves out, for a render's material, which it does not show.
+    Returns images (2 num, 3, size, size) in [0, 1] and labels (2 num, 4): category, colour, material, domain.
     """
     assets = sample_assets(num, seed)
     azimuth = 90. * torch.arange(num)[:, None].remainder(4)
@@ -81,9 +85,7 @@ def domain_examples(num, size, seed, backgrounds):
     images = torch.cat([render(assets, Look(style, behind, seed), azimuth, size, geometry=False).rgb[:, 0]
                         for style in ("render", "photo")])
     domain = torch.arange(2).repeat_interleave(num)
-    labels = torch.stack([*(field.repeat(2) for field in assets[:3]), domain], dim=1)
-    labels[:num, 2] = -100
-    return images, labels
+    return images, torch.stack([*(field.repeat(2) for field in assets[:3]), domain], dim=1)
 
 
 def fit_feature_net(images, labels, steps, seed):
@@ -109,21 +111,124 @@ def fit_feature_net(images, labels, steps, seed):
 def train_feature_net(folder="runs/toy/sets", num=3000, steps=1500, size=32, seed=11, backgrounds=("white",)):
     """FeatureNet trained on photos and renders of num objects before these backgrounds (about two minutes on one core),
     kept in folder. It is ready to judge: in eval mode, without gradients."""
-    key = dict(kind="feature net", num=num, steps=steps, size=size, seed=seed, net=str(FeatureNet()),
-               version=WORLD_VERSION)
     name = f"features_{num}_{steps}_{size}_{seed}"
     if len(backgrounds) > 1:
-        key, name = key | dict(each_four=list(backgrounds)), f"{name}_backgrounds"
+        name = f"{name}_backgrounds"
 
     def build():
-        return fit_feature_net(*domain_examples(num, size, seed, backgrounds), steps, seed).state_dict()
-    net, threads = FeatureNet(), torch.get_num_threads()
+        return fit_feature_net(*domain_examples(num, size, seed, backgrounds), steps, seed)
+    return kept_net(f"{folder}/{name}.safetensors", dict(each_four=list(backgrounds)), FeatureNet(), build)
+
+
+def kept_net(path, key, net, build):
+    """build()'s weights, trained on one thread and kept at path, in the network `net`, ready to judge."""
+    key = key | dict(net=str(net), file=Path(path).name, version=WORLD_VERSION)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)                    # more would round otherwise, and train a network of other verdicts
     try:
-        net.load_state_dict(cached(Path(folder) / f"{name}.safetensors", key, build))
+        net.load_state_dict(cached(path, key, lambda: build().state_dict()))
     finally:
         torch.set_num_threads(threads)
     return net.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The surface, read off an image
+
+
+def conv(inputs, outputs):
+    """Convolution, normalisation, ReLU."""
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class NormalNet(nn.Module):
+    """Reads unit normals in the camera's frame (right, up, towards it) off images: (N, 3, H, W) in [0, 1] -> the same
+    shape. A U-Net of three scales."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        w = width
+        self.down = nn.ModuleList(nn.Sequential(conv(a, b), conv(b, b))
+                                  for a, b in ((3, w), (w, 2 * w), (2 * w, 4 * w)))
+        self.up = nn.ModuleList([conv(4 * w + 2 * w, 2 * w), conv(2 * w + w, w)])
+        self.head = nn.Conv2d(w, 3, 1)
+
+    def forward(self, images):
+        x, scales = images * 2 - 1, []
+        for k, stage in enumerate(self.down):
+            x = stage(F.max_pool2d(x, 2) if k else x)
+            scales.append(x)
+        for stage, skip in zip(self.up, (scales[1], scales[0])):
+            x = stage(torch.cat([F.interpolate(x, skip.shape[-2:]), skip], dim=1))
+        return F.normalize(self.head(x), dim=1)
+
+    @torch.no_grad()
+    def angular_error(self, images, normal, azimuth=AZIMUTHS):
+        """Mean angle in degrees, over each object's surface, between the normals that images (B, V, 3, H, W) show and
+        those of the object's frame that the control asked for, normal (B, V, 3, H, W), 0 off the object: (B,)."""
+        turned = in_camera(normal, torch.tensor(azimuth).expand(len(images), -1))
+        read = torch.cat([self(few) for few in images.flatten(0, 1).split(256)]).view_as(images)
+        angle = torch.rad2deg((read * turned).sum(dim=2).clamp(-1, 1).acos())                       # (B, V, H, W)
+        surface = normal.square().sum(dim=2) > 0.5
+        return (angle * surface).flatten(1).sum(1) / surface.flatten(1).sum(1).clamp(min=1)
+
+
+def in_camera(normal, azimuth):
+    """Normals (B, V, 3, H, W) of the object's frame in that of cameras at azimuth (B, V) degrees: right, up, to it."""
+    right, up, forward = camera(azimuth)
+    axes = torch.stack([right, up, -forward], dim=-2).to(normal)                                    # (B, V, 3, 3)
+    return torch.einsum("bvij,bvjhw->bvihw", axes, normal)
+
+
+def train_normal_net(folder="runs/toy/sets", num=3000, steps=1500, size=32, seed=12):
+    """NormalNet trained on photos and renders of num objects from all sides (about a minute on one core), kept in
+    folder, ready to judge."""
+    def build():
+        assets, generator = sample_assets(num, seed), torch.Generator().manual_seed(seed)
+        azimuth = 360 * torch.rand(num, 1, generator=generator)
+        photo, plain = (render(assets, Look(style, seed=seed), azimuth, size) for style in ("photo", "render"))
+        images, normal = torch.stack([plain.rgb, photo.rgb])[:, :, 0], in_camera(photo.normal, azimuth)[:, 0]
+        return fit_normal_net(images, normal, steps, seed)
+    return kept_net(f"{folder}/normals_{num}_{steps}_{size}_{seed}.safetensors", {}, NormalNet(), build)
+
+
+def fit_normal_net(images, normal, steps, seed):
+    """A NormalNet trained on images (2, N, 3, H, W), renders and photos of the same N objects, and their normals
+    (N, 3, H, W) in the camera's frame; a function of seed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = NormalNet()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in tqdm(range(steps), desc="normal net", leave=False):
+        pick, domain = (torch.randint(0, n, (32,), generator=generator) for n in (len(normal), 2))
+        read = net(disturb(images[domain, pick], generator, shift=False))
+        loss = -(read * normal[pick]).sum(dim=1).mean()         # the cosine of the angle; 0 off the object
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return net
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of them
+
+
+class Judges(NamedTuple):
+    """What images are measured with (evaluate.measure)."""
+    net: FeatureNet
+    second: FeatureNet                  # of another seed
+    normals: NormalNet
+    photos: torch.Tensor                # (1000, F) features of photographs that no training sees (FID_I's place)
+
+
+def load_judges(folder="runs/toy/sets", device="cpu"):
+    """The toy's Judges, trained first where they are missing (about five minutes on one core)."""
+    net = train_feature_net(folder)
+    second, normals = train_feature_net(folder, seed=13), train_normal_net(folder)
+    return Judges(net, second, normals, world_features(net, folder, device))
 
 
 def world_features(net, folder="runs/toy/sets", device="cpu"):

@@ -1,9 +1,9 @@
 """
 The toy world drawn: orthographic rays are sphere-traced to the surface, and there shaded (Sec. 5).
 
-A photo (the real domain) shows the material, the light, the shadow, the grain; a render (the synthetic domain) shows
-the plain colour and nothing else. With either come the control maps, normals and positions. The frame and the cameras
-are those of geometry/camera.py.
+A photo (the real domain) shows the material as it grew, the light, the shadow, the grain; a render (the synthetic
+domain) is evenly lit and shows the pattern that an artist painted for the material. With either come the control maps,
+normals and positions. The frame and the cameras are those of geometry/camera.py.
 """
 import math
 from dataclasses import dataclass, replace
@@ -148,6 +148,29 @@ def texture(p, normal, color, material):
     return torch.stack(choices).gather(0, material.expand(1, 3, -1))[0]
 
 
+def painted(p, color, material):
+    """What an asset's artist paints for a material: coarse, of two flat tones, unlike the real one in pattern and hue.
+
+    So what tells a render from a photograph depends on the material. Arguments and result as of `texture`.
+    """
+    x, y, z = p
+    light, dark = mix(color, torch.ones_like(color), .45), color * .6
+    plank = mix(color, torch.tensor([.62, .44, .26], device=color.device)[:, None], .5)
+    planks = soft(wave(x + .5 * z, .3) - .5, 20)
+    clouds = soft(wave(x + .4 * y, .7) + wave(y - .5 * z, .6) - 1, 6)
+    blocks = maximum(joint(y / .34), joint((x - z) / .5 + .5 * torch.floor(y / .34 + .5)))
+    dots = soft(wave(x + .2 * z, .4) + wave(y + .2 * x, .4) + wave(z + .2 * y, .4) - 1.8, 12)
+    bands = soft(wave(x - z, .44) - .5, 20)
+    halves = soft(y, 20)
+    choices = [mix(color, plank, planks),                      # in the order of MATERIALS
+               mix(color, light, clouds),
+               mix(light, color, blocks),
+               mix(color, light, dots),
+               mix(color, dark, bands),
+               mix(color, light, halves)]
+    return torch.stack(choices).gather(0, material.expand(1, 3, -1))[0]
+
+
 def wave(value, period):
     """Between 0 and 1 and back, each period."""
     return 0.5 + 0.5 * torch.sin(2 * math.pi / period * value)
@@ -191,10 +214,13 @@ def light_up(distance, p, normal, abc, light, forward):
 # Pictures
 
 
+LOOKS = (*STYLES, "render")             # the last is the synthetic domain's
+
+
 @dataclass(frozen=True)
 class Look:
     """How N objects are drawn."""
-    style: str | list = "photo"         # of STYLES, one word or a list of N
+    style: str | list = "photo"         # of LOOKS, one word or a list of N
     background: str | list = "white"    # of BACKGROUNDS, one word or a list of N
     seed: int = 0                       # of the photos' grain: that of object n is a function of seed + n alone
     supersample: int = 2                # rays a pixel to each side
@@ -212,7 +238,7 @@ def render(assets, look=Look(), azimuth=AZIMUTHS, size=32, geometry=True, elevat
     azimuth = azimuth.expand(n, -1) if azimuth.ndim == 1 else azimuth
     if azimuth.ndim != 2 or len(azimuth) != n:
         raise ValueError(f"azimuth has shape {tuple(azimuth.shape)}, give V numbers or a tensor ({n}, V)")
-    style = one_each(look.style, n, STYLES, "style")
+    style = one_each(look.style, n, LOOKS, "style")
     background = one_each(look.background, n, BACKGROUNDS, "background")
     views = azimuth.shape[1]
     rgb, mask = torch.empty(n, views, 3, size, size), torch.empty(n, views, 1, size, size)
@@ -308,4 +334,4 @@ def shade(distance, assets, look, hits, forward, size):
         x, y, z = hits.point
         wash = .12 * torch.sin(7 * x + 5 * y + 3) * torch.sin(6 * y - 7 * z + 1)
         return .42 + .52 * color + wash - .12 * (1 - lambert)
-    return color                                                        # a render
+    return painted(hits.point, color, assets.material[owner])           # a render

@@ -13,9 +13,9 @@ import torch
 
 from geometry.camera import VIEWS
 
-WORLD_VERSION = 1                       # raise it when pixels or captions change: cached sets are then made again
+WORLD_VERSION = 2                       # raise it when pixels or captions change: cached sets are then made again
 
-STYLES = ("photo", "render", "cartoon", "sketch", "watercolor")
+STYLES = ("photo", "cartoon", "sketch", "watercolor")   # the base model's world: it has never seen a render
 MATERIALS = ("wooden", "marble", "brick", "spotted", "striped", "metal")
 PALETTE = {"red": (.80, .13, .12), "yellow": (.90, .72, .10), "green": (.15, .58, .20), "blue": (.15, .32, .80),
            "purple": (.48, .18, .62), "pink": (.90, .45, .62), "brown": (.45, .27, .13), "gray": (.50, .50, .52)}
@@ -295,6 +295,11 @@ def sample_assets(num, seed):
     azimuth, elevation = 2 * math.pi * u[:, 6], torch.deg2rad(35 + 40 * u[:, 7])
     light = [elevation.cos() * azimuth.sin(), elevation.sin(), elevation.cos() * azimuth.cos()]
     return Assets(category, color, material, u[:, 3:6].float(), torch.stack(light, dim=1).float())
+
+
+def exaggerated(assets):
+    """The objects as an asset artist shapes them: of each proportion, half lie at an end of the real objects' range."""
+    return assets._replace(shape=(2 * assets.shape - .5).clamp(0, 1))
 
 
 def take(assets, index):

@@ -11,7 +11,7 @@ from dit import PRESETS
 from support.launch import seconds_of
 from toy.render import render
 from toy.world import sample_assets, tokenize
-from training.flags import DEFAULTS
+from training.flags import steps_of_stage
 from training.sets import base_model, real_set_path
 
 
@@ -42,7 +42,7 @@ def announce(args, stage1_file, launched):
     render(sample_assets(16, 0), size=config.image_size, device=launched.device)
     rendering = (time.perf_counter() - start) / 16
     stage1 = METHODS[args.method].stage1 and not args.joint and not os.path.isfile(args.shifters or stage1_file)
-    stage1_steps = args.stage1_steps or DEFAULTS[args.preset, "stage1"][0]
+    stage1_steps = args.stage1_steps or steps_of_stage(args, "stage1", launched.world)
     needs_real = not args.no_real_data or stage1 and sees_both_domains(args.adapter)
     todo = {}
     if not (args.synthetic or glob(f"{args.out}/sets/synthetic_{args.num_assets}_*")):

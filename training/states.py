@@ -15,11 +15,14 @@ NOT_SETTINGS = ("out", "log_every", "save_every", "sample_every", "picture_steps
                 "seeds", "num_prompts", "rounds")
 
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")      # of AdamW (the first three) and Muon
+
+
 class Trained(NamedTuple):
     """What a training changes."""
     params: dict                        # {name: parameter} of those that require a gradient
     ema: dict                           # {name: tensor}, their running averages; empty without --ema
-    optimizer: torch.optim.Optimizer    # AdamW, with its moments
+    optimizers: list                    # AdamW, perhaps Muon, with their moments
 
 
 def training_settings(args):
@@ -29,10 +32,12 @@ def training_settings(args):
 
 def save_state(out, step, trained, args, world):
     """Writes out/state_STEP.safetensors, and keeps the one before it. For one rank to call."""
-    params, ema, optimizer = trained
+    params, ema, optimizers = trained
     tensors = {f"param.{name}": p for name, p in params.items()} | {f"ema.{name}": p for name, p in ema.items()}
-    for name, p in params.items():
-        tensors |= {f"{key}.{name}": torch.as_tensor(value) for key, value in optimizer.state[p].items()}
+    names = {p: name for name, p in params.items()}
+    for optimizer in optimizers:
+        for p, moments in optimizer.state.items():
+            tensors |= {f"{key}.{names[p]}": torch.as_tensor(value) for key, value in moments.items()}
     save_tensors(f"{out}/state_{step:08d}.safetensors", tensors, step=step,
                  settings=training_settings(args) | {"processes": world})
     for old in sorted(glob(f"{out}/state_*.safetensors"))[:-2]:
@@ -63,15 +68,18 @@ def load_state(out, trained, args, world):
 
 def restore(trained, tensors):
     """Copies the tensors of a state into parameters, averages and optimizer."""
-    params, ema, optimizer = trained
+    params, ema, optimizers = trained
     for name, p in params.items():
         p.data.copy_(tensors[f"param.{name}"])
         if ema:
             ema[name].copy_(tensors[f"ema.{name}"])
-        if f"step.{name}" in tensors:
-            optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
-            step = tensors[f"step.{name}"]              # a fused optimizer counts on the device, the others on the CPU
-            optimizer.state[p]["step"] = step.to(p.device) if optimizer.defaults["fused"] else step
+    names = {p: name for name, p in params.items()}
+    for optimizer in optimizers:
+        for p in optimizer.param_groups[0]["params"]:
+            moments = {key: tensors[f"{key}.{names[p]}"] for key in MOMENTS if f"{key}.{names[p]}" in tensors}
+            for key, value in moments.items():      # a fused optimizer counts steps on the device, others on the CPU
+                stays = key == "step" and not optimizer.defaults["fused"]
+                optimizer.state[p][key] = value if stays else value.to(p.device)
 
 
 def check_ranks(start, out, world):

@@ -1,7 +1,6 @@
 """Shifted sampling: how far is chosen as the measures say; the dial between the domains."""
 
 import json
-import types
 
 import pytest
 import torch
@@ -25,11 +24,10 @@ def test_select_picks_the_most_consistent_shift_within_the_loss(tmp_path, tiny_r
     def measure(images, *rest, **options):
         B_max, t_max = shifts[-1]
         return dict(KD_I=100 + 60 * B_max + (1000 - t_max) / 10, psnr=20 + 10 * B_max + (1000 - t_max) / 100) | dict(
-            psnr_loo=1.0, iou=1.0, photo=1.0
+            psnr_loo=1.0, iou=1.0, normals=9.0, photo=1.0
         )
 
-    monkeypatch.setattr(shift, "train_feature_net", lambda folder: types.SimpleNamespace(features=lambda x: x))
-    monkeypatch.setattr(data, "photo_set", lambda num, **options: {"image": torch.zeros(2, 1, 3, 32, 32)})
+    monkeypatch.setattr(shift, "load_judges", lambda *args: None)
     monkeypatch.setattr(shift, "sample_images", sample_images)
     monkeypatch.setattr(shift, "measure", measure)
     command = ["select", "--model", str(path), "--num", "2", "--folder", str(tmp_path), "--max_loss"]
@@ -48,11 +46,10 @@ def test_select_picks_the_most_consistent_shift_within_the_loss(tmp_path, tiny_r
         selected_shift(str(path))
 
 
-def test_dial_turns_from_one_domain_to_the_other(tmp_path, tiny_run, monkeypatch, capsys):
+def test_dial_turns_from_one_domain_to_the_other(tmp_path, tiny_run, quick_judges, monkeypatch, capsys):
     """Seven settings in order, each passed to the sampler as it is; 0 and 1 are the domains themselves."""
-    small_net, photos, sample_images, drawn = shift.train_feature_net, data.photo_set, shift.sample_images, {}
-    monkeypatch.setattr(shift, "train_feature_net", lambda folder: small_net(folder, num=20, steps=2))
-    monkeypatch.setattr(data, "photo_set", lambda num, **options: photos(20, **options))
+    sample_images, drawn = shift.sample_images, {}
+    monkeypatch.setattr(shift, "load_judges", lambda *args: quick_judges)
 
     def watched(network, inputs, sampling, **options):
         drawn[sampling.mode] = sample_images(network, inputs, sampling, **options)

@@ -18,11 +18,10 @@ from support.pictures import to_uint8
 from toy.world import asset_captions, sample_assets, tokenize
 
 
-def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, monkeypatch, capsys):
+def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, quick_judges, monkeypatch, capsys):
     """All eight rows from five trainings; run again, it trains and samples nothing and prints the same numbers."""
-    small_net, photos, train, started = tables.train_feature_net, data.photo_set, train_stage2.main, []
-    monkeypatch.setattr(tables, "train_feature_net", lambda folder: small_net(folder, num=60, steps=40))
-    monkeypatch.setattr(data, "photo_set", lambda num, **options: photos(40, **options))
+    train, started = train_stage2.main, []
+    monkeypatch.setattr(tables, "load_judges", lambda *args: quick_judges)
 
     def counted(flags):
         started.append(flags)
@@ -30,9 +29,8 @@ def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, monkeyp
     monkeypatch.setattr(train_stage2, "main", counted)
     monkeypatch.setattr(train_stage2, "object_sheet", lambda *args, **options: None)  # no pictures, no estimate
     monkeypatch.setattr(train_stage2, "announce", lambda *args: None)
-    at = TINY_STAGE2.index("--steps")
-    rest = " ".join(map(str, TINY_STAGE2[:at] + TINY_STAGE2[at + 2 :]))
-    command = ["table2", *"--num 2 --num_steps 2 --steps 3 --threads 1".split(), "--results", str(tmp_path)]
+    rest = " ".join(map(str, TINY_STAGE2))
+    command = ["table2", *"--num 2 --num_steps 2 --threads 1".split(), "--results", str(tmp_path)]
     command += ["--folder", str(tiny_run), "--train_flags", rest]
     tables.main(command)
     first = json.loads((tmp_path / "table2.json").read_text())["rows"]
@@ -54,7 +52,7 @@ def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, monkeyp
     with pytest.raises(ValueError, match="no row '9'"):
         tables.main([*command, "--rows", "9"])
     with pytest.raises(ValueError, match="made with .*--results"):
-        tables.main([*command, "--steps", "4"])
+        tables.main([*command, "--num_steps", "3"])
     with pytest.raises(ValueError, match="trained by 'python train_stage2.py .*without --clip 9: .*--folder"):
         tables.main([*command[:-1], f"{rest} --clip 9", "--results", str(tmp_path / "others")])
     assert len(started) == 6

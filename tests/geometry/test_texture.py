@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from shapes import box, painted, textured_chair
 
 from geometry.camera import AZIMUTHS
-from geometry.mesh import Mesh
+from geometry.mesh import Mesh, mesh_views
 from geometry.texture import atlas, save_meshes, texture_mesh, turntable
 
 
@@ -48,6 +49,20 @@ def test_texels_hold_the_colour_of_their_point(chair):
     assert error.mean() < 0.1  # what no view sees has the colour of the nearest seen point
 
 
+def test_an_outline_that_misses_the_meshs_leaves_no_pale_seam():
+    """Views drawn a pixel too small: no texel but those of the colour, and a white middle stays white."""
+    crate = box(0.25, 0.25, 0.25)
+    images = torch.ones(4, 3, 32, 32)
+    views = mesh_views(crate, 32)
+    inner = -torch.nn.functional.max_pool2d(-(views.mask[0] == 1).float(), 3, 1, 1)
+    images = torch.where(inner == 1, torch.tensor([0.2, 0.4, 0.6])[:, None, None], images)
+    texture, uv, _ = texture_mesh(crate, images, 128)
+    _, face, _ = atlas(len(crate.faces), 128)
+    assert (texture[face >= 0].float() / 255 - torch.tensor([0.2, 0.4, 0.6])).abs().max() < 0.01
+    texture, uv, _ = texture_mesh(crate, torch.ones(4, 3, 32, 32), 128)
+    assert (texture == 255).all()
+
+
 def test_a_mesh_that_no_view_sees_is_refused():
     crate = box(0.3, 0.2, 0.1)
     far = Mesh(crate.vertices + 5, crate.faces)
@@ -62,6 +77,8 @@ def test_meshes_are_saved_with_a_turntable_and_outlines_without_a_shape_named(tm
     save_meshes(tmp_path, {"crate": box(0.2, 0.2, 0.2), "lifted": None}, images, 512)
     written = {path.name for path in tmp_path.iterdir()}
     assert {"crate_a.glb", "crate_b.obj", "lifted_a.glb", "lifted_a.png", "turntable.png"} <= written
+    moving = Image.open(tmp_path / "turntable.gif")
+    assert moving.n_frames == 24 and moving.info["loop"] == 0
     assert "lifted_b.glb" not in written and "lifted b: no shape fits" in capsys.readouterr().out
     with pytest.raises(ValueError, match="there is no mesh to show"):
         save_meshes(tmp_path, {"lifted": None}, {"b": images["b"][1:]})

@@ -1,9 +1,12 @@
-"""The judge of the toy world: learns the domain, is kept, is the same on any number of threads."""
+"""The judges of the toy world: learn the domain and the surface, are kept, are the same on any number of threads."""
 
+import pytest
 import torch
+from shapes import one_asset
 
 import data
 from evaluate import fid
+from geometry.camera import AZIMUTHS
 from toy import judge
 from toy.render import Look, render
 from toy.world import sample_assets
@@ -41,6 +44,37 @@ def test_the_judge_is_trained_on_one_thread_and_leaves_their_number(tmp_path, mo
 def test_examples_turn_through_views_and_backgrounds():
     images, labels = judge.domain_examples(9, 16, 3, ("white", "black"))
     assert images.shape == (18, 3, 16, 16) and labels.tolist()[9][3] == 1
-    assert (labels[:9, 2] == -100).all() and torch.equal(labels[:9, :2], labels[9:, :2])
+    assert torch.equal(labels[:9, :3], labels[9:, :3])
     corners = images[..., 0, 0].mean(dim=1).view(2, 9)
     assert ((corners > 0.9) == torch.tensor([True] * 4 + [False] * 4 + [True])).all()
+
+
+def test_normals_of_a_camera_point_right_up_and_at_it():
+    """On a ball: the pixel right of the middle has a normal to the right, whichever side is seen."""
+    views = render(one_asset("ball"), size=33)
+    turned = judge.in_camera(views.normal, torch.tensor(AZIMUTHS)[None])
+    assert torch.allclose(turned[0, :, :, 16, 16], torch.tensor([0., 0, 1]).expand(4, 3), atol=1e-3)
+    right, above = turned[0, :, :, 16, 24], turned[0, :, :, 8, 16]
+    assert (right[:, 0] > 0.5).all() and (above[:, 1] > 0.5).all() and right[:, 1].abs().max() < 1e-2
+    assert torch.allclose(turned.norm(dim=2), views.normal.norm(dim=2), atol=1e-5)
+
+
+def test_normal_net_learns_the_surface_and_its_error_is_an_angle(tmp_path):
+    net = judge.train_normal_net(tmp_path, num=60, steps=60)
+    again = judge.train_normal_net(tmp_path, num=60, steps=60)
+    assets = sample_assets(6, data.SEEDS["evaluation"])
+    photo, plain = render(assets), render(assets, Look("render"), geometry=False)
+    errors = [net.angular_error(rgb, photo.normal) for rgb in (photo.rgb, plain.rgb)]
+    assert torch.equal(errors[0], again.angular_error(photo.rgb, photo.normal))
+    white = torch.ones_like(photo.rgb)
+    assert all((error < 40).all() and error.mean() < net.angular_error(white, photo.normal).mean() for error in errors)
+    others = net.angular_error(photo.rgb, photo.normal.roll(1, 0))      # another object's control
+    assert others.mean() > 1.2 * errors[0].mean()
+
+    class Perfect(judge.NormalNet):
+        def forward(self, images):
+            return judge.in_camera(photo.normal, torch.tensor(AZIMUTHS).expand(6, 4)).flatten(0, 1)
+    assert Perfect().angular_error(photo.rgb, photo.normal).max() < 0.1
+    tilted = torch.stack([photo.normal[:, :, 0], photo.normal[:, :, 2], -photo.normal[:, :, 1]], dim=2)  # 90 degrees
+    angle = (tilted * photo.normal).sum(2).clamp(-1, 1).acos().rad2deg()[photo.normal.norm(dim=2) > 0.5].mean()
+    assert Perfect().angular_error(photo.rgb, tilted).mean() == pytest.approx(angle.item(), rel=0.1)

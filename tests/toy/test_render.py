@@ -7,8 +7,8 @@ import torch
 from shapes import one_asset, volume
 
 from geometry.camera import AZIMUTHS, ELEVATION, EXTENT, camera, project
-from toy.render import Look, asset_mesh, nearest, render, trace
-from toy.world import CATEGORIES, SHAPES, STYLES, box, sample_assets, sphere, take
+from toy.render import LOOKS, Look, asset_mesh, nearest, render, trace
+from toy.world import CATEGORIES, MATERIALS, SHAPES, box, sample_assets, sphere, take
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +115,16 @@ def test_mask_is_the_share_of_supersamples(world):
 # ---- looks
 
 
-def test_render_is_flat_and_photo_is_lit(world):
-    _, plain, photo = world
+def test_a_render_is_evenly_lit_and_painted_and_a_photo_is_lit(world):
+    assets, plain, photo = world
     whole = (plain.mask == 1).squeeze(2)
-    for k in range(len(whole)):
-        pixels = plain.rgb[k].movedim(1, 3)[whole[k]]
-        colors = [len(pixels[:, c].mul(255).round().unique()) for c in range(3)]
-        assert (pixels.var(dim=0) < 0.1).all() and max(colors) <= 12  # body, accent, and their mixtures
+    elsewhere = assets._replace(light=-assets.light)
+    assert torch.equal(render(elsewhere, Look("render"), geometry=False).rgb, plain.rgb)
+    assert not torch.equal(render(elsewhere, geometry=False).rgb, photo.rgb)
+    for other in range(1, len(MATERIALS)):                      # each material is painted in its own way
+        repainted = render(assets._replace(material=(assets.material + other) % len(MATERIALS)), Look("render"),
+                           geometry=False).rgb
+        assert ((repainted - plain.rgb).abs().amax(2)[whole] > 0.05).float().mean() > 0.25
     spread = photo.rgb.movedim(2, 4)[whole].mul(255).round().unique(dim=0)
     assert len(spread) > 5000
     assert (plain.rgb.movedim(2, 4)[(plain.mask == 0).squeeze(2)] == 1).all()  # white background, both
@@ -145,7 +148,7 @@ def test_a_photo_is_lit_from_the_side_of_its_light():
 
 def test_styles_and_backgrounds_differ(world):
     assets = take(world[0], slice(0, 4))
-    pictures = [render(assets, Look(style), (30,), geometry=False).rgb for style in STYLES]
+    pictures = [render(assets, Look(style), (30,), geometry=False).rgb for style in LOOKS]
     for i, a in enumerate(pictures):
         for b in pictures[:i]:
             assert (a - b).abs().mean() > 0.01

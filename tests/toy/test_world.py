@@ -33,9 +33,9 @@ def test_caption_grammar():
     assert caption(None, "red", "wooden", "mug") == "a red wooden mug"
     assets = sample_assets(20, 5)
     pattern = re.compile(r"(\w+) of a (\w+) (\w+) (\w+), (\w+) view, (\w+) background")
-    for k, text in enumerate(asset_captions(assets, "render", ["back"] * 20, "white")):
+    for k, text in enumerate(asset_captions(assets, "sketch", ["back"] * 20, "white")):
         assert pattern.fullmatch(text).groups() == (
-            "render",
+            "sketch",
             COLORS[assets.color[k]],
             MATERIALS[assets.material[k]],
             CATEGORIES[assets.category[k]],

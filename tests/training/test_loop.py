@@ -21,7 +21,7 @@ from domain_shifter import REAL, SYN, ShiftedDiT
 from support.files import load_tensors
 from train_stage2 import parse_args
 from training.batches import with_noise
-from training.loop import Iteration, check_sets, in_training, learning_rate, train, training_step
+from training.loop import Iteration, check_sets, in_training, learning_rate, make_optimizers, training_step
 
 WORKER = "tests/training/train_worker.py"
 
@@ -101,7 +101,7 @@ def test_a_step_is_what_the_paper_says(iteration, domains, loss, parts, still):
     before = {name: p.detach().clone() for name, p in network.dit.named_parameters()}
     optimizer = torch.optim.SGD(network.dit.parameters(), lr=1.0)
     args = argparse.Namespace(accumulate=parts, text_dropout=text_dropout, dtype="float32", loss=loss, clip=1e9)
-    got, (sums, counts) = training_step(network, optimizer, batch, iteration, NULL, args)
+    got, (sums, counts) = training_step(network, [optimizer], batch, iteration, NULL, args)
     assert float(got) == pytest.approx(want, rel=1e-4) and counts.sum() == 3
     if loss == "epsilon":
         assert float(sums.sum()) / 3 == pytest.approx(want, rel=1e-4)
@@ -123,7 +123,7 @@ def test_a_long_gradient_is_clipped():
         before = torch.nn.utils.parameters_to_vector(network.dit.parameters()).detach()
         optimizer = torch.optim.SGD(network.dit.parameters(), lr=1.0)
         args = argparse.Namespace(accumulate=1, text_dropout=0.1, dtype="float32", loss="epsilon", clip=clip)
-        training_step(network, optimizer, batch, SYNTHETIC, NULL, args)
+        training_step(network, [optimizer], batch, SYNTHETIC, NULL, args)
         moved.append(before - torch.nn.utils.parameters_to_vector(network.dit.parameters()).detach())
     assert moved[0].norm() > 0.05 and float(moved[1].norm()) == pytest.approx(0.01, rel=0.01)
     assert torch.cosine_similarity(moved[0], moved[1], dim=0) > 0.999
@@ -169,15 +169,27 @@ def test_four_compilations_serve_all_blocks_domains_and_numbers_of_frozen_ones(m
 # Whole trainings in this process
 
 
-def test_shifters_that_train_with_the_model_have_their_own_learning_rate(tmp_path):
-    """A share of --lr: none of it at 0."""
+def test_muon_takes_the_matrices_of_the_blocks_and_makes_their_updates_orthogonal(tmp_path):
+    """Its first update has equal singular values; shifters and all that is no matrix of a block stay with AdamW."""
     network = ShiftedDiT(random_model(), trained_shifters())
-    before = {name: p.clone() for name, p in network.named_parameters()}
-    args = tiny_args(tmp_path, "--joint", "--steps", 1, "--batch", 1, "--shifter_lr_scale", 0)
-    train(network, tiny_sets(), NULL, lambda _: Iteration("real", 0), args, ALONE)
-    still = {name for name, p in network.named_parameters() if torch.equal(p, before[name])}
-    assert {name for name in before if name.startswith("shifters.")} <= still
-    assert not any(name.startswith("dit.blocks.") for name in still)
+    params = dict(network.named_parameters())
+    before = {name: p.detach().clone() for name, p in params.items()}
+    args = tiny_args(tmp_path, "--joint", "--muon", "--lr", 1e-3, "--weight_decay", 0)
+    adamw, muon = make_optimizers(params, args, ALONE.device)
+    mine = {name for name in params for p in muon.param_groups[0]["params"] if p is params[name]}
+    ends = ("qkv.weight", "q.weight", "kv.weight", "proj.weight", "mlp.0.weight", "mlp.2.weight")
+    assert mine == {name for name in params if name.startswith("dit.blocks.") and name.endswith(ends)}
+    assert len(adamw.param_groups[0]["params"]) + len(mine) == len(params)
+    name = "dit.blocks.1.attn.proj.weight"
+    params[name].grad = torch.randn(16, 16) * torch.linspace(0.1, 1, 16)
+    for group in muon.param_groups:
+        group["lr"] = args.lr * group["lr_scale"]
+    muon.step()
+    moved = (params[name].detach() - before[name]).double()
+    values = torch.linalg.svdvals(moved)
+    assert values.max() < 2.5 * values.min()        # of the gradient: 50 times
+    # as long as AdamW's update, 0.2 a weight (Liu et al. 2025), at three times its rate
+    assert moved.square().mean().sqrt() == pytest.approx(3 * 1e-3 * 0.2, rel=0.25)
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch):
