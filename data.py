@@ -30,6 +30,7 @@ from toy.world import (CATEGORIES, WORLD_VERSION, Assets, asset_captions, exagge
 
 SEEDS = dict(base=1, synthetic=2, evaluation=3, validation=4, photos=5)     # held-out objects are never trained on
 ASSETS = {"toy": 400, "small": 4000, "full": 120_000}      # of the synthetic set, at full the paper's (C.1)
+SHOWN = (14, 10, 17)                    # held-out objects of the pictures: spotted duck, striped tower, wooden donut
 LATENT_SCALE = 0.18215                  # of PixArt's VAE: the model sees its latents times this
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,6 +99,11 @@ def evaluation_set(num, seed=SEEDS["evaluation"], size=32, folder="runs/toy/sets
                     mask=to_uint8(2 * views.mask - 1), position=views.position, normal=views.normal,
                     labels=torch.stack(assets[:3], dim=1))
     return build_set("evaluation", num, seed, size, folder, draw)
+
+
+def shown_objects(num):
+    """Which of num held-out objects stand in pictures: SHOWN, or the first three where there are too few."""
+    return list(SHOWN if num > max(SHOWN) else range(min(num, 3)))
 
 
 def photo_set(num, seed=SEEDS["photos"], size=32, folder="runs/toy/sets", device="cpu"):

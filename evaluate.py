@@ -314,7 +314,7 @@ def compare_folders(args):
         names, features = ("FID", "KID"), load_inception(args.inception, device)
     else:
         print("without --inception: FD and KD on the toy's own network at 32 pixels, which knows nothing but the toy "
-              "world (trained first where it is missing, two minutes)", flush=True)
+              "world (trained first where it is missing)", flush=True)
         names, net = ("FD", "KD"), train_feature_net(args.folder)
 
         def features(images):
@@ -493,8 +493,9 @@ def toy_table(args):
           "one-out consistency, and how far it is below that of perfect views of its domain; photo: share called so by "
           f"two judges; FD, KD: to {len(judges.photos)} held-out photos; caption: how surely what it names is read")
     out = args.out.removesuffix(".png")
-    save_picture(f"{out}.png", [(name, (grids[:6] * 255).round().byte().flatten(0, 1))
-                                for name, grids in images.items()], column_titles=VIEWS * min(6, args.num))
+    shown = data.shown_objects(args.num)
+    save_picture(f"{out}.png", [(name, (grids[shown] * 255).round().byte().flatten(0, 1))
+                                for name, grids in images.items()], column_titles=VIEWS * len(shown))
     write_json(f"{out}.json", dict(settings=measured_settings(args) | dict(seed=args.seed), rows=rows))
     print(f"wrote {out}.png and {out}.json")
 

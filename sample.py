@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from baselines.adapters import load_beside
-from data import ASSETS, SEEDS, control_maps, evaluation_set, real_captions
+from data import ASSETS, SEEDS, SHOWN, control_maps, evaluation_set, real_captions
 from dit import PRESETS, T, alphas_cumprod
 from domain_shifter import (B_MAX, REAL, SYN, T_MAX, ShiftedDiT, block_count, load_shifters, shifted_domains,
                             uniform_domains)
@@ -386,7 +386,8 @@ def parse_args(argv=None):
     add("--shifters", help="shifters of stage 1, to put into a model without its own")
     add("--preset", choices=PRESETS, default="toy", help="which default model")
     add("--task", choices=("texturing", "text"), help="default: the one the model was trained for")
-    add("--object", type=int, nargs="+", default=[0, 1, 2], help="numbers of held-out objects")
+    add("--object", type=int, nargs="+", default=list(SHOWN), help="numbers of held-out objects "
+        "(default %(default)s)")
     add("--prompt", nargs="+", help="captions instead of objects: a base model, --task text, or one for --mesh")
     add("--domain", type=domain_word, default="all", help="domain mode: real, syn, shifted, or a number s, 0 for "
         "synthetic to 1 for real and a little outside (default all: the three words)")

@@ -28,7 +28,7 @@ from contextlib import nullcontext
 import train_stage1
 from baselines.adapters import load_beside, new_network
 from baselines.methods import METHODS
-from data import evaluation_set
+from data import SHOWN, evaluation_set
 from dit import NEW_INPUTS
 from domain_shifter import P_B, TAU_B, draw_frozen_blocks, draw_reassigned_blocks
 from sample import Sampling, object_sheet
@@ -124,7 +124,8 @@ def object_preview(network, args):
     config = network.dit.config
     if config.latent:
         return None
-    objects = evaluation_set(3, size=config.image_size, folder=f"{args.out}/sets")
+    held = evaluation_set(max(SHOWN) + 1, size=config.image_size, folder=f"{args.out}/sets")
+    objects = {key: value[list(SHOWN)] for key, value in held.items()}
 
     def preview(path):
         with nullcontext() if METHODS[args.method].kept else network.without_adapter():

@@ -108,7 +108,7 @@ def turn_dial(args):
         for s in DIAL:
             images = to_uint8(sample_images(network, held, replace(sampling, mode=s), views=4, progress=progress))
             rows[s] = measure(images / 255, held, judges)
-            pictures.append((f"s = {s}", images[:3].flatten(0, 1)))
+            pictures.append((f"s = {s}", images[data.shown_objects(args.num)].flatten(0, 1)))
     for s, row in rows.items():
         print(f"s {s:5.2f}  {some_measures(row, 'photo iou normals psnr psnr_loo KD_I')}")
     curves = {"called a photo": [(s, row["photo"]) for s, row in rows.items()],

@@ -6,7 +6,7 @@
 The rows, their flags and the paper's numbers are in experiments/paper.py. A row's model is trained by train_stage2.py
 where it is missing, its images are sampled where they are missing, and both are kept in the run folder. Writes
 results/TABLE.json after each row, and at the end TABLE.md, TABLE.png (realism against consistency, a point a method)
-and TABLE_sheet.png (six objects, a row a method).
+and TABLE_sheet.png (three objects, a row a method).
 """
 import argparse
 import os
@@ -123,9 +123,10 @@ def run_table(args):
         write_json(f"{out}.json", dict(settings=measured_settings(args), rows=results))
     write_table(out, results, args)
     if not args.rows:
-        sheet = [("renders", held["image"])] + list(grids.items())
-        save_picture(f"{out}_sheet.png", [(label, images[:6].flatten(0, 1)) for label, images in sheet],
-                     column_titles=VIEWS * 6)
+        sheet = [("renders", held["image"]), *grids.items(), (ORACLE, held["photo"])]
+        shown = data.shown_objects(args.num)
+        save_picture(f"{out}_sheet.png", [(label, images[shown].flatten(0, 1)) for label, images in sheet],
+                     column_titles=VIEWS * len(shown))
     print(f"wrote {out}.json, {out}.md, {out}.png" + ("" if args.rows else f" and {out}_sheet.png"))
 
 
@@ -225,13 +226,22 @@ def table_lines(results):
     for what, ours, theirs in (("consistency", "psnr", "PSNR"), ("realism", "KD_I", "KID_I")):
         rho = spearmanr([seed_mean(row, ours) for row in both], [row["paper"][theirs] for row in both]).statistic
         lines += ["", f"Spearman correlation of the order by {what} ({ours} here, {theirs} in the paper): {rho:.2f}"]
-    return lines
+    return lines + ["", disagreement(results)]
+
+
+def disagreement(results, most=0.05):
+    """Where the two judges' shares of photos differ by more than `most`, as a line."""
+    pairs = {label: (seed_mean(row, "photo"), seed_mean(row, "photo_2")) for label, row in results.items()}
+    apart = [f"{label} ({a:.2f} and {b:.2f})" for label, (a, b) in pairs.items() if b is not None and abs(a - b) > most]
+    return f"Rows on which the two judges differ by more than {most}: {', '.join(apart) or 'none'}"
 
 
 LEGEND = """psnr, ssim: generated views against their re-rendering (up: consistent); psnr_loo: on surface seen by two
-views, each from the other. FD, KD x1000: distances of a small network's features to the base model's images (B) and to
-held-out photographs (I) (down: realistic), not on the paper's scale of FID and KID. caption: how surely that network
-reads kind, colour and material; iou: silhouette against the control's; photo: share it calls a photo."""
+views, each from the other, and loo_gap: how far that is below perfect views of the same domain. FD, KD x1000: distances
+of a small network's features to the base model's images (B) and to held-out photographs (I) (down: realistic), not on
+the paper's scale of FID and KID. caption: how surely that network reads kind, colour and material; iou: silhouette
+against the control's; normals: degrees between the normals asked for and those a third network reads off the image;
+photo, photo_2: share called a photo, by two networks of different seeds. +-: deviation over the seeds."""
 
 
 def write_table(out, results, args):

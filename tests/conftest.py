@@ -195,11 +195,11 @@ def tiny_run(tmp_path_factory):
 def quick_judges(tmp_path_factory):
     """Judges that learned quickly, in place of those that every command trains."""
     import data
-    from toy.judge import Judges, train_feature_net, train_normal_net
+    from toy.judge import SECOND, Judges, train_feature_net, train_normal_net
 
     folder = tmp_path_factory.mktemp("judges")
     net = train_feature_net(folder, num=60, steps=40)
-    second = train_feature_net(folder, num=60, steps=40, seed=13)
+    second = train_feature_net(folder, num=60, steps=40, seed=SECOND)
     photos = net.features(data.photo_set(40, folder=folder)["image"][:, 0] / 255)
     return Judges(net, second, train_normal_net(folder, num=20, steps=5), photos)
 

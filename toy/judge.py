@@ -1,5 +1,7 @@
 """The judges of the toy world: small networks trained here on perfect photographs and renders.
 
+    python -m toy.judge                             # makes those in weights/judges, half an hour on one core
+
 FeatureNet stands where the paper has Inception and CLIP (Sec. 5): distances are taken on its features, its heads say
 how surely an image shows what its caption names, and whether it looks like a photograph. A second one of another seed
 says how far to trust that verdict. NormalNet reads the surface off an image of either domain: whether control holds,
@@ -15,9 +17,13 @@ from tqdm import tqdm
 
 import data
 from geometry.camera import AZIMUTHS, camera
-from support.files import cached
+from support.files import cached, up_to_date
+from support.launch import run_cli
 from toy.render import Look, render
 from toy.world import CATEGORIES, COLORS, MATERIALS, WORLD_VERSION, sample_assets
+
+SECOND = 13                             # seed of the second judge
+SHIPPED = Path(__file__).parent.parent / "weights" / "judges"
 
 
 def conv_stage(inputs, outputs):
@@ -108,21 +114,24 @@ def fit_feature_net(images, labels, steps, seed):
     return net
 
 
-def train_feature_net(folder="runs/toy/sets", num=3000, steps=1500, size=32, seed=11, backgrounds=("white",)):
-    """FeatureNet trained on photos and renders of num objects before these backgrounds (about two minutes on one core),
-    kept in folder. It is ready to judge: in eval mode, without gradients."""
+def train_feature_net(folder="runs/toy/sets", num=8000, steps=5000, size=32, seed=11, backgrounds=("white",)):
+    """FeatureNet trained on photos and renders of num objects before these backgrounds, shipped, or else kept in
+    folder (a quarter of an hour on one core). It is ready to judge: in eval mode, without gradients."""
     name = f"features_{num}_{steps}_{size}_{seed}"
     if len(backgrounds) > 1:
         name = f"{name}_backgrounds"
 
     def build():
         return fit_feature_net(*domain_examples(num, size, seed, backgrounds), steps, seed)
-    return kept_net(f"{folder}/{name}.safetensors", dict(each_four=list(backgrounds)), FeatureNet(), build)
+    return kept_net(folder, name, FeatureNet(), build)
 
 
-def kept_net(path, key, net, build):
-    """build()'s weights, trained on one thread and kept at path, in the network `net`, ready to judge."""
-    key = key | dict(net=str(net), file=Path(path).name, version=WORLD_VERSION)
+def kept_net(folder, name, net, build):
+    """build()'s weights in the network `net`, ready to judge: those shipped under this name, else trained on one thread
+    and kept in folder."""
+    key = dict(net=str(net), name=name, version=WORLD_VERSION)
+    shipped, path = SHIPPED / f"{name}.safetensors", Path(folder) / f"{name}.safetensors"
+    path = shipped if up_to_date(shipped, key) else path
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                    # more would round otherwise, and train a network of other verdicts
     try:
@@ -180,16 +189,15 @@ def in_camera(normal, azimuth):
     return torch.einsum("bvij,bvjhw->bvihw", axes, normal)
 
 
-def train_normal_net(folder="runs/toy/sets", num=3000, steps=1500, size=32, seed=12):
-    """NormalNet trained on photos and renders of num objects from all sides (about a minute on one core), kept in
-    folder, ready to judge."""
+def train_normal_net(folder="runs/toy/sets", num=8000, steps=4000, size=32, seed=12):
+    """NormalNet trained on photos and renders of num objects from all sides, as `train_feature_net`."""
     def build():
         assets, generator = sample_assets(num, seed), torch.Generator().manual_seed(seed)
         azimuth = 360 * torch.rand(num, 1, generator=generator)
         photo, plain = (render(assets, Look(style, seed=seed), azimuth, size) for style in ("photo", "render"))
         images, normal = torch.stack([plain.rgb, photo.rgb])[:, :, 0], in_camera(photo.normal, azimuth)[:, 0]
         return fit_normal_net(images, normal, steps, seed)
-    return kept_net(f"{folder}/normals_{num}_{steps}_{size}_{seed}.safetensors", {}, NormalNet(), build)
+    return kept_net(folder, f"normals_{num}_{steps}_{size}_{seed}", NormalNet(), build)
 
 
 def fit_normal_net(images, normal, steps, seed):
@@ -225,12 +233,23 @@ class Judges(NamedTuple):
 
 
 def load_judges(folder="runs/toy/sets", device="cpu"):
-    """The toy's Judges, trained first where they are missing (about five minutes on one core)."""
+    """The toy's Judges, trained first where they are missing (see `train_feature_net`)."""
     net = train_feature_net(folder)
-    second, normals = train_feature_net(folder, seed=13), train_normal_net(folder)
+    second, normals = train_feature_net(folder, seed=SECOND), train_normal_net(folder)
     return Judges(net, second, normals, world_features(net, folder, device))
 
 
 def world_features(net, folder="runs/toy/sets", device="cpu"):
     """FeatureNet's features (1000, F) of the photographs that realism is measured against (FID_I's place)."""
     return net.features(data.photo_set(1000, folder=folder, device=device)["image"][:, 0] / 255)
+
+
+def main():
+    train_feature_net(SHIPPED)
+    train_feature_net(SHIPPED, seed=SECOND)
+    train_normal_net(SHIPPED)
+    print(f"the judges are in {SHIPPED}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

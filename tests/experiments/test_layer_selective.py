@@ -53,7 +53,7 @@ def test_layer_selective_experiment_as_a_command(tmp_path, monkeypatch, capsys):
     before = (tmp_path / "base.safetensors").read_bytes()
     net, photos = layer_selective.train_feature_net, data.photo_set
     monkeypatch.setattr(layer_selective, "train_feature_net",
-                        lambda *a, **options: net(*a, num=20, steps=4, **options))
+                        lambda *a, **options: net(*a, **options | dict(num=20, steps=4)))
     monkeypatch.setattr(data, "photo_set", lambda num, **options: photos(20, **options))
     flags = "--seeds 2 --steps 2 --batch 1 --num_assets 4 --num_prompts 3 --picture_steps 2 --threads 1"
     run_main(train_stage2, "--layer_selective", *flags.split(), "--out", tmp_path)

@@ -91,7 +91,7 @@ def test_every_table_prints_before_and_after_its_rows_are_there():
             results[row.label]["toy"] = {"0": dict(KD_I=float(k), psnr=20.0 + k)} if row.flags is not None else {}
         oracle = dict(paper=dict.fromkeys(PAPER_COLUMNS), toy={"-": dict(KD_I=1.0, psnr=40.0)})
         lines = table_lines(results | {ORACLE: oracle})
-        assert len(lines) == len(rows) + 7 and ORACLE in lines[len(rows) + 2]
+        assert len(lines) == len(rows) + 9 and ORACLE in lines[len(rows) + 2]
 
 
 def some_results(**values):
@@ -111,9 +111,17 @@ def test_seed_noise_is_the_pooled_deviation_and_the_order_is_compared():
     assert seed_noise(rows, "KD_I") == pytest.approx(np.sqrt((2 + 8) / 2))  # variances 2 and 8
     assert seed_noise(some_results(a=(1.0, 2.0)), "KD_I") is None
     lines = table_lines(rows)
-    assert lines[0].split("|")[2].strip() == "psnr" and "a (2 seeds)" in lines[2] and "5.25" in lines[2]
+    assert lines[0].split("|")[2].strip() == "psnr" and "a (2 seeds)" in lines[2] and "5.25 +- 0.35" in lines[2]
     assert lines[5].startswith("| deviation between seeds")
-    assert lines[-3].endswith(": 0.50") and lines[-1].endswith(": -1.00")
+    assert lines[-5].endswith(": 0.50") and lines[-3].endswith(": -1.00") and lines[-1].endswith("than 0.05: none")
+
+
+def test_rows_on_which_the_two_judges_differ_are_named():
+    rows = some_results(a=((1.0, 5.0), (3.0, 5.5)), b=(4.0, 6.0))
+    for seed, second in (("0", 0.8), ("1", 0.88)):
+        rows["a"]["toy"][seed] |= dict(photo=0.9, photo_2=second)
+    rows["b"]["toy"]["0"] |= dict(photo=0.9, photo_2=0.86)
+    assert table_lines(rows)[-1].endswith("than 0.05: a (0.90 and 0.84)")
 
 
 def test_the_papers_numbers_are_complete():
