@@ -7,6 +7,7 @@ how surely an image shows what its caption names, and whether it looks like a ph
 says how far to trust that verdict. NormalNet reads the surface off an image of either domain: whether control holds,
 whatever the image looks like.
 """
+import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -245,6 +246,7 @@ def world_features(net, folder="runs/toy/sets", device="cpu"):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     train_feature_net(SHIPPED)
     train_feature_net(SHIPPED, seed=SECOND)
     train_normal_net(SHIPPED)

@@ -75,8 +75,8 @@ def train_base(args, launched):
 def parse_args(argv=None):
     """The command line of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_base_images", type=int, default=48000, help="images of the base model's world (default "
-                        "%(default)s)")
+    parser.add_argument("--num_base_images", type=int, default=100_000, help="images of the base model's "
+                        "world (default %(default)s)")
     training_arguments(parser)
     parser.set_defaults(adapter=None, rank=None)
     return parse_training(parser, "-m toy.pretrain", argv)
