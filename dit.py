@@ -50,6 +50,7 @@ class Config:
     output_skip: bool       # eps = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) F(x_t) in place of eps = F(x_t)
     qk_norm: bool           # RMS-normalise queries and keys: keeps attention logits bounded in long fine-tuning
     pos_scale: float = 1.0  # positions are divided by this (2: a table trained at half the resolution)
+    world: int = 0          # version of the toy world whose words the ids are (WORLD_VERSION of toy/world.py); 0: none
 
     @property
     def latent(self):
@@ -59,8 +60,8 @@ class Config:
 
 PRESETS = {
     #                image patch  ch  out ctrl views depth width heads text_dim  L  vocab   skip  qk_norm
-    "toy":    Config(   32,    4,  3,   3,   6,    4,   10,  192,    6,    192,  16,   64,  True,  True),
-    "small":  Config(   64,    4,  3,   3,   6,    4,   12,  384,    6,    384,  16,   64,  True,  True),
+    "toy":    Config(   32,    4,  3,   3,   6,    4,   10,  192,    6,    192,  16,   64,  True,  True, world=2),
+    "small":  Config(   64,    4,  3,   3,   6,    4,   12,  384,    6,    384,  16,   64,  True,  True, world=2),
     "full":   Config(   64,    2,  4,   8,   8,    4,   28, 1152,   16,   4096, 120,    0, False, False),
 }
 
@@ -367,7 +368,7 @@ def read_config(path, metadata):
     """The Config in a checkpoint's metadata. Raises ValueError if it has none or of another version."""
     stored = metadata.get("config")
     if not isinstance(stored, dict) or set(stored) != {field.name for field in fields(Config)}:
-        raise ValueError(f"{path} is not a checkpoint of this project: its metadata hold no matching config")
+        raise ValueError(f"{path} is not a checkpoint of this project: its metadata hold no config of this version")
     return Config(**stored)
 
 

@@ -31,7 +31,7 @@ from support.folders import find_images, in_batches, read_caption, read_image, r
 from support.launch import BAR, launch, run_cli
 from support.networks import LPIPS_LAYERS, load_clip, load_inception, load_lpips
 from support.pictures import save_picture, to_uint8
-from toy.judge import load_judges, train_feature_net
+from toy.judge import load_judges, read, train_feature_net
 from toy.world import WORLD_VERSION, asset_captions, sample_assets, tokenize
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def compare_folders(args):
         names, features = ("FID", "KID"), load_inception(args.inception, device)
     else:
         print("without --inception: FD and KD on the toy's own network at 32 pixels, which knows nothing but the toy "
-              "world (trained first where it is missing)", flush=True)
+              "world", flush=True)
         names, net = ("FD", "KD"), train_feature_net(args.folder)
 
         def features(images):
@@ -360,13 +360,11 @@ def oracle(folder="runs/toy/sets", num=64):
             "leave-one-out PSNR (dB)": (*(x["psnr_loo"].nanmean().item() for x in views), ">= 30"),
             "  surface seen twice (share)": (*(x["covered"].mean().item() for x in views), "")}
     labels = held["labels"].repeat_interleave(held["image"].shape[1], dim=0)                        # (num V, 3)
-    heads = [net(x.flatten(0, 1)) for x in pictures]
-    for k, head in enumerate(("category", "color", "material")):
-        right = [(said[head].argmax(dim=1) == labels[:, k]).float().mean().item() for said in heads]
-        rows[f"{head} read right"] = (*right, "")
-    for name, judge in (("domain read right", net), ("  by the second judge", judges.second)):
-        called = [(judge.photo_probability(x.flatten(0, 1)) > 0.5).float().mean().item() for x in pictures]
-        rows[name] = (called[0], 1 - called[1], ">= 0.99")
+    said = [read(x.flatten(0, 1), labels, judges) for x in pictures]
+    for head in ("category", "color", "material"):
+        rows[f"{head} read right"] = (*(row[head] for row in said), "")
+    for name, judge in (("domain read right", "photo"), ("  by the second judge", "photo_2")):
+        rows[name] = (said[0][judge], 1 - said[1][judge], ">= 0.99")
     photos = net.features(data.photo_set(4 * num, folder=folder)["image"].flatten(0, 1) / 255)
     features = [net.features(x.flatten(0, 1)) for x in pictures]
     rows["Frechet distance to photos"] = (*(fid(photos, x) for x in features), "small, large")
@@ -385,7 +383,7 @@ def print_oracle(args):
 # The trained models: does control hold, does the domain follow its switch, has the domain leaked?
 
 DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4, "FD_B": 1, "KD_B": 0, "FD_I": 1, "KD_I": 0, "caption": 3, "iou": 3,
-          "normals": 1, "psnr_loo": 2, "loo_gap": 2, "photo": 2, "photo_2": 2}      # of each measure, to print
+          "material": 2, "normals": 1, "psnr_loo": 2, "loo_gap": 2, "photo": 2, "photo_2": 2}     # of each, to print
 
 
 def measure(images, held, judges, base=None, task="texturing", lpips_weights=None):
@@ -398,26 +396,24 @@ def measure(images, held, judges, base=None, task="texturing", lpips_weights=Non
     iou             silhouette IoU with the control mask                                        (texturing only)
     normals         angle in degrees between the normals asked for and those read off the image (texturing only)
     psnr, ssim      of the views against their re-rendering (dB), the paper's form; lpips given its weights
-    psnr_loo        the same, leave-one-out (dB); loo_gap: how far below perfect views of its own domain
+    psnr_loo        the same, leave-one-out (dB); loo_gap: how far below that of perfect photographs and renders, mixed
+                    as the share called a photo says
     photo, photo_2  share called a photo, by each of two judges
+    material ..     share whose category, color, material the judge reads right
     FD_B, KD_B ..   Frechet and kernel (x 1000) distance to the base model's images, and (I) to held-out photographs
     caption         how surely the judge reads category, colour and material off the image (in place of CLIP)
     """
     flat, labels = images.flatten(0, 1), held["labels"].repeat_interleave(images.shape[1], dim=0)
     views = grid_consistency(images, held, task, lpips_weights)
-    with torch.no_grad():
-        heads = judges.net(flat)
-    said = [heads[name].softmax(1).gather(1, labels[:, k:k + 1])
-            for k, name in enumerate(("category", "color", "material"))]
-    photo, photo_2 = ((net.photo_probability(flat) > 0.5).float().mean().item() for net in (judges.net, judges.second))
-    perfect = grid_consistency(held["photo" if photo > 0.5 else "image"] / 255, held, task)
     row = dict(iou=None, normals=None)
     if task == "texturing":
         row = dict(iou=silhouette_iou(images, held["mask"] / 255).mean().item(),
                    normals=judges.normals.angular_error(images, held["normal"]).mean().item())
     row |= {name: value.nanmean().item() for name, value in views.items() if name != "covered"}
-    row |= dict(loo_gap=perfect["psnr_loo"].nanmean().item() - row["psnr_loo"], photo=photo, photo_2=photo_2,
-                caption=torch.cat(said).mean().item())
+    row |= read(flat, labels, judges)
+    of_photos, of_renders = (grid_consistency(held[name] / 255, held, task)["psnr_loo"].nanmean().item()
+                             for name in ("photo", "image"))
+    row["loo_gap"] = row["photo"] * of_photos + (1 - row["photo"]) * of_renders - row["psnr_loo"]
     features = judges.net.features(flat)
     for name, reference in (("B", base), ("I", judges.photos)):
         if reference is not None:
@@ -491,7 +487,7 @@ def toy_table(args):
     print_toy_table(rows)
     print("IoU: silhouette with the control mask; normals: error in degrees of those read off the image; LOO: leave-"
           "one-out consistency, and how far it is below that of perfect views of its domain; photo: share called so by "
-          f"two judges; FD, KD: to {len(judges.photos)} held-out photos; caption: how surely what it names is read")
+          f"two judges; FD, KD: to {len(judges.photos)} held-out photos; material: share of which it is read right")
     out = args.out.removesuffix(".png")
     shown = data.shown_objects(args.num)
     save_picture(f"{out}.png", [(name, (grids[shown] * 255).round().byte().flatten(0, 1))
@@ -503,7 +499,7 @@ def toy_table(args):
 def print_toy_table(rows):
     """Prints {name: what `measure` returned}, a line each."""
     heads = {"iou": "IoU", "normals": "normals", "psnr_loo": "LOO dB", "loo_gap": "below", "photo": "photo",
-             "photo_2": "2nd judge", "FD_I": "FD", "KD_I": "KD x1000", "caption": "caption"}
+             "photo_2": "2nd judge", "FD_I": "FD", "KD_I": "KD x1000", "material": "material"}
     print(f"{'':28}" + "".join(f"{head:>10}" for head in heads.values()))
     for name, row in rows.items():
         print(f"{name:28}" + "".join(f"{formatted(row[key], DIGITS[key]):>10}" for key in heads))
@@ -524,7 +520,7 @@ FLAGS = {                                                               # that s
     "cfg_scale": dict(type=float, default=CFG_SCALE, help="guidance on the text, 1 = none (default %(default)s)"),
     "seed": dict(type=int, default=0, help="decides the noise (default %(default)s)"),
     "threads": dict(type=int, help="CPU threads (default: PyTorch's choice)"),
-    "folder": dict(default="runs/toy/sets", help="where the toy's sets and its judge are kept (default %(default)s)"),
+    "folder": dict(default="runs/toy/sets", help="where the toy's sets are kept (default %(default)s)"),
     "lpips": dict(metavar="FILE", help="state_dict of lpips.LPIPS(net='alex'), to measure LPIPS too (default: not)"),
 }
 SAMPLING_FLAGS = ("num", "num_steps", "cfg_scale", "seed", "threads")

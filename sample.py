@@ -316,12 +316,14 @@ def as_they_are(images):
 
 
 def sample_modes(network, objects, task, modes, sampling, decode=as_they_are):
-    """Samples objects in several domain modes: {mode: images (N, V, 3, H, W) in [-1, 1]}.
+    """Samples objects in several domain modes, of which a network without domains has one: {mode: images (N, V, 3, H,
+    W) in [-1, 1]}.
 
     objects: {"text": (N, L), "control": (N, V, 6, H, W)}, as from data.evaluation_set, or as from `latent_objects`.
     task: "texturing", or "text" for four views an object from the caption alone, or None for one image a caption.
     sampling: in all but the mode. decode: makes images of what is sampled.
     """
+    modes = modes if network.knows_domains() else ("real",)
     inputs = {key: objects[key] for key in ("text", "text_mask", "null") if key in objects}
     if task == "texturing":
         inputs["control"] = objects["control"]
@@ -336,7 +338,6 @@ def sample_modes(network, objects, task, modes, sampling, decode=as_they_are):
 
 def object_sheet(path, network, objects, task="texturing", modes=tuple(MODES), sampling=Sampling()):
     """Samples objects of the toy world, see `sample_modes`, and writes their picture, see `write_sheet`."""
-    modes = modes if network.knows_domains() else ("real",)
     write_sheet(path, sample_modes(network, objects, task, modes, sampling), objects, task)
 
 
@@ -406,15 +407,15 @@ def parse_args(argv=None):
     add("--textured", metavar="DIR", help="also texture the object's mesh with the views: GLB, OBJ and a turntable")
     add("--mesh", metavar="FILE", help="a mesh to texture after a --prompt, in place of the toy's objects: OBJ; "
         "GLB, glTF, PLY, STL with pip install trimesh")
-    add("--beside", nargs="+", default=[], metavar="MODEL", help="what these models draw of the same, above it")
+    add("--beside", nargs="+", default=[], metavar="MODEL", help="what other models draw of the same, above "
+        "it; NAME=MODEL names the row")
     add("--texture_size", type=int, default=1024, help="--textured: texels to a side")
     add("--objects", nargs="+", metavar="DIR", help="full: folders of rendered objects, in place of --object")
     add("--vae", metavar="DIR", help="full: PixArt's vae folder (needs diffusers)")
     add("--text_encoder", metavar="DIR", help="full: PixArt's text_encoder folder (needs transformers)")
     add("--real_set", metavar="FILE", help="draw the toy's real set of stages 1 and 2 with the base model, instead (as "
         "training does with --num_steps 10; full: python -m full.real_set)")
-    add("--num_assets", type=int, default=ASSETS["toy"], help="real set: assets, four images each "
-        "(default %(default)s)")
+    add("--num_assets", type=int, help=f"real set: assets, four images each (default by preset: {ASSETS})")
     return parser, parser.parse_args(argv)
 
 
@@ -505,7 +506,7 @@ def draw_real_set(args, launched):
     if not read_metadata(base).get("config", {}).get("vocab_size"):
         raise ValueError(f"{base} is a model of latents: draw its real set with python -m full.real_set")
     sampling = Sampling(cfg_scale=guidance(args.cfg_scale, latents=False), num_steps=args.num_steps, seed=args.seed)
-    write_real_set(args.real_set, base, args.num_assets, sampling, launched)
+    write_real_set(args.real_set, base, args.num_assets or ASSETS[args.preset], sampling, launched)
     if launched.rank == 0:
         print(f"wrote {args.real_set}")
 
@@ -531,12 +532,13 @@ def main(argv=None):
         decode = as_they_are
     out = args.out or f"runs/{args.preset}/sample.png"
     modes = ("syn", "real", "shifted") if args.domain == "all" else (args.domain,)
-    modes = modes if network.knows_domains() else ("real",)
     images = sample_modes(network, objects, task, modes, sampling, decode)
     for other in args.beside:
-        network, name = load_network(other, launched.device), Path(other).name.removesuffix(".safetensors")
-        mode = "shifted" if network.knows_domains() else "real"
-        images = {name: sample_modes(network, objects, task, (mode,), sampling, decode)[mode]} | images
+        name, _, file = other.rpartition("=")
+        network, (B_max, t_max) = load_network(file, launched.device), selected_shift(file)
+        mode = "real" if network.shifters is None else "shifted"
+        drawn = sample_modes(network, objects, task, (mode,), replace(sampling, B_max=B_max, t_max=t_max), decode)
+        images = {name or Path(file).name.removesuffix(".safetensors"): drawn[mode]} | images
     write_sheet(out, images, objects, task)
     print(f"{path} -> {out}")
     if args.views:

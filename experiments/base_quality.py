@@ -17,28 +17,18 @@ from sample import default_base, sample_images
 from support.files import write_json
 from support.launch import BAR, launch, run_cli
 from support.pictures import save_picture, to_uint8
-from toy.judge import load_judges
+from toy.judge import load_judges, read
 from toy.render import Look, render
 from toy.world import asset_captions, sample_assets, tokenize
 
-HEADS = ("category", "color", "material")    # what a caption names
 PICTURED = 20                           # of the images
 
 
 def image_quality(images, assets, judges):
-    """Of images (N, 3, H, W) in [0, 1] that should be photographs of N assets: share of them whose category, colour and
-    material the judge reads right; caption, how surely it does; share called a photo, by two judges; FD and KD (x 1000)
-    to held-out photographs."""
-    with torch.no_grad():
-        heads = judges.net(images)
-    labels = dict(zip(HEADS, assets))
-    row = {name: (heads[name].argmax(1) == labels[name]).double().mean().item() for name in HEADS}
-    surely = [heads[name].softmax(1).gather(1, labels[name][:, None]) for name in HEADS]
-    for name, net in (("photo", judges.net), ("photo_2", judges.second)):
-        row[name] = (net.photo_probability(images) > 0.5).double().mean().item()
-    features = judges.net.features(images)
-    return row | dict(caption=torch.cat(surely).mean().item(), FD_I=fid(judges.photos, features),
-                      KD_I=1000 * kid(judges.photos, features))
+    """Of images (N, 3, H, W) in [0, 1] that should be photographs of N assets: what the judges read off them, and FD
+    and KD (x 1000) to held-out photographs."""
+    row, features = read(images, torch.stack(assets[:3], dim=1), judges), judges.net.features(images)
+    return row | dict(FD_I=fid(judges.photos, features), KD_I=1000 * kid(judges.photos, features))
 
 
 def base_quality(args):

@@ -111,7 +111,7 @@ def run_table(args):
     held = data.evaluation_set(args.num, folder=folder, device=device)
     base = base_images(default_base("toy", args.folder), args.num, folder, device, asked_sampling(args))
     base = judges.net.features(base / 255)
-    results[ORACLE]["toy"]["-"] = measure(held["photo"] / 255, held, judges, base, task, weights)
+    results[ORACLE]["toy"][str(args.seed)] = measure(held["photo"] / 255, held, judges, base, task, weights)
     todo = [row for row in rows if row.flags is not None and row.label in (args.rows or results)]
     print(f"{len(todo)} rows on {args.num} held-out objects, seed {args.seed}; into {out}.json; a missing model is "
           "trained first, about ten minutes on one core", flush=True)
@@ -134,7 +134,8 @@ def table_rows(rows, stored):
     """The rows of a results file before this run: {label: dict of what makes it, the paper's numbers, the toy's}."""
     results = {row.label: dict(paper=dict(zip(PAPER_COLUMNS, row.paper)), flags=row.flags, mode=row.mode,
                                toy=stored.get(row.label, {}).get("toy", {})) for row in rows}
-    results[ORACLE] = dict(paper=dict.fromkeys(PAPER_COLUMNS), flags=None, mode="", toy={})
+    results[ORACLE] = dict(paper=dict.fromkeys(PAPER_COLUMNS), flags=None, mode="",
+                           toy=stored.get(ORACLE, {}).get("toy", {}))
     return results
 
 
@@ -237,11 +238,12 @@ def disagreement(results, most=0.05):
 
 
 LEGEND = """psnr, ssim: generated views against their re-rendering (up: consistent); psnr_loo: on surface seen by two
-views, each from the other, and loo_gap: how far that is below perfect views of the same domain. FD, KD x1000: distances
-of a small network's features to the base model's images (B) and to held-out photographs (I) (down: realistic), not on
-the paper's scale of FID and KID. caption: how surely that network reads kind, colour and material; iou: silhouette
-against the control's; normals: degrees between the normals asked for and those a third network reads off the image;
-photo, photo_2: share called a photo, by two networks of different seeds. +-: deviation over the seeds."""
+views, each from the other, and loo_gap: how far that is below perfect photographs and renders, in the row's shares.
+FD, KD x1000: distances of a small network's features to the base model's images (B) and to held-out photographs (I)
+(down: realistic), not on the paper's scale of FID and KID. caption: how surely that network reads category, colour and
+material, material: how often it is right; iou: silhouette against the control's; normals: degrees between the normals
+asked for and those a third network reads off the image; photo, photo_2: share called a photo, by two networks of
+different seeds. +-: deviation over the seeds."""
 
 
 def write_table(out, results, args):
@@ -259,9 +261,9 @@ def write_table(out, results, args):
         errors[label] = (seed_deviation(row, "KD_I") or 0, seed_deviation(row, "psnr") or 0)
         theirs[label] = (row["paper"]["KID_I"], row["paper"]["PSNR"])
     toy = draw_points(ours, "KD_I x1000 (left: realistic)", "the toy: re-rendered PSNR (up: consistent)",
-                      highlight=highlight, errors=errors)
+                      highlight=highlight, errors=errors, best=True)
     paper = draw_points(theirs, "KID_I (left: realistic)", "the paper: PSNR (up: consistent)", highlight=highlight,
-                        errors={})
+                        best=True)
     save_image(f"{out}.png", side_by_side([toy, paper]))
 
 

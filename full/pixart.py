@@ -9,6 +9,7 @@ import torch
 
 from dit import NEW_INPUTS, PRESETS, Config, DiT, load_model, require_config
 from support.files import load_strictly, load_tensors, read_metadata
+from toy.world import WORLD_VERSION
 
 # PixArt-alpha's own name for each part of ours, and the diffusers one (several: stacked along the rows)
 PIXART_NAMES = {
@@ -41,7 +42,11 @@ def load_base(path, device="cpu", config=None):
     config: what it must be (default: PixArt-alpha's must be PRESETS["full"]). Raises as `load_model`, `load_pixart`.
     """
     if "config" in read_metadata(path) or config and not config.latent:
-        return load_model(path, device, config)
+        model = load_model(path, device, config)
+        if not model.config.latent and model.config.world != WORLD_VERSION:
+            raise ValueError(f"{path} was trained on version {model.config.world} of the toy world, whose words and "
+                             f"looks are not those of version {WORLD_VERSION}: train it again")
+        return model
     config = config or PRESETS["full"]
     model = load_pixart(path, config.heads, config.image_size, config.pos_scale)
     require_config(path, model.config, config)

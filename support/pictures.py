@@ -112,24 +112,26 @@ def save_plot(path, curves, x_label, y_label, log_y=False):
     save_image(path, draw_plot(curves, x_label, y_label, log_y))
 
 
-def draw_points(points, x_label, y_label, limit=None, highlight=(), errors=None):
+def draw_points(points, x_label, y_label, limit=None, highlight=(), errors=None, best=False):
     """A plot of labelled points {label: (x, y)}, their labels apart, those in `highlight` in red; limit: a vertical
-    line at this x; errors: {label: (dx, dy)}, drawn as bars to each side. Where errors are given, left and up is good,
-    and a line joins the points that no other beats on both axes. A PIL image, 700 x 560."""
-    xs, ys, size = [x for x, _ in points.values()], [y for _, y in points.values()], (700, 560)
-    (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
+    line at this x; errors: {label: (dx, dy)}, drawn as bars to each side; best: joins the points that no other beats
+    by less x and more y. A PIL image, 700 x 560."""
+    size, errors = (700, 560), errors or {}
+    ends = [(x + s * errors.get(label, (0, 0))[0], y + s * errors.get(label, (0, 0))[1])
+            for label, (x, y) in points.items() for s in (-1, 1)]
+    (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*ends)]
     x1 = x1 if limit is None else max(x1, limit)
     dx, dy = 0.06 * (x1 - x0), 0.06 * (y1 - y0)
     page, pen, place = axes([(x0 - dx, y0 - dy), (x1 + dx, y1 + dy)], x_label, y_label, size=size)
     if limit is not None:
         x, _ = place(limit, y0)
         pen.line([(x, 20), (x, size[1] - 36)], "gray")
-    if errors is not None:
+    if best:
         pen.line([place(*point) for point in frontier(points.values())], "#cccccc", 2)
-        for label, (ex, ey) in errors.items():
-            x, y = points[label]
-            pen.line([place(x - ex, y), place(x + ex, y)], "gray")
-            pen.line([place(x, y - ey), place(x, y + ey)], "gray")
+    for label, (ex, ey) in errors.items():
+        x, y = points[label]
+        pen.line([place(x - ex, y), place(x + ex, y)], "gray")
+        pen.line([place(x, y - ey), place(x, y + ey)], "gray")
     places = {label: place(*point) for label, point in points.items()}
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places.values()]
     for k, (label, (x, y)) in enumerate(places.items()):

@@ -18,6 +18,7 @@ import torch  # noqa: E402
 from dit import Config, DiT  # noqa: E402
 from domain_shifter import DomainShifters  # noqa: E402
 from support.launch import Launched, run_cli  # noqa: E402
+from toy.world import WORLD_VERSION  # noqa: E402
 
 torch.set_num_threads(1)
 GOLDEN = ROOT / "tests" / "golden"
@@ -36,6 +37,7 @@ TINY = Config(
     vocab_size=64,
     output_skip=True,
     qk_norm=True,
+    world=WORLD_VERSION,
 )
 NULL = {"text": torch.tensor([[1] + [0] * 13])}  # the empty caption of random_inputs and tiny_sets
 ALONE = Launched(torch.device("cpu"))

@@ -82,7 +82,7 @@ def test_sample_py_draws_an_object_in_every_mode(tiny_run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(out) in done.stdout and Image.open(out).height == 16 + 6 * 98  # 2 maps, 3 modes, the photo
     base = tiny_run / "base.safetensors"
-    flags = ("--object", 1, "--domain", "real", "--num_steps", 2, "--beside", base, "--out", out)
+    flags = ("--object", 1, "--domain", "real", "--num_steps", 2, "--beside", f"the base={base}", "--out", out)
     run_main(sample, "--model", model, *flags)
     assert Image.open(out).height == 16 + 5 * 98  # another model's row above its own
     prompt = ("--prompt", "photo of a red wooden mug", "--num_steps", 2, "--out", out)

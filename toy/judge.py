@@ -1,6 +1,6 @@
 """The judges of the toy world: small networks trained here on perfect photographs and renders.
 
-    python -m toy.judge                             # makes those in weights/judges, half an hour on one core
+    python -m toy.judge                             # makes those in weights/judges, 40 minutes on one core
 
 FeatureNet stands where the paper has Inception and CLIP (Sec. 5): distances are taken on its features, its heads say
 how surely an image shows what its caption names, and whether it looks like a photograph. A second one of another seed
@@ -66,7 +66,7 @@ class FeatureNet(nn.Module):
 def disturb(images, generator, shift=True):
     """Shift, blur, gain and noise, the same kinds in both domains, so that neither grain nor sharpness tells them.
 
-    images: (N, 3, H, W) in [0, 1] before white; returns the same. shift: whether they may move.
+    images: (N, 3, H, W) in [0, 1]; returns the same; what moves leaves white behind. shift: whether they may move.
     """
     n, size = len(images), images.shape[-1]
 
@@ -231,6 +231,21 @@ class Judges(NamedTuple):
     second: FeatureNet                  # of another seed
     normals: NormalNet
     photos: torch.Tensor                # (1000, F) features of photographs that no training sees (FID_I's place)
+
+
+def read(images, labels, judges):
+    """What the judges read off images (N, 3, H, W) in [0, 1] whose category, colour and material should be labels
+    (N, 3): a dict of the share read right of each; caption, how surely, over all three; photo and photo_2, the share
+    that each of the two judges calls photographs."""
+    with torch.no_grad():
+        heads = judges.net(images)
+    named, surely = dict(zip(("category", "color", "material"), labels.T)), []
+    row = {name: (heads[name].argmax(1) == truth).double().mean().item() for name, truth in named.items()}
+    for name, truth in named.items():
+        surely.append(heads[name].softmax(1).gather(1, truth[:, None]))
+    for name, net in (("photo", judges.net), ("photo_2", judges.second)):
+        row[name] = (net.photo_probability(images) > 0.5).double().mean().item()
+    return row | dict(caption=torch.cat(surely).mean().item())
 
 
 def load_judges(folder="runs/toy/sets", device="cpu"):

@@ -2,7 +2,7 @@
 
     python -m toy.pretrain                                              # from nothing
     python -m toy.pretrain --base weights/toy_base.safetensors          # train on
-    torchrun --nproc_per_node=2 -m toy.pretrain --batch 32 --dtype bfloat16 --compile
+    torchrun --nproc_per_node=2 -m toy.pretrain --dtype bfloat16 --compile --threads 1
 
 Single images, no control, no shifters -> OUT/base.safetensors. To resume, run the same command again.
 """

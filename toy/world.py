@@ -93,7 +93,7 @@ def along_z(p):
 
 
 # One short function per category: points and proportions a, b, c in [0, 1] -> distance to the body and to the accented
-# parts (a darker or lighter tone of the colour, so that a flat render still shows them), None if there are none.
+# parts (a darker or lighter tone of the colour, so that they show in any look), None if there are none.
 # Nothing is thinner than two pixels of a 32-pixel view (0.08).
 
 

@@ -13,7 +13,7 @@ EPOCHS = {"stage1": 3, "stage2": 10}        # what is trained alone; models
 GRIDS_A_STEP = {"toy": 4, "small": 16, "full": 512}         # 64 GPUs at batch 8
 GRIDS_A_PART = 8                            # at full, the most grids that a process computes at once
 
-# What the paper has no words for: base models (images one by one, over all processes) and the experiment of A.2.
+# What the paper has no words for: base models (images a step, over all processes) and the experiment of A.2 (grids).
 #                            steps  a step
 LENGTHS = {
     ("toy", "base"):        (24000,  128),
@@ -51,16 +51,19 @@ def training_arguments(parser):
         "file, default is to render it)")
     add("--real", help="real set; full: folder of python -m full.real_set (toy, small: a safetensors file, default is "
         "to let the base model draw it)")
-    add("--num_assets", type=int, help="assets of the synthetic set: an epoch; toy and small render as many (default "
-        f"by preset: {ASSETS})")
+    add("--num_assets", type=int, help="assets of the synthetic set: how many the toy world renders, and with a "
+        f"--synthetic of your own how many an epoch has (default by preset: {ASSETS})")
     add("--real_steps", type=int, default=10, help="DDIM steps for the images of the real set")
-    for flag, kind, text in (("steps", int, "training steps"), ("batch", int, "per process: grids of four views, at "
-                             "base images"), ("lr", float, "learning rate after warm-up"), ("warmup", int, "steps of "
-                             "linear warm-up"), ("weight_decay", float, "AdamW's"), ("ema", float, "decay of the "
-                             "weights' running average, 0 = none")):
+    for flag, kind, text in (
+            ("steps", int, "training steps"),
+            ("batch", int, "per process: grids of four views, of a base model images"),
+            ("lr", float, "learning rate after warm-up"),
+            ("warmup", int, "steps of linear warm-up"),
+            ("weight_decay", float, "the optimizer's"),
+            ("ema", float, "decay of the weights' running average, 0 = none")):
         add(f"--{flag}", type=kind, help=f"{text} (default by preset and stage)")
     add("--muon", action=argparse.BooleanOptionalAction, help="Muon for the blocks' matrices, at three times --lr, and "
-        "AdamW for the rest (default: for a base model from nothing)")
+        "AdamW for the rest (default: for a base model)")
     add("--loss", choices=("epsilon", "even"), help="plain epsilon loss as in the paper (default at full), or "
         "divided by alpha_bar so that noise levels weigh alike (default at toy and small: few pixels)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")

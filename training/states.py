@@ -15,9 +15,6 @@ NOT_SETTINGS = ("out", "log_every", "save_every", "sample_every", "picture_steps
                 "seeds", "num_prompts", "rounds")
 
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")      # of AdamW (the first three) and Muon
-
-
 class Trained(NamedTuple):
     """What a training changes."""
     params: dict                        # {name: parameter} of those that require a gradient
@@ -67,19 +64,20 @@ def load_state(out, trained, args, world):
 
 
 def restore(trained, tensors):
-    """Copies the tensors of a state into parameters, averages and optimizer."""
+    """Copies the tensors of a state into parameters, averages and optimizers."""
     params, ema, optimizers = trained
     for name, p in params.items():
         p.data.copy_(tensors[f"param.{name}"])
         if ema:
             ema[name].copy_(tensors[f"ema.{name}"])
-    names = {p: name for name, p in params.items()}
-    for optimizer in optimizers:
-        for p in optimizer.param_groups[0]["params"]:
-            moments = {key: tensors[f"{key}.{names[p]}"] for key in MOMENTS if f"{key}.{names[p]}" in tensors}
-            for key, value in moments.items():      # a fused optimizer counts steps on the device, others on the CPU
-                stays = key == "step" and not optimizer.defaults["fused"]
-                optimizer.state[p][key] = value if stays else value.to(p.device)
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    for key, value in tensors.items():
+        moment, _, name = key.partition(".")
+        if moment in ("param", "ema"):
+            continue
+        p, optimizer = params[name], owner[params[name]]
+        on_cpu = moment == "step" and not optimizer.defaults["fused"]   # a fused optimizer counts steps on the device
+        optimizer.state[p][moment] = value if on_cpu else value.to(p.device)
 
 
 def check_ranks(start, out, world):

@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 from conftest import refuses, run_main
 
@@ -12,16 +11,10 @@ from toy.render import Look, render
 from toy.world import sample_assets, take
 
 
-def test_image_quality_counts_what_the_judge_reads_right(quick_judges):
-    """Against a count by hand; photographs of other objects are read wrong, and renders are further from photographs."""
+def test_photographs_of_other_objects_are_read_wrong_and_renders_are_far_from_photographs(quick_judges):
     assets = sample_assets(24, SEEDS["evaluation"])
     photo, plain = (render(assets, Look(style), (0,), geometry=False).rgb[:, 0] for style in ("photo", "render"))
     row = base_quality.image_quality(photo, assets, quick_judges)
-    with torch.no_grad():
-        heads = quick_judges.net(photo)
-    for name, labels in zip(("category", "color", "material"), assets):
-        right = sum(int(logits.argmax()) == int(label) for logits, label in zip(heads[name], labels))
-        assert row[name] == pytest.approx(right / 24)
     others = take(assets, torch.arange(24).roll(1))
     assert base_quality.image_quality(photo, others, quick_judges)["caption"] < row["caption"]
     assert base_quality.image_quality(plain, assets, quick_judges)["FD_I"] > row["FD_I"]

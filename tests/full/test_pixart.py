@@ -112,6 +112,11 @@ def test_a_base_of_another_configuration_is_refused(tmp_path):
         load_base(path, config=replace(PRESETS["full"], heads=2, image_size=16))
     save_model(ours, TINY, random_model())
     assert load_base(ours).config == TINY
+    older = replace(TINY, world=TINY.world - 1)
+    save_model(ours, older, random_model(older))
+    with pytest.raises(ValueError, match="trained on version 1 of the toy world.*train it again"):
+        load_base(ours)
+    save_model(ours, TINY, random_model())
     with pytest.raises(ValueError, match="another configuration"):
         load_base(ours, config=model.config)
 

@@ -5,11 +5,13 @@ import torch
 from shapes import one_asset
 
 import data
+from dit import PRESETS, read_config
 from evaluate import fid
 from geometry.camera import AZIMUTHS
+from support.files import read_metadata, up_to_date
 from toy import judge
 from toy.render import Look, render
-from toy.world import sample_assets
+from toy.world import WORLD_VERSION, sample_assets
 
 
 def test_feature_net_learns_the_domain_and_is_kept(tmp_path):
@@ -78,3 +80,37 @@ def test_normal_net_learns_the_surface_and_its_error_is_an_angle(tmp_path):
     tilted = torch.stack([photo.normal[:, :, 0], photo.normal[:, :, 2], -photo.normal[:, :, 1]], dim=2)  # 90 degrees
     angle = (tilted * photo.normal).sum(2).clamp(-1, 1).acos().rad2deg()[photo.normal.norm(dim=2) > 0.5].mean()
     assert Perfect().angular_error(photo.rgb, tilted).mean() == pytest.approx(angle.item(), rel=0.1)
+
+
+def test_what_the_judges_read_is_counted(quick_judges):
+    """Shares against a count by hand; the two judges are asked separately."""
+    assets = sample_assets(24, data.SEEDS["evaluation"])
+    images, labels = render(assets, azimuth=(0,), geometry=False).rgb[:, 0], torch.stack(assets[:3], dim=1)
+    row = judge.read(images, labels, quick_judges)
+    with torch.no_grad():
+        heads = quick_judges.net(images)
+    for name, truth in zip(("category", "color", "material"), labels.T):
+        right = sum(int(logits.argmax()) == int(label) for logits, label in zip(heads[name], truth))
+        assert row[name] == pytest.approx(right / 24)
+    said = [heads[name][k].softmax(0)[labels[k, i]] for i, name in enumerate(heads) if name != "domain" for k in range(24)]
+    assert row["caption"] == pytest.approx(sum(map(float, said)) / 72, abs=1e-5)
+    for name, net in (("photo", quick_judges.net), ("photo_2", quick_judges.second)):
+        assert row[name] == (net.photo_probability(images) > 0.5).double().mean()
+
+    class Never(judge.FeatureNet):
+        def photo_probability(self, images):
+            return torch.zeros(len(images))
+    assert judge.read(images, labels, quick_judges._replace(second=Never()))["photo_2"] == 0
+
+
+def test_the_shipped_judges_and_models_are_of_this_world():
+    """Else every command would train judges anew, or refuse the models."""
+    assert sorted(path.name for path in judge.SHIPPED.glob("*")) == [
+        "features_8000_5000_32_11.safetensors", "features_8000_5000_32_13.safetensors", "normals_8000_4000_32_12.safetensors"]
+    for path in judge.SHIPPED.glob("*"):
+        net = judge.NormalNet() if "normals" in path.name else judge.FeatureNet()
+        assert up_to_date(path, dict(net=str(net), name=path.stem, version=WORLD_VERSION))
+    weights = sorted(judge.SHIPPED.parent.glob("toy_*.safetensors"))
+    assert len(weights) >= 4 and PRESETS["toy"].world == PRESETS["small"].world == WORLD_VERSION
+    for path in weights:
+        assert read_config(path, read_metadata(path)) == PRESETS["toy"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from geometry.camera import VIEWS
-from toy.world import (BACKGROUNDS, CATEGORIES, COLORS, MATERIALS, STYLES, TEXT_LENGTH, VOCAB, asset_captions, caption,
+from toy.world import (BACKGROUNDS, CATEGORIES, COLORS, MATERIALS, STYLES, TEXT_LENGTH, VOCAB, asset_captions, caption, exaggerated,
                        sample_assets, tokenize)
 
 
@@ -23,6 +23,17 @@ def test_light_comes_from_above_and_from_everywhere():
     assert elevation.min() > 34.9 and elevation.max() < 75.1
     quadrant = (light[:, 0] > 0).long() * 2 + (light[:, 2] > 0).long()
     assert quadrant.bincount(minlength=4).min() > 90
+
+
+def test_an_artists_proportions_lie_half_at_the_ends():
+    assets = sample_assets(2000, 3)
+    shape = exaggerated(assets).shape
+    assert shape.min() == 0 and shape.max() == 1
+    for end in (0, 1):
+        assert ((shape == end).float().mean(dim=0) - 0.25).abs().max() < 0.04
+    inside = (shape > 0) & (shape < 1)
+    assert torch.equal(shape[inside], (2 * assets.shape - 0.5)[inside])
+    assert all(torch.equal(a, b) for name, a, b in zip(assets._fields, assets, exaggerated(assets)) if name != "shape")
 
 
 def test_caption_grammar():

@@ -192,6 +192,19 @@ def test_muon_takes_the_matrices_of_the_blocks_and_makes_their_updates_orthogona
     assert moved.square().mean().sqrt() == pytest.approx(3 * 1e-3 * 0.2, rel=0.25)
 
 
+def test_each_optimizer_steps_at_its_share_of_the_learning_rate(tmp_path, monkeypatch):
+    """Muon's three times AdamW's, which follows warm-up and cosine."""
+    seen, step = [], training.loop.training_step
+
+    def watched(model, optimizers, *rest):
+        seen.append([group["lr"] for optimizer in optimizers for group in optimizer.param_groups])
+        return step(model, optimizers, *rest)
+    monkeypatch.setattr(training.loop, "training_step", watched)
+    train_tiny(tmp_path, "mixed", "--muon", "--steps", 5, "--batch", 1, "--lr", 1e-3, "--warmup", 2)
+    args = tiny_args(tmp_path, "--steps", 5, "--lr", 1e-3, "--warmup", 2)
+    assert seen == [[learning_rate(k, args), 3 * learning_rate(k, args)] for k in range(5)]
+
+
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     calls, original = [], training.loop.epsilon_loss

@@ -22,8 +22,9 @@ def states(out):
     return sorted(glob(f"{out}/tiny/state_*.safetensors"))
 
 
-def test_resume_after_kill_9_equals_not_having_stopped(tmp_path):
-    flags = ("--steps", 40, "--batch", 2, "--save_every", 4, "--ema", 0.9)
+@pytest.mark.parametrize("muon", ["--no-muon", "--muon"])
+def test_resume_after_kill_9_equals_not_having_stopped(tmp_path, muon):
+    flags = ("--steps", 40, "--batch", 2, "--save_every", 4, "--ema", 0.9, muon)
     whole = train_tiny(tmp_path / "whole", "mixed", *flags)
     command = [sys.executable, WORKER, str(tmp_path / "cut"), "mixed", *map(str, flags)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -42,6 +43,7 @@ def test_resume_after_kill_9_equals_not_having_stopped(tmp_path):
     assert (
         sum(name.startswith("exp_avg.") for name in whole) > 20 and sum(name.startswith("ema.") for name in whole) > 20
     )
+    assert (sum(name.startswith("momentum_buffer.") for name in whole) > 20) == (muon == "--muon")
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
     logs = [[json.loads(line) for line in open(tmp_path / name / "tiny" / "log.jsonl")] for name in ("whole", "cut")]
     assert [(line["step"], line["domain"], line["loss"]) for line in logs[0]] == [
