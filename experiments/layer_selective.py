@@ -69,8 +69,8 @@ def selective_plan(variant, num_blocks):
             return Iteration("real", turn, frozen_blocks=half)
         if variant == "layers":
             return Iteration("syn", turn, frozen_last_blocks=num_blocks - half)
-        return Iteration("real", turn, timesteps=(0, T // 2)) if is_real else \
-            Iteration("syn", turn, timesteps=(T // 2, T))
+        return Iteration("real", turn, timesteps=(0, T // 2, 1)) if is_real else \
+            Iteration("syn", turn, timesteps=(T // 2, T, 1))
     return plan
 
 

@@ -40,16 +40,17 @@ def read_ahead(read, steps, workers):
             yield ahead.popleft().result()
 
 
-def draw_noise(shape, seed, step, first, count, device, timesteps=(0, T)):
-    """For `count` samples from number `first` of this step: t (B,) in [*timesteps), noise (B, *shape) and u (B,)
-    uniform in [0, 1).
+def draw_noise(shape, seed, step, first, count, device, timesteps=(0, T, 1)):
+    """For `count` samples from number `first` of this step: t (B,), noise (B, *shape) and u (B,) uniform in [0, 1).
+
+    timesteps: (first, last, draws), t is the least of so many uniform draws from [first, last).
 
     Every sample has a generator of its own, so two ranks with half the batch draw what one rank draws with all of it.
     """
-    t, noise, u = [], [], []
+    (low, high, draws), t, noise, u = timesteps, [], [], []
     for k in range(first, first + count):
         generator = seeded_generator(NOISE, seed, step, k, device=device)
-        t.append(torch.randint(*timesteps, (), generator=generator, device=device))
+        t.append(torch.randint(low, high, (draws,), generator=generator, device=device).min())
         noise.append(torch.randn(shape, generator=generator, device=device))
         u.append(torch.rand((), generator=generator, device=device))
     return torch.stack(t), torch.stack(noise), torch.stack(u)

@@ -41,7 +41,7 @@ class Iteration:
     reassigned_blocks: int = 0  # j of domain reassignment: how many of the first blocks run with e_syn (Sec. 4.2)
     frozen_blocks: int = 0      # i of layer-aware training: how many of the first blocks are frozen (Sec. 4.2)
     frozen_last_blocks: int = 0 # how many of the last blocks are frozen: layer-selective training (A.2)
-    timesteps: tuple = (0, T)   # t is drawn from [first, last): timestep-selective training (A.2)
+    timesteps: tuple = (0, T, 1)    # (first, last, draws): t is the least of so many draws from [first, last)
 
     def domains(self, num_blocks, batch, device):
         """The domains in which the blocks run, (N_B, B) of SYN / REAL."""

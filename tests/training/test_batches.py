@@ -7,6 +7,7 @@ from conftest import ALONE
 from data import data_indices
 from support.launch import Launched
 from train_stage2 import parse_args
+from toy import pretrain
 from training.batches import draw_noise, read_ahead, read_batch, split_batch, with_noise
 from training.flags import fill_defaults
 from training.loop import Iteration
@@ -46,6 +47,14 @@ def test_noise_is_the_same_however_a_batch_is_split():
     assert t.min() >= 0 and t.max() < 1000 and abs(t.float().mean() - 499.5) < 25
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01 and abs(u.mean() - 0.5) < 0.03
     assert noise.flatten().unique().numel() > 250_000  # no sample repeats another
+
+
+def test_the_least_of_several_draws_is_distributed_as_it_should():
+    """Of three uniform draws: P(t >= x) = (1 - x)^3. The base model is trained so."""
+    assert pretrain.base_iteration(7).timesteps == (0, 1000, 3) and pretrain.base_iteration(7).visit == 7
+    t, _, _ = draw_noise((1,), 0, 6, 0, 4000, "cpu", (0, 1000, 3))
+    for x in (0.1, 0.3, 0.5, 0.8):
+        assert abs((t >= 1000 * x).float().mean() - (1 - x) ** 3) < 0.025
 
 
 def test_pixels_and_latents_become_what_the_forward_process_starts_from():
