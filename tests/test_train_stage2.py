@@ -9,6 +9,7 @@ from conftest import ALONE, TINY, refuses, run_main
 
 import train_stage1
 import train_stage2
+import training.estimate
 from baselines.adapters import load_adapter
 from baselines.methods import METHODS
 from data import set_shape
@@ -192,3 +193,17 @@ def test_another_program_gets_the_other_flags(flag, program, monkeypatch):
     train_stage2.main()
     assert given[1] == ["--threads", "1"]
     refuses(train_stage2, (flag[:-2],), 2, flag[:-2])  # half a flag does not start a training in its place
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_announced_is_what_is_missing(method, tmp_path, monkeypatch, capsys):
+    """Stage 1 where the method has one, for three epochs of each domain; the real set where one of the two needs it."""
+    monkeypatch.setattr(training.estimate, "step_seconds", lambda *args: (0.06, 0.006))
+    args = fill_defaults(parse_args(["--method", method, "--out", str(tmp_path)]), "stage2", ALONE)
+    training.estimate.announce(args, train_stage1.stage1_file(args), ALONE)
+    line, kind = capsys.readouterr().out, METHODS[method]
+    assert ("train stage 1" in line) == kind.stage1 and f"train stage 2 ({args.steps * 0.016:.1f} min)" in line
+    if kind.stage1:
+        both = args.adapter in ("shifters", "switcher")
+        assert f"train stage 1 ({300 * (1 + both) * 0.016:.1f} min)" in line
+    assert ("draw the real set (1.6 min)" in line) == kind.real_data

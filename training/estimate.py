@@ -42,7 +42,6 @@ def announce(args, stage1_file, launched):
     render(sample_assets(16, 0), size=config.image_size, device=launched.device)
     rendering = (time.perf_counter() - start) / 16
     stage1 = METHODS[args.method].stage1 and not args.joint and not os.path.isfile(args.shifters or stage1_file)
-    stage1_steps = args.stage1_steps or steps_of_stage(args, "stage1", launched.world)
     needs_real = not args.no_real_data or stage1 and sees_both_domains(args.adapter)
     todo = {}
     if not (args.synthetic or glob(f"{args.out}/sets/synthetic_{args.num_assets}_*")):
@@ -50,7 +49,8 @@ def announce(args, stage1_file, launched):
     if needs_real and not (args.real or os.path.isfile(real_set_path(args))):
         todo["draw the real set"] = args.num_assets * 4 * args.real_steps * forward / launched.world
     if stage1:
-        todo["train stage 1"] = stage1_steps * args.batch * 4 * step
+        steps = args.stage1_steps or steps_of_stage(args, "stage1", launched.world)
+        todo["train stage 1"] = steps * args.batch * 4 * step
     todo["train stage 2"] = args.steps * args.batch * 4 * step
     print(f"to do: {', '.join(f'{what} ({took / 60:.1f} min)' for what, took in todo.items())}; about "
           f"{sum(todo.values()) / 60:.0f} minutes on this machine", flush=True)
