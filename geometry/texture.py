@@ -139,6 +139,6 @@ def save_meshes(folder, meshes, images, texture_size=1024):
     still = [(f"{name} {row}", turning[::3]) for row, objects in rows.items() for name, turning in objects]
     titles = [f"{turn} degrees" for turn in ALL_ROUND[::3]]
     save_picture(f"{folder}/turntable.png", still, scale=1, column_titles=titles)
-    save_animation(f"{folder}/turntable.gif", [(row, torch.stack([turning for _, turning in objects], dim=1))
+    save_animation(f"{folder}/turntable.gif", [(str(row), torch.stack([turning for _, turning in objects], 1))
                                                for row, objects in rows.items()])
     print(f"{folder}/turntable.png and .gif show them")

@@ -45,7 +45,7 @@ def test_stage2_alternates_after_a_real_warm_up():
 def test_grids_see_their_task_s_control_and_real_images_are_single_and_see_none(task, control):
     steps = [stage2_plan(parse_args(["--task", task]), 10)(step) for step in range(60)]
     assert {(it.domain, it.views, it.control) for it in steps} == {("syn", 4, control), ("real", 1, False)}
-    assert all((it.frozen_last_blocks, it.timesteps) == (0, (0, 1000)) for it in steps)
+    assert all((it.frozen_last_blocks, it.timesteps) == (0, (0, 1000, 1)) for it in steps)
 
 
 @pytest.mark.parametrize("flag", ["--no_freezing", "--no_reassignment", "--no_real_data"])

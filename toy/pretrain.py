@@ -54,8 +54,8 @@ def base_set(num, seed=SEEDS["base"], size=32, folder="runs/toy/sets", device="c
 
 
 def base_iteration(step):
-    """t is the least of three draws, nine tenths of them below 540: what is seen at higher noise, colour and rough place,
-    is learned soon, and texture goes on improving long after that."""
+    """t is the least of three draws, nine tenths of them below 540: what is seen at higher noise, colour and rough
+    place, is learned soon, and texture goes on improving long after that."""
     return Iteration("base", step, timesteps=(0, T, 3))
 
 

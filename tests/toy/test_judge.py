@@ -111,6 +111,6 @@ def test_the_shipped_judges_and_models_are_of_this_world():
         net = judge.NormalNet() if "normals" in path.name else judge.FeatureNet()
         assert up_to_date(path, dict(net=str(net), name=path.stem, version=WORLD_VERSION))
     weights = sorted(judge.SHIPPED.parent.glob("toy_*.safetensors"))
-    assert len(weights) >= 4 and PRESETS["toy"].world == PRESETS["small"].world == WORLD_VERSION
+    assert len(weights) == 4 and PRESETS["toy"].world == PRESETS["small"].world == WORLD_VERSION
     for path in weights:
         assert read_config(path, read_metadata(path)) == PRESETS["toy"]
