@@ -486,7 +486,7 @@ def toy_table(args):
           f"shifted: B_max {B_max}, t_max {t_max}")
     print_toy_table(rows)
     print("IoU: silhouette with the control mask; normals: error in degrees of those read off the image; LOO: leave-"
-          "one-out consistency, and how far it is below that of perfect views of its domain; photo: share called so by "
+          "one-out consistency, and how far it is below that of perfect views; photo: share called so by "
           f"two judges; FD, KD: to {len(judges.photos)} held-out photos; material: share of which it is read right")
     out = args.out.removesuffix(".png")
     shown = data.shown_objects(args.num)

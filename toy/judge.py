@@ -1,6 +1,6 @@
 """The judges of the toy world: small networks trained here on perfect photographs and renders.
 
-    python -m toy.judge                             # makes those in weights/judges, 40 minutes on one core
+    python -m toy.judge                             # makes those in weights/judges, under an hour on one core
 
 FeatureNet stands where the paper has Inception and CLIP (Sec. 5): distances are taken on its features, its heads say
 how surely an image shows what its caption names, and whether it looks like a photograph. A second one of another seed
@@ -117,7 +117,7 @@ def fit_feature_net(images, labels, steps, seed):
 
 def train_feature_net(folder="runs/toy/sets", num=8000, steps=5000, size=32, seed=11, backgrounds=("white",)):
     """FeatureNet trained on photos and renders of num objects before these backgrounds, shipped, or else kept in
-    folder (a quarter of an hour on one core). It is ready to judge: in eval mode, without gradients."""
+    folder (some twenty minutes on one core). It is ready to judge: in eval mode, without gradients."""
     name = f"features_{num}_{steps}_{size}_{seed}"
     if len(backgrounds) > 1:
         name = f"{name}_backgrounds"
@@ -177,8 +177,8 @@ class NormalNet(nn.Module):
         """Mean angle in degrees, over each object's surface, between the normals that images (B, V, 3, H, W) show and
         those of the object's frame that the control asked for, normal (B, V, 3, H, W), 0 off the object: (B,)."""
         turned = in_camera(normal, torch.tensor(azimuth).expand(len(images), -1))
-        read = torch.cat([self(few) for few in images.flatten(0, 1).split(256)]).view_as(images)
-        angle = torch.rad2deg((read * turned).sum(dim=2).clamp(-1, 1).acos())                       # (B, V, H, W)
+        shown = torch.cat([self(few) for few in images.flatten(0, 1).split(256)]).view_as(images)
+        angle = torch.rad2deg((shown * turned).sum(dim=2).clamp(-1, 1).acos())                      # (B, V, H, W)
         surface = normal.square().sum(dim=2) > 0.5
         return (angle * surface).flatten(1).sum(1) / surface.flatten(1).sum(1).clamp(min=1)
 
@@ -212,8 +212,8 @@ def fit_normal_net(images, normal, steps, seed):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for _ in tqdm(range(steps), desc="normal net", leave=False):
         pick, domain = (torch.randint(0, n, (32,), generator=generator) for n in (len(normal), 2))
-        read = net(disturb(images[domain, pick], generator, shift=False))
-        loss = -(read * normal[pick]).sum(dim=1).mean()         # the cosine of the angle; 0 off the object
+        shown = net(disturb(images[domain, pick], generator, shift=False))
+        loss = -(shown * normal[pick]).sum(dim=1).mean()         # the cosine of the angle; 0 off the object
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
