@@ -128,7 +128,7 @@ def save_meshes(folder, meshes, images, texture_size=1024):
                 print(f"{name} {row}: no shape fits the outlines of the four views, so there is no mesh")
                 continue
             texture, uv, covered = texture_mesh(mesh, views, texture_size)
-            path = f"{folder}/{name}_{row}".replace(" ", "_")
+            path = f"{folder}/" + f"{name}_{row}".replace(" ", "_")
             write_glb(f"{path}.glb", mesh, texture, uv)
             write_obj(f"{path}.obj", mesh, texture, uv)
             print(f"{path}.glb and .obj: {len(mesh.faces)} triangles, {covered:.0%} of the surface seen")

@@ -74,9 +74,10 @@ def test_meshes_are_saved_with_a_turntable_and_outlines_without_a_shape_named(tm
     """A known mesh, and the hull of outlines that fit; a row of white views has no hull."""
     images = {"a": torch.ones(2, 4, 3, 32, 32), "b": torch.ones(2, 4, 3, 32, 32)}
     images["a"][:, :, :, 8:24, 8:24] = -0.5
-    save_meshes(tmp_path, {"crate": box(0.2, 0.2, 0.2), "lifted": None}, images, 512)
+    tmp_path = tmp_path / "a folder"  # with a space, unlike the files in it
+    save_meshes(tmp_path, {"crate": box(0.2, 0.2, 0.2), "lifted": None}, images | {"a b": images["a"]}, 512)
     written = {path.name for path in tmp_path.iterdir()}
-    assert {"crate_a.glb", "crate_b.obj", "lifted_a.glb", "lifted_a.png", "turntable.png"} <= written
+    assert {"crate_a.glb", "crate_b.obj", "crate_a_b.obj", "lifted_a.glb", "lifted_a.png", "turntable.png"} <= written
     moving = Image.open(tmp_path / "turntable.gif")
     assert moving.n_frames == 24 and moving.info["loop"] == 0
     assert "lifted_b.glb" not in written and "lifted b: no shape fits" in capsys.readouterr().out
