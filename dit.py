@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from support.files import load_strictly, load_tensors, save_tensors
+from support.speed import attend
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -137,40 +138,16 @@ def modulate(x, shift, scale):
     return x * (1 + scale) + shift
 
 
-class Linear(nn.Linear):
-    """nn.Linear, but fp32 on a CPU goes through oneDNN: MKL, PyTorch's choice, is half as fast on AMD's processors."""
-
-    def forward(self, x):
-        # is_compiling first: behind it torch.compile sees nothing that it cannot trace
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32 \
-                or torch.is_autocast_enabled("cpu") or not torch.backends.mkl.is_available():
-            return super().forward(x)
-        return torch._C._nn.mkldnn_linear(x.to_mkldnn(), self.weight, self.bias).to_dense()
-
-
-def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d / h)) v: q (B, heads, N, d / h), k and v (B, heads, M, d / h), mask True = attend.
-
-    PyTorch's kernel, except in bf16 on a CPU: there the formula trains in half the time.
-    """
-    if v.device.type != "cpu" or v.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    logits = (q / q.shape[-1] ** 0.5) @ k.transpose(-2, -1)                                         # (B, heads, N, M)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -1e9)
-    return logits.softmax(-1) @ v                                                                   # (B, heads, N, d/h)
-
-
 class Attention(nn.Module):
     """Multi-head attention of x to itself, or to `context` where one is given (text; mask: True = attend)."""
 
     def __init__(self, width, heads, qk_norm, cross=False):
         super().__init__()
         self.heads = heads
-        self.q = Linear(width, width) if cross else None
-        self.kv = Linear(width, 2 * width) if cross else None
-        self.qkv = None if cross else Linear(width, 3 * width)
-        self.proj = Linear(width, width)
+        self.q = nn.Linear(width, width) if cross else None
+        self.kv = nn.Linear(width, 2 * width) if cross else None
+        self.qkv = None if cross else nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
         self.q_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
 
@@ -196,7 +173,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(d, config.heads, config.qk_norm)
         self.cross_attn = Attention(d, config.heads, config.qk_norm, cross=True)
-        self.mlp = nn.Sequential(Linear(d, 4 * d), nn.GELU(approximate="tanh"), Linear(4 * d, d))
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
         self.scale_shift_table = nn.Parameter(torch.randn(6, d) / d ** 0.5)
 
     def forward(self, x, mod, text, text_mask, domain_shift):

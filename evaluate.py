@@ -28,7 +28,7 @@ from geometry.hull import silhouette, visual_hull
 from sample import CFG_SCALE, Sampling, default_base, default_model, load_network, sample_images, selected_shift
 from support.files import cached, file_id, write_json
 from support.folders import find_images, in_batches, read_caption, read_image, read_views
-from support.launch import BAR, launch, run_cli
+from support.launch import BAR, finite, launch, run_cli
 from support.networks import LPIPS_LAYERS, load_clip, load_inception, load_lpips
 from support.pictures import save_picture, to_uint8
 from toy.judge import load_judges, read, train_feature_net
@@ -517,7 +517,7 @@ FLAGS = {                                                               # that s
     "num": dict(type=int, default=40, help="objects (default %(default)s)"),
     "model": dict(help="realiz3d checkpoint (default: the run folder's, else the shipped one)"),
     "num_steps": dict(type=int, default=50, help="DDIM steps (default %(default)s)"),
-    "cfg_scale": dict(type=float, default=CFG_SCALE, help="guidance on the text, 1 = none (default %(default)s)"),
+    "cfg_scale": dict(type=finite, default=CFG_SCALE, help="guidance on the text, 1 = none (default %(default)s)"),
     "seed": dict(type=int, default=0, help="decides the noise (default %(default)s)"),
     "threads": dict(type=int, help="CPU threads (default: PyTorch's choice)"),
     "folder": dict(default="runs/toy/sets", help="where the toy's sets are kept (default %(default)s)"),
@@ -576,10 +576,10 @@ def parse_args(argv=None):
                      "not measured)")
     sub.add_argument("--positions", metavar="DIR", help="position maps DIR/ID/position_000.npy, .. of the views "
                      "OURS/ID/color_000.png, .., for 3D consistency (default: not measured)")
-    sub.add_argument("--azimuths", type=float, nargs="+", default=AZIMUTHS, help="of the views, degrees (default "
+    sub.add_argument("--azimuths", type=finite, nargs="+", default=AZIMUTHS, help="of the views, degrees (default "
                      f"{' '.join(map(str, AZIMUTHS))})")
-    sub.add_argument("--elevation", type=float, default=ELEVATION, help="of the views, degrees (default %(default)s)")
-    sub.add_argument("--extent", type=float, default=EXTENT, help="half the width of a view in the maps' units "
+    sub.add_argument("--elevation", type=finite, default=ELEVATION, help="of the views, degrees (default %(default)s)")
+    sub.add_argument("--extent", type=finite, default=EXTENT, help="half the width of a view in the maps' units "
                      "(default %(default)s)")
     return parser.parse_args(argv)
 

@@ -22,7 +22,7 @@ from full.encoders import encode_captions, load_text_encoder
 from geometry.camera import AZIMUTHS, camera
 from sample import (CFG_SCALE, LATENT_CFG_SCALE, Sampling, ddim_sample, ddim_timesteps, default_base, domain_mode,
                     guidance, guided_noise, initial_noise, load_network)
-from support.launch import launch, run_cli
+from support.launch import finite, launch, run_cli
 from support.pictures import draw_plot, save_image, save_picture, side_by_side
 from toy.render import Look, render
 from toy.world import STYLES, asset_captions, sample_assets, tokenize
@@ -242,7 +242,7 @@ def main(argv=None):
     add("--num_steps", type=int, default=20, help="DDIM steps (default %(default)s)")
     add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps "
         "(default %(default)s)")
-    add("--cfg_scale", type=float, help=f"guidance on the text, 1 = none (default {CFG_SCALE:g}; full: "
+    add("--cfg_scale", type=finite, help=f"guidance on the text, 1 = none (default {CFG_SCALE:g}; full: "
         f"{LATENT_CFG_SCALE})")
     add("--seed", type=int, default=0, help="decides prompts and noise (default %(default)s)")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")

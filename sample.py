@@ -35,7 +35,7 @@ from geometry.mesh import mesh_views
 from geometry.texture import save_meshes
 from support.files import file_id, load_tensors, read_json, read_metadata, save_tensors, up_to_date, write_json
 from support.generators import SAMPLES, seeded_generator
-from support.launch import BAR, barrier, launch, run_cli
+from support.launch import BAR, UsageError, barrier, finite, launch, run_cli
 from support.pictures import save_image, save_picture, to_uint8
 from toy.render import asset_mesh
 from toy.world import WORLD_VERSION, exaggerated, sample_assets, take, tokenize
@@ -392,11 +392,11 @@ def parse_args(argv=None):
     add("--prompt", nargs="+", help="captions instead of objects: a base model, --task text, or one for --mesh")
     add("--domain", type=domain_word, default="all", help="domain mode: real, syn, shifted, or a number s, 0 for "
         "synthetic to 1 for real and a little outside (default all: the three words)")
-    add("--B_max", type=float, help="layer shift: share of the blocks that run in synthetic mode (default: what python "
-        "-m experiments.shift select found for this model, else 0.3)")
+    add("--B_max", type=finite, help="layer shift: share of the blocks that run in synthetic mode (default: what "
+        "python -m experiments.shift select found for this model, else 0.3)")
     add("--t_max", type=int, help="time shift: steps t >= t_max run in synthetic mode; 1000 = none (default: likewise, "
         "else 950)")
-    add("--cfg_scale", type=float, help=f"guidance on the text, 1 = none (default {CFG_SCALE:g}; full: "
+    add("--cfg_scale", type=finite, help=f"guidance on the text, 1 = none (default {CFG_SCALE:g}; full: "
         f"{LATENT_CFG_SCALE})")
     add("--num_steps", type=int, default=50, help="DDIM steps")
     add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps")
@@ -503,6 +503,9 @@ def chosen_objects(args, size, task):
 def draw_real_set(args, launched):
     """The real set of stages 1 and 2, in pixels of the toy world."""
     base = args.model or default_base(args.preset)
+    if not args.real_set.endswith(".safetensors") or os.path.isfile(args.real_set) \
+            and "key" not in read_metadata(args.real_set):
+        raise UsageError(f"--real_set {args.real_set} must be a .safetensors file that is not there yet, or a real set")
     if not read_metadata(base).get("config", {}).get("vocab_size"):
         raise ValueError(f"{base} is a model of latents: draw its real set with python -m full.real_set")
     sampling = Sampling(cfg_scale=guidance(args.cfg_scale, latents=False), num_steps=args.num_steps, seed=args.seed)

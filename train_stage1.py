@@ -17,6 +17,7 @@ from sample import Sampling, sample_images
 from support.launch import launch, run_cli
 from support.pictures import save_picture, to_uint8
 from toy.world import asset_captions, sample_assets, tokenize
+from training.estimate import choose
 from training.flags import fill_defaults, parse_training, stage1_name, training_arguments
 from training.loop import Iteration, save_trained, train
 from training.sets import base_model, null_caption, training_sets
@@ -79,6 +80,7 @@ def main(argv=None):
     args = parse_args(argv)
     launched = launch(args.threads)
     fill_defaults(args, "stage1", launched)
+    choose(args, launched)
     run_stage1(args, launched)
 
 

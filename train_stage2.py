@@ -34,7 +34,7 @@ from domain_shifter import P_B, TAU_B, draw_frozen_blocks, draw_reassigned_block
 from sample import Sampling, object_sheet
 from support.files import read_metadata
 from support.generators import DRAWS, seeded_generator
-from support.launch import launch, run_cli
+from support.launch import finite, launch, run_cli
 from training.estimate import announce
 from training.flags import fill_defaults, parse_training, training_arguments
 from training.loop import Iteration, save_trained, train
@@ -74,7 +74,9 @@ def stage2_network(args, launched):
     device, method = launched.device, METHODS[args.method]
     base = base_model(args, device)
     if method.stage1 and not args.joint:
-        network = load_beside(base, stage1_path(args, launched)).requires_grad_(False)
+        path = stage1_path(args, launched)
+        network = load_beside(base, path).requires_grad_(False)
+        check_stage1(path, network, args)
     else:
         network = new_network(base, method.adapter, args.rank, args.seed)
     for name, p in base.named_parameters():
@@ -98,6 +100,16 @@ def stage1_path(args, launched):
     if launched.rank == 0:
         print(f"{path} is missing: stage 1 comes first", flush=True)
     return train_stage1.run_stage1(stage1_flags(args, launched), launched)
+
+
+def check_stage1(path, network, args):
+    """Raises ValueError where the file of stage 1 holds something else than this method's shifters or adapter."""
+    found = "shifters" if network.shifters is not None else getattr(network.adapter, "kind", "neither")
+    ranks = {p.shape[-2] for name, p in network.named_parameters() if name.endswith("W_right")}
+    if found != args.adapter or ranks - {args.rank}:
+        raise ValueError(f"{path} holds {found} of rank {', '.join(map(str, ranks)) or 'none'}, but --method "
+                         f"{args.method} takes {args.adapter} of rank {args.rank}: name another file with --shifters, "
+                         "or another --rank")
 
 
 def stage1_flags(args, launched):
@@ -151,9 +163,9 @@ def parse_args(argv=None):
     add("--no_reassignment", action="store_true", help="no domain reassignment")
     add("--joint", action="store_true", help="skip stage 1, train shifters or domain switcher with the model (Table 2, "
         "row 1, is this with --no_freezing --no_reassignment)")
-    add("--tau_B", type=float, default=TAU_B, help="how many of the first blocks may be frozen or "
+    add("--tau_B", type=finite, default=TAU_B, help="how many of the first blocks may be frozen or "
         "reassigned, as a share of N_B")
-    add("--p_B", type=float, default=P_B, help="probability of domain reassignment on a real iteration")
+    add("--p_B", type=finite, default=P_B, help="probability of domain reassignment on a real iteration")
     add("--real_warmup", type=int, default=20, help="real iterations before the domains alternate")
     add("--shifters", help="shifters, or a baseline's adapter, of stage 1 (default: in OUT)")
     add("--rank", type=int, help="r of the Domain Shifters (default 8) or of a baseline's adapter (32 at full)")
@@ -171,6 +183,8 @@ def parse_args(argv=None):
     for flag in ("joint", "shifters"):
         if getattr(args, flag) and not METHODS[args.method].stage1:
             parser.error(f"--{flag} says where stage 1 comes in, and --method {args.method} has none")
+    if args.joint and args.shifters:
+        parser.error("--joint trains new shifters with the model, so it takes no --shifters")
     if args.method != "realiz3d":                       # layer-aware training and reassignment are Realiz3D's
         args.no_freezing = args.no_reassignment = True
     return args

@@ -13,7 +13,8 @@ import torch
 
 from dit import PRESETS, DiT
 from domain_shifter import TAU_B, DomainShifters, ShiftedDiT, block_count
-from support.launch import launch, peak_memory, run_cli, seconds_of, wait_for
+from support.launch import UsageError, finite, launch, peak_memory, run_cli
+from support.speed import seconds_of, wait_for
 from toy.world import TEXT_LENGTH, VOCAB
 from training.batches import read_batch, with_noise
 from training.flags import GRIDS_A_PART, fill_defaults, parse_training, training_arguments
@@ -253,7 +254,7 @@ def parse_args(argv=None):
     training_arguments(parser)
     parser.add_argument("--rounds", type=int, default=15, help="how often each kind of iteration is timed (default "
                         "%(default)s)")
-    parser.add_argument("--tau_B", type=float, default=TAU_B, help="how many of the first blocks are frozen at most, "
+    parser.add_argument("--tau_B", type=finite, default=TAU_B, help="how many of the first blocks are frozen at most, "
                         "as a share of N_B (default %(default)s)")
     parser.add_argument("--rank", type=int, help="r of the Domain Shifters (default 8)")
     parser.set_defaults(adapter="shifters", no_real_data=False, real_warmup=0)
@@ -267,10 +268,11 @@ def main(argv=None):
     args.accumulate = 1 if args.accumulate is None else args.accumulate
     launched = launch(args.threads)
     fill_defaults(args, "stage2", launched)
+    args.dtype = args.dtype or ("bfloat16" if launched.device.type == "cuda" else "float32")
     if args.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, not {args.rounds}")
+        raise UsageError(f"--rounds must be at least 1, not {args.rounds}")
     if args.accumulate > 1:
-        raise ValueError("--benchmark times whole batches: leave out --accumulate, or take a smaller --batch")
+        raise UsageError("--benchmark times whole batches: leave out --accumulate, or take a smaller --batch")
     benchmark(args, launched)
 
 

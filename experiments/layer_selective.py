@@ -17,12 +17,12 @@ from dit import PRESETS, T
 from evaluate import fid, kid, measured_settings
 from sample import Sampling, sample_images
 from support.files import write_json
-from support.launch import launch, on_rank_0_first, run_cli
+from support.launch import UsageError, launch, on_rank_0_first, run_cli
 from support.pictures import save_picture, to_uint8
 from toy.judge import train_feature_net, world_features
 from toy.render import Look, render
 from toy.world import BACKGROUNDS, asset_captions, exaggerated, sample_assets, tokenize, uniforms
-from training.estimate import step_seconds
+from training.estimate import choose
 from training.flags import fill_defaults, parse_training, training_arguments
 from training.loop import Iteration, train
 from training.sets import base_model
@@ -89,8 +89,9 @@ def layer_selective(args, launched):
     """Fine-tunes the base model in each of VARIANTS and --seeds, draws the same prompts from the same noise with all of
     them, and measures what each took from the two sets, which differ in their look and in their background."""
     size, folder, device = PRESETS[args.preset].image_size, f"{args.out}/sets", launched.device
+    pace = choose(args, launched)
     if launched.rank == 0:
-        minutes = args.seeds * len(VARIANTS) * args.steps * args.batch * 4 * step_seconds(args, device)[0] / 60
+        minutes = args.seeds * len(VARIANTS) * args.steps * args.batch * 4 * pace.step / 60
         print(f"to do: {len(VARIANTS)} variants of {args.steps} steps x {args.seeds} seed(s), about {minutes:.0f} "
               "minutes on this machine (and three to make sets and a judge of domains, the first time)", flush=True)
     make_set = partial(selective_set, 4 * args.num_assets, size=size, folder=folder, device=device)
@@ -162,7 +163,7 @@ def main(argv=None):
     launched = launch(args.threads)
     fill_defaults(args, "selective", launched)
     if args.seeds < 1 or args.num_prompts < 2:
-        raise ValueError(f"--seeds must be at least 1 and --num_prompts 2, not {args.seeds} and {args.num_prompts}")
+        raise UsageError(f"--seeds must be at least 1 and --num_prompts 2, not {args.seeds} and {args.num_prompts}")
     layer_selective(args, launched)
 
 

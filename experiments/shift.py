@@ -17,7 +17,7 @@ from evaluate import (DIGITS, SAMPLING_FLAGS, add_command, asked_sampling, forma
 from geometry.camera import VIEWS
 from sample import default_model, sample_images, trained_task
 from support.files import file_id, write_json
-from support.launch import BAR, launch, run_cli
+from support.launch import BAR, finite, launch, run_cli
 from support.pictures import draw_plot, draw_points, save_image, save_picture, to_uint8
 from toy.judge import load_judges
 
@@ -127,7 +127,7 @@ def parse_args(argv=None):
     sub = add_command(commands, "select", select_shift, "how far to shift: B_max and t_max of a model, kept where "
                       "sample.py finds them", "model", *SAMPLING_FLAGS, "folder")
     sub.set_defaults(num=20)
-    sub.add_argument("--max_loss", type=float, default=0.25, help="share by which the kernel distance may grow "
+    sub.add_argument("--max_loss", type=finite, default=0.25, help="share by which the kernel distance may grow "
                      "(default %(default)s)")
     sub = add_command(commands, "dial", turn_dial, "mix the two domains: e(s) from render to photograph", "model",
                       *SAMPLING_FLAGS, "folder")

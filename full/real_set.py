@@ -19,7 +19,7 @@ from full.encoders import encode_captions, encoder_id, load_text_encoder
 from full.latents import check_shard, left_to_write, shard_header
 from sample import LATENT_CFG_SCALE, Sampling, load_network, sample_images
 from support.files import file_id, read_metadata, save_tensors
-from support.launch import BAR, barrier, launch, run_cli
+from support.launch import BAR, barrier, finite, launch, run_cli
 
 
 def write_latent_real_set(out, base, synthetic, text_encoder, sampling, launched):
@@ -91,7 +91,7 @@ def parse_args(argv=None):
     add("--text_encoder", required=True, metavar="DIR", help="PixArt's text_encoder folder, with tokenizer beside it "
         "(needs transformers)")
     add("--num_steps", type=int, default=20, help="DDIM steps")
-    add("--cfg_scale", type=float, default=LATENT_CFG_SCALE, help="guidance on the text, 1 = none")
+    add("--cfg_scale", type=finite, default=LATENT_CFG_SCALE, help="guidance on the text, 1 = none")
     add("--seed", type=int, default=0, help="decides the noise")
     add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     return parser.parse_args(argv)

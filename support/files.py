@@ -102,6 +102,9 @@ def load_strictly(module, weights, path):
                     if shapes.get(name) != given.get(name))
     if misfit:
         raise ValueError(f"{path} does not fit the model: {', '.join(misfit[:4])}{', ...' if len(misfit) > 4 else ''}")
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path} holds numbers that are not finite, in {broken[0]}: take an earlier file")
     module.load_state_dict(weights)
 
 

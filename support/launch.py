@@ -1,12 +1,14 @@
 """Launching: the same script runs alone or under torchrun, and bad input ends in one line."""
+import math
 import os
 import sys
-import time
 import warnings
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
+
+from support.speed import choose_threads
 
 # of tqdm, for shares of images
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}]"
@@ -22,14 +24,15 @@ class Launched(NamedTuple):
 def launch(threads=None):
     """Joins torchrun's process group where there is one (NCCL on CUDA, gloo else); returns Launched.
 
-    RANK decides who writes, LOCAL_RANK which GPU is used, so that several nodes work.
+    RANK decides who writes, LOCAL_RANK which GPU is used, so that several nodes work. threads: of the CPU, None = the
+    fastest in a short trial.
     """
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"--threads must be at least 1, not {threads}")
-        torch.set_num_threads(threads)
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK is {rank} and WORLD_SIZE {world}: both are torchrun's to set, unset them to run alone")
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads must be at least 1, not {threads}")
     # under bf16 autocast RMSNorm keeps its weight in fp32, which is what we want, and says so at length
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     # the word for it that torch 2.13 wants is not known to torch 2.11
@@ -44,6 +47,7 @@ def launch(threads=None):
         torch.set_float32_matmul_precision("high")
     elif torch.backends.mps.is_available() and world == 1:
         device = torch.device("mps")
+    torch.set_num_threads(threads or choose_threads(device))
     if world > 1 and not torch.distributed.is_initialized():
         on_cuda = device.type == "cuda"
         # two hours: ranks that encode or draw a set work alone and meet at its end, some of them early
@@ -52,10 +56,26 @@ def launch(threads=None):
     return Launched(device, rank, world)
 
 
+def finite(text):
+    """A number that a flag takes, but not nan or inf. Raises ValueError, which argparse puts beside the flag's name."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+class UsageError(ValueError):
+    """A flag's value that is not allowed."""
+
+
 def run_cli(main):
-    """Runs a script's main(): bad input ends in one line and exit code 1 (argparse: 2), never in a traceback."""
+    """Runs a script's main(): bad input ends in one line, never in a traceback: a flag's with exit code 2, as of
+    argparse, any other with 1."""
     try:
         main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")         # sys.exit prints a string to stderr and exits with 1
     except KeyboardInterrupt:
@@ -85,18 +105,3 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated() / 2 ** 30
     import resource                         # not on Windows, where nothing else is missing
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
-
-
-def wait_for(device):
-    """Waits for the device, so that a clock read next is right."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds_of(work, device):
-    """How long work() takes, device included."""
-    wait_for(device)
-    start = time.perf_counter()
-    work()
-    wait_for(device)
-    return time.perf_counter() - start

@@ -42,6 +42,18 @@ TINY = Config(
 NULL = {"text": torch.tensor([[1] + [0] * 13])}  # the empty caption of random_inputs and tiny_sets
 ALONE = Launched(torch.device("cpu"))
 
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_to_choose():
+    """Programs in this process compute in fp32 and with the threads that it has: what is fastest is not always the
+    same, and other threads round otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("support.speed.CPU_DTYPES", ("float32",))
+        patch.setattr("support.speed.thread_counts", lambda: [torch.get_num_threads()])
+        yield
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Random models and what goes into them
 

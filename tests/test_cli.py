@@ -108,7 +108,7 @@ def test_a_text_model_draws_four_views_of_a_prompt(tiny_toy):
 
 def test_the_process_itself_ends_in_one_line_with_its_code(tmp_path):
     one_line_error(script("train_stage2.py", "--preset", "huge"), 2, "huge", "toy")
-    one_line_error(script("-m", "toy.pretrain", "--preset", "full", "--out", tmp_path), 1, "preset full has no base")
+    one_line_error(script("-m", "toy.pretrain", "--preset", "full", "--out", tmp_path), 2, "preset full has no base")
 
 
 def test_unknown_preset_and_flag():

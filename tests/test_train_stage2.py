@@ -198,7 +198,7 @@ def test_another_program_gets_the_other_flags(flag, program, monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_announced_is_what_is_missing(method, tmp_path, monkeypatch, capsys):
     """Stage 1 where the method has one, for three epochs of each domain; the real set where one of the two needs it."""
-    monkeypatch.setattr(training.estimate, "step_seconds", lambda *args: (0.06, 0.006))
+    monkeypatch.setattr(training.estimate, "choose", lambda *args: training.estimate.Pace(0.06, 0.006))
     args = fill_defaults(parse_args(["--method", method, "--out", str(tmp_path)]), "stage2", ALONE)
     training.estimate.announce(args, train_stage1.stage1_file(args), ALONE)
     line, kind = capsys.readouterr().out, METHODS[method]

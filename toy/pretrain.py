@@ -20,6 +20,7 @@ from support.launch import launch, on_rank_0_first, run_cli
 from support.pictures import save_picture, to_uint8
 from toy.render import Look, render
 from toy.world import BACKGROUNDS, STYLES, asset_captions, tokenize, uniforms
+from training.estimate import choose
 from training.flags import fill_defaults, parse_training, training_arguments
 from training.loop import Iteration, save_trained, train
 
@@ -91,6 +92,7 @@ def main(argv=None):
     args = parse_args(argv)
     launched = launch(args.threads)
     fill_defaults(args, "base", launched)
+    choose(args, launched)
     train_base(args, launched)
 
 

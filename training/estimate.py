@@ -1,43 +1,99 @@
-"""How long a training should take on this machine, from a short trial at its start."""
+"""How to compute a training on this machine, and how long it should take, from a short trial at its start."""
 import os
 import time
 from glob import glob
+from typing import NamedTuple
 
 import torch
 
 from baselines.adapters import sees_both_domains
 from baselines.methods import METHODS
-from dit import PRESETS
-from support.launch import seconds_of
+from dit import PRESETS, DiT
+from support.speed import autocast, choose_speed, seconds_of
 from toy.render import render
 from toy.world import sample_assets, tokenize
 from training.flags import steps_of_stage
-from training.sets import base_model, real_set_path
+from training.sets import real_set_path
+from training.states import stored_speed
+
+IMAGES = 16                         # that the trial computes at once: the toy's four grids of a step
+COMPILING_PAYS = 120                # seconds that a training must take at least before a compilation is tried
 
 
-def step_seconds(args, device):
-    """Seconds a training step and a forward pass take for each image, from a short trial of the base model."""
-    config, images = PRESETS[args.preset], 16
-    model = base_model(args, device)
-    x = torch.randn(images, 1, config.channels, config.image_size, config.image_size, device=device)
-    t, text = torch.zeros(images, dtype=torch.long, device=device), tokenize([""] * images).to(device)
+class Pace(NamedTuple):
+    """Seconds an image takes, and what is lost once."""
+    step: float
+    forward: float
+    compiling: float = 0.0
 
-    def third(work):                                                # the first two warm up
-        return [seconds_of(work, device) for _ in range(3)][-1] / images
-    with torch.no_grad():
-        forward = third(lambda: model(x, t, text))
-    return third(lambda: model(x, t, text).square().mean().backward()), forward
+
+def choose(args, launched):
+    """Completes --threads, --dtype and --compile with what is fastest here, or what a stopped run was doing -> Pace.
+
+    Every rank tries, for they share the cores, and takes rank 0's choice.
+    """
+    config, device = PRESETS[args.preset], launched.device
+    for name, value in stored_speed(f"{args.out}/{args.name}").items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if config.latent:               # too large for a trial: on GPUs, where there is nothing to choose
+        args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        args.compile = bool(args.compile)
+        return None
+    model = DiT(config).to(device)
+    x = torch.randn(IMAGES // 4, 4, config.channels, config.image_size, config.image_size, device=device)
+    t, text = torch.zeros(len(x), dtype=torch.long, device=device), tokenize([""] * len(x)).to(device)
+
+    def step():
+        model(x, t, text).square().mean().backward()
+
+    def forward():
+        with torch.no_grad(), autocast(device, args.dtype):
+            model(x, t, text)
+    args.threads, args.dtype, step_seconds = choose_speed(step, IMAGES, device, args.threads, args.dtype)
+    forward_seconds = min(seconds_of(forward, device) for _ in range(2)) / IMAGES
+    pace = Pace(step_seconds, forward_seconds)
+    images = args.steps * args.batch * args.images_per_grid
+    if args.compile is None and device.type == "cpu" and images * step_seconds > COMPILING_PAYS:
+        pace, args.compile = try_compiling(model, step, images, pace, args)
+    args.compile = bool(args.compile)
+    if launched.world > 1:
+        chosen = [(args.threads, args.dtype, args.compile, pace)]
+        torch.distributed.broadcast_object_list(chosen)
+        args.threads, args.dtype, args.compile, pace = chosen[0]
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return pace
+
+
+def try_compiling(model, step, images, pace, args):
+    """Compiles the trial's blocks, and times it: (Pace, whether it pays). Without a working compiler it does not."""
+    device = next(model.parameters()).device
+    try:
+        for block in model.blocks:
+            block.compile(dynamic=False)
+        with autocast(device, args.dtype):
+            compiling = seconds_of(step, device)
+            seconds = min(seconds_of(step, device) for _ in range(2)) / IMAGES
+    except Exception as error:      # whatever a compiler, or its absence, raises
+        print(f"not compiled: {str(error).splitlines()[0]}", flush=True)
+        return pace, False
+    # the other shapes of a training (single images, and where layer-aware training begins) take as long again
+    pays = compiling + images * seconds < images * pace.step
+    print(f"compiled {1 / seconds:.0f} images/s, not compiled {1 / pace.step:.0f}; compiling takes about "
+          f"{2 * compiling:.0f} s: {'--compile' if pays else '--no-compile'}", flush=True)
+    return (Pace(seconds, pace.forward, compiling), True) if pays else (pace, False)
 
 
 def announce(args, stage1_file, launched):
     """Prints what train_stage2.py will do and how long that should take: what is missing before it, and stage 2.
 
-    stage1_file: where stage 1 leaves its shifters or adapter. Nothing for latents, whose stages are started by hand.
+    stage1_file: where stage 1 leaves its shifters or adapter. Nothing is said of latents, whose stages are started by
+    hand.
     """
-    config = PRESETS[args.preset]
+    config, pace = PRESETS[args.preset], choose(args, launched)
     if config.latent or launched.rank > 0:
         return
-    step, forward = step_seconds(args, launched.device)
     start = time.perf_counter()
     render(sample_assets(16, 0), size=config.image_size, device=launched.device)
     rendering = (time.perf_counter() - start) / 16
@@ -47,10 +103,10 @@ def announce(args, stage1_file, launched):
     if not (args.synthetic or glob(f"{args.out}/sets/synthetic_{args.num_assets}_*")):
         todo["render the assets"] = args.num_assets * rendering
     if needs_real and not (args.real or os.path.isfile(real_set_path(args))):
-        todo["draw the real set"] = args.num_assets * 4 * args.real_steps * forward / launched.world
+        todo["draw the real set"] = args.num_assets * 4 * args.real_steps * pace.forward / launched.world
     if stage1:
         steps = args.stage1_steps or steps_of_stage(args, "stage1", launched.world)
-        todo["train stage 1"] = steps * args.batch * 4 * step
-    todo["train stage 2"] = args.steps * args.batch * 4 * step
+        todo["train stage 1"] = steps * args.batch * 4 * pace.step
+    todo["train stage 2"] = args.steps * args.batch * 4 * pace.step + pace.compiling
     print(f"to do: {', '.join(f'{what} ({took / 60:.1f} min)' for what, took in todo.items())}; about "
           f"{sum(todo.values()) / 60:.0f} minutes on this machine", flush=True)

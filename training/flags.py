@@ -1,11 +1,14 @@
 """The flags that every training takes, and their defaults: a row for each preset and stage."""
 import argparse
 import math
+import os
 import sys
 
 from baselines.adapters import adapter_rank, sees_both_domains
 from data import ASSETS
-from dit import PRESETS
+from dit import PRESETS, T
+from support.launch import UsageError, finite
+from support.speed import CPU_DTYPES
 
 # The paper's protocol (C.2), at every size: one learning rate for all that is trained on a base model; EPOCHS of the
 # assets; GRIDS_A_STEP grids of V = 4 views a step, over all processes (a real grid: four single images).
@@ -34,9 +37,11 @@ DEFAULTS = {
 }
 COLUMNS_OF_DEFAULTS = ("lr", "warmup", "weight_decay", "ema")
 
-# the least that each of these may be
+# the least and the most that each of these may be
 LEAST = dict(steps=1, batch=1, rank=1, log_every=1, save_every=1, sample_every=1, picture_steps=1, real_steps=1,
-             num_assets=1, accumulate=1, workers=0, warmup=0, seed=0)
+             num_assets=1, num_base_images=1, stage1_steps=1, accumulate=1, workers=0, warmup=0, real_warmup=0, seed=0,
+             lr=0, clip=0, weight_decay=0, ema=0, text_dropout=0, p_B=0, tau_B=0)
+MOST = dict(ema=1, text_dropout=1, p_B=1, tau_B=1, picture_steps=T, real_steps=T, seed=2 ** 63 - 1)
 
 
 def training_arguments(parser):
@@ -57,25 +62,26 @@ def training_arguments(parser):
     for flag, kind, text in (
             ("steps", int, "training steps"),
             ("batch", int, "per process: grids of four views, of a base model images"),
-            ("lr", float, "learning rate after warm-up"),
+            ("lr", finite, "learning rate after warm-up"),
             ("warmup", int, "steps of linear warm-up"),
-            ("weight_decay", float, "the optimizer's"),
-            ("ema", float, "decay of the weights' running average, 0 = none")):
+            ("weight_decay", finite, "the optimizer's"),
+            ("ema", finite, "decay of the weights' running average, 0 = none")):
         add(f"--{flag}", type=kind, help=f"{text} (default by preset and stage)")
     add("--muon", action=argparse.BooleanOptionalAction, help="Muon for the blocks' matrices, at three times --lr, and "
         "AdamW for the rest (default: for a base model)")
     add("--loss", choices=("epsilon", "even"), help="plain epsilon loss as in the paper (default at full), or "
         "divided by alpha_bar so that noise levels weigh alike (default at toy and small: few pixels)")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--text_dropout", type=float, default=0.1, help="how often the caption is dropped, for guidance")
+    add("--clip", type=finite, default=1.0, help="largest norm of the gradient")
+    add("--text_dropout", type=finite, default=0.1, help="how often the caption is dropped, for guidance")
     add("--seed", type=int, default=0, help="decides initial weights, data order, noise and draws")
-    add("--dtype", choices=("float32", "bfloat16"), help="autocast (default bfloat16 on CUDA, float32 elsewhere)")
-    add("--compile", action="store_true", help="torch.compile each block")
+    add("--dtype", choices=CPU_DTYPES, help="autocast (default bfloat16 on CUDA; on a CPU what is faster in a trial)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: on a CPU, where "
+        "a trial says that it pays)")
     add("--accumulate", type=int, help="parts that a batch is computed in, one after the other: less memory, same "
         f"result (default 1; full: of {GRIDS_A_PART} grids at most)")
     add("--workers", type=int, help="threads that read batches ahead (default 2 on CUDA, 0 elsewhere)")
     add("--grad_checkpointing", action="store_true", help="recompute blocks in the backward pass to save memory")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=int, help="CPU threads (default: the fastest in a trial)")
     add("--log_every", type=int, default=20, help="steps between lines of log.jsonl")
     add("--save_every", type=int, default=250, help="steps between states to resume from")
     add("--sample_every", type=int, default=500, help="steps between pictures of samples")
@@ -92,7 +98,7 @@ def parse_training(parser, script, argv):
 def fill_defaults(args, stage, launched):
     """Completes the flags from DEFAULTS and checks their ranges. Raises ValueError."""
     if (args.preset, stage) not in DEFAULTS:
-        raise ValueError(f"preset {args.preset} has no {stage} training"
+        raise UsageError(f"preset {args.preset} has no {stage} training"
                          + (": its base model comes from a file (--base)" if stage == "base" else ""))
     fill_length(args, stage, launched.world)
     for name, value in zip(COLUMNS_OF_DEFAULTS, DEFAULTS[args.preset, stage]):
@@ -105,7 +111,6 @@ def fill_defaults(args, stage, launched):
         args.name = stage
         if stage == "stage1" and stage1_name(args.adapter, args.rank) != "shifters":
             args.name = f"stage1_{stage1_name(args.adapter, args.rank)}"
-    args.dtype = args.dtype or ("bfloat16" if on_cuda else "float32")
     if args.muon is None:
         args.muon = stage == "base"
     if args.workers is None:
@@ -113,11 +118,13 @@ def fill_defaults(args, stage, launched):
     args.loss = args.loss or ("even" if config.output_skip else "epsilon")
     args.images_per_grid = 1 if stage == "base" else config.num_views
     for name, least in LEAST.items():
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    for name in ("ema", "text_dropout", "p_B", "tau_B"):
-        if not 0 <= getattr(args, name, 0) <= 1:
-            raise ValueError(f"--{name} must lie in [0, 1], not {getattr(args, name)}")
+        value, most = getattr(args, name, None), MOST.get(name, math.inf)
+        if value is not None and not least <= value <= most:
+            allowed = f"be at least {least}" if most == math.inf else f"lie in [{least}, {most}]"
+            raise UsageError(f"--{name} must {allowed}, not {value}")
+    taken = ("base", "sets", "shifters", stage1_name(args.adapter, args.rank), "", ".", "..")
+    if os.path.basename(args.name) != args.name or stage != "base" and args.name in taken:
+        raise UsageError(f"--name {args.name} is no plain name, or another file's in the run folder: choose another")
     return args
 
 

@@ -1,9 +1,11 @@
 """The log of a training: log.jsonl, a line per domain every so many steps, and the picture of the loss."""
 import json
 import os
+import sys
 import time
 
 import torch
+from tqdm import tqdm
 
 from support.launch import peak_memory
 from support.pictures import save_plot
@@ -56,10 +58,20 @@ class Log:
         self.pending, self.images, self.clock = [], 0, time.time()
         return f"loss {', '.join(text)}, {speed:.0f} images/s"
 
+    def note(self, step, **what):
+        """Says and writes down what else happened at a step: threads=1, for they change how sums are rounded."""
+        self.lines.append(dict(step=step + 1) | what)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(self.lines[-1]) + "\n")
+        said = ", ".join(f"{name} {value}" for name, value in what.items())
+        tqdm.write(f"step {step + 1}: much slower than before, goes on with {said}", file=sys.stderr)
+
     def finish(self):
         """Draws loss.png; returns {domain: mean loss over the last tenth of the steps}."""
         curves, tail = {}, {}
         for line in self.lines:
+            if "domain" not in line:
+                continue                    # a note
             curves.setdefault(line["domain"], []).append((line["step"], line["loss"]))
             if line["step"] > 0.9 * self.args.steps:
                 tail.setdefault(line["domain"], []).append(line["loss"])

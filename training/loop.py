@@ -12,8 +12,10 @@ import math
 import os
 import platform
 import signal
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -23,9 +25,10 @@ from data import set_shape
 from dit import T, add_noise, epsilon_loss, save_model
 from domain_shifter import SYN, real_after, uniform_domains
 from support.launch import barrier
+from support.speed import Watch, autocast
 from training.batches import read_ahead, read_batch, split_batch, with_noise
 from training.log import Log
-from training.states import Trained, check_ranks, load_state, save_state, training_settings
+from training.states import Trained, check_ranks, hold, load_state, made_from, save_state, training_settings
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One iteration
@@ -76,7 +79,7 @@ def training_step(model, optimizers, batch, iteration, null, args, lap=lambda pa
         domains = iteration.domains(dit.config.depth, len(x0), x0.device)                   # (N_B, B)
         waits = isinstance(model, DistributedDataParallel) and k + 1 < len(parts)           # for the last part
         with model.no_sync() if waits else nullcontext():
-            with torch.autocast(x0.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            with autocast(x0.device, args.dtype):
                 prediction = model(add_noise(x0, noise, t), t, domains=domains, control=control,
                                    frozen_blocks=iteration.frozen_blocks, **text)
                 part_loss, part_bins = epsilon_loss(prediction, noise, t, even=args.loss == "even")
@@ -93,6 +96,12 @@ def training_step(model, optimizers, batch, iteration, null, args, lap=lambda pa
         optimizer.zero_grad(set_to_none=True)
     lap("optimizer")
     return loss, bins
+
+
+def try_step(model, batch, iteration, null, args):
+    """An iteration that changes nothing, for a clock."""
+    training_step(model, [], batch, iteration, null, args)
+    model.zero_grad(set_to_none=True)
 
 
 def drop_text(batch, null, text_dropout):
@@ -119,16 +128,18 @@ def train(network, sets, null, plan, args, launched, preview=None):
     device, rank, world = launched
     out = f"{args.out}/{args.name}"
     check_sets(sets, args, world)
+    lock = hold(out) if rank == 0 else None         # open until the end
     params = {name: p for name, p in network.named_parameters() if p.requires_grad}
     optimizers = make_optimizers(params, args, device)
     ema = {name: p.detach().clone() for name, p in params.items()} if args.ema else {}
     trained = Trained(params, ema, optimizers)
-    start = load_state(out, trained, args, world)
+    made = made_from(network, sets)
+    start = load_state(out, trained, args, world, made)
     check_ranks(start, out, world)
     describe(network, params, sets, plan, args, launched, start)
     model = in_training(network, args, world)
     null = {key: value.to(device) for key, value in null.items()}
-    log = Log(out, args, launched, start)
+    log, watch = Log(out, args, launched, start), Watch()
 
     def read(step):
         iteration = plan(step)
@@ -144,21 +155,26 @@ def train(network, sets, null, plan, args, launched, preview=None):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, args) * group["lr_scale"]
+            began, images = time.perf_counter(), batch["x0"].shape[:2].numel()
             loss, bins = training_step(model, optimizers, batch, iteration, null, args)
+            if device.type == "cpu" and world == 1 and watch.calls(time.perf_counter() - began, images):
+                log.note(step, threads=watch.choose_threads(partial(try_step, model, batch, iteration, null, args)))
             for name, average in ema.items():       # a short horizon at first, so that the start is forgotten
                 average.lerp_(params[name].detach(), 1 - min(args.ema, (step + 1) / (step + 10)))
-            log.add(step, iteration.domain, loss, bins, batch["x0"].shape[:2].numel())
-            stopping = (world == 1 or step % args.log_every == 0) and agree(stop["now"], launched)
+            log.add(step, iteration.domain, loss, bins, images)
+            # on GPUs ranks ask each other where they wait for each other anyway
+            asking = device.type == "cpu" or world == 1 or step % args.log_every == 0
+            stopping = asking and agree(stop["now"], launched)
             saving = last or stopping or (step + 1) % args.save_every == 0
             if saving or (step + 1) % args.log_every == 0:      # first, as it raises at a loss that is not finite
                 bar.set_postfix_str(log.flush(step, learning_rate(step, args)))
             if saving and rank == 0:
-                save_state(out, step + 1, trained, args, world)
+                save_state(out, step + 1, trained, args, world, made)
             if stopping and not last:
                 bar.close()
                 if rank == 0:
                     print(f"{args.name}: stopped by a signal at step {step + 1}; the same command goes on from there")
-                raise SystemExit(130 if stop["now"] == signal.SIGINT else 0)
+                raise SystemExit(128 + stopping)
             if preview and rank == 0 and (step + 1) % args.sample_every == 0 and not last:
                 with swapped(params, ema), torch.compiler.set_stance("force_eager"):  # not worth a compilation
                     preview(f"{out}/samples_{step + 1:07d}.png")
@@ -167,6 +183,7 @@ def train(network, sets, null, plan, args, launched, preview=None):
     if preview and rank == 0:
         with torch.compiler.set_stance("force_eager"):
             preview(f"{out}.png")
+    del lock
     return log.finish()
 
 
@@ -257,13 +274,13 @@ def signals_caught():
             signal.signal(number, handler)
 
 
-def agree(flag, launched):
-    """Whether any rank raised the flag; all ranks must call this at the same step."""
+def agree(number, launched):
+    """The greatest number that any rank has, 0 = no signal; all ranks must call this at the same step."""
     if launched.world == 1:
-        return flag
-    flag = torch.tensor(float(flag), device=launched.device)
-    torch.distributed.all_reduce(flag)
-    return bool(flag)
+        return number
+    greatest = torch.tensor(number, device=launched.device)
+    torch.distributed.all_reduce(greatest, torch.distributed.ReduceOp.MAX)
+    return int(greatest)
 
 
 @contextmanager

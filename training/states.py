@@ -2,17 +2,19 @@
 import json
 import os
 import sys
+import zlib
 from glob import glob
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from support.files import load_tensors, save_tensors
+from support.files import load_tensors, read_metadata, save_tensors
 
-# flags that do not decide the result of a training
+# flags that do not decide the result of a training; files decide by what is in them, see `made_from`
 NOT_SETTINGS = ("out", "log_every", "save_every", "sample_every", "picture_steps", "compile", "grad_checkpointing",
                 "accumulate", "workers", "threads", "images_per_grid", "command", "layer_selective", "benchmark",
-                "seeds", "num_prompts", "rounds")
+                "seeds", "num_prompts", "rounds", "base", "shifters", "synthetic", "real")
 
 
 class Trained(NamedTuple):
@@ -27,40 +29,103 @@ def training_settings(args):
     return {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
 
 
-def save_state(out, step, trained, args, world):
-    """Writes out/state_STEP.safetensors, and keeps the one before it. For one rank to call."""
+def made_from(network, sets):
+    """What a training starts from, as numbers that change when the files do: of the network (base model and stage 1)
+    and of each set in memory the sum of all values, of latents on disk how they were made."""
+    made = {"network": sum(total(p) for p in network.parameters())}
+    for domain, dataset in sets.items():
+        in_memory = isinstance(dataset, dict)
+        made[f"{domain} set"] = [total(dataset[name]) for name in sorted(dataset)] if in_memory else \
+            [dataset.key, dataset.shape]
+    return json.loads(json.dumps(made))
+
+
+def total(tensor):
+    """The sum of the absolute values, the same on any number of threads."""
+    values = np.abs(tensor.detach().cpu().numpy())
+    return float(values.sum(dtype=np.float64))          # exact for whole numbers below 2^53
+
+
+def checksum(tensors):
+    """CRC-32 over {name: tensor}: a disk may flip bits."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc
+
+
+def hold(out):
+    """Keeps a second process from training into `out` for as long as the file that it returns is open (and its process
+    lives). Raises ValueError where one does."""
+    try:
+        import fcntl
+    except ImportError:                                 # Windows
+        return None
+    os.makedirs(out, exist_ok=True)
+    file = open(f"{out}/lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"another process trains into {out}: let it end, or use another --out or --name") from None
+    return file
+
+
+def save_state(out, step, trained, args, world, made):
+    """Writes out/state_STEP.safetensors, and keeps the one before it. For one rank to call; made: by `made_from`."""
     params, ema, optimizers = trained
     tensors = {f"param.{name}": p for name, p in params.items()} | {f"ema.{name}": p for name, p in ema.items()}
     names = {p: name for name, p in params.items()}
     for optimizer in optimizers:
         for p, moments in optimizer.state.items():
             tensors |= {f"{key}.{names[p]}": torch.as_tensor(value) for key, value in moments.items()}
-    save_tensors(f"{out}/state_{step:08d}.safetensors", tensors, step=step,
-                 settings=training_settings(args) | {"processes": world})
+    speed = dict(dtype=args.dtype, threads=torch.get_num_threads(), compile=args.compile)
+    save_tensors(f"{out}/state_{step:08d}.safetensors", tensors, step=step, made_from=made, speed=speed,
+                 checksum=checksum(tensors), settings=training_settings(args) | {"processes": world})
     for old in sorted(glob(f"{out}/state_*.safetensors"))[:-2]:
         os.remove(old)
 
 
-def load_state(out, trained, args, world):
+def load_state(out, trained, args, world, made):
     """Restores the newest readable state in `out` and returns its step, 0 if there is none.
 
-    Raises ValueError if that state was made with other settings, or by another number of processes, which see other
-    data.
+    Raises ValueError if that state was made with other settings, from other files, or by another number of processes,
+    which see other data.
     """
     for path in sorted(glob(f"{out}/state_*.safetensors"), reverse=True):
         try:
-            tensors, metadata = load_tensors(path)
+            tensors, metadata = read_state(path)
         except ValueError as error:
             print(f"skipping a damaged state: {error}", file=sys.stderr)
             continue
         was, now = metadata["settings"], json.loads(json.dumps(training_settings(args) | {"processes": world}))
         other = [f"{key} {was.get(key)} (now {now[key]})" for key in now if was.get(key) != now[key]]
+        other += [f"another {name}" for name in made if metadata["made_from"].get(name) != made[name]]
         if other:
             raise ValueError(f"{path} was made with other settings: {', '.join(other)}; use another --out or --name, "
                              f"or delete {out}")
         restore(trained, tensors)
         return metadata["step"]
     return 0
+
+
+def read_state(path):
+    """(tensors, metadata) of a state. Raises ValueError where it is damaged."""
+    tensors, metadata = load_tensors(path)
+    parts = {"step", "settings", "made_from", "checksum"}
+    if not parts <= metadata.keys() or metadata["checksum"] != checksum(tensors):
+        raise ValueError(f"{path} is no state of this version, or its bytes have changed")
+    return tensors, metadata
+
+
+def stored_speed(out):
+    """How the run whose states are in `out` computed, {"dtype": .., "threads": .., "compile": ..}: another way rounds
+    otherwise. {} if there is no state."""
+    for path in sorted(glob(f"{out}/state_*.safetensors"), reverse=True):
+        try:
+            return read_metadata(path).get("speed", {})
+        except ValueError:
+            continue                    # `load_state` says so
+    return {}
 
 
 def restore(trained, tensors):

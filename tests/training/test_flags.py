@@ -101,7 +101,7 @@ def test_every_default_is_one_that_is_allowed():
         if stage in programs:
             args = filled(programs[stage], stage, "--preset", preset)
             assert None not in (args.steps, args.batch, args.lr, args.warmup, args.weight_decay, args.ema, args.loss)
-            assert args.out == f"runs/{preset}" and args.workers == 0 and args.dtype == "float32"
+            assert args.out == f"runs/{preset}" and args.workers == 0 and args.dtype is None
             assert args.images_per_grid == (1 if stage == "base" else 4)
     with pytest.raises(ValueError, match="preset full has no base training"):
         filled(pretrain, "base", "--preset", "full")
@@ -122,7 +122,7 @@ def test_pixels_weigh_their_loss_and_latents_have_the_papers():
 
 
 @pytest.mark.parametrize("flag, value, message", [
-    ("rank", 0, "--rank must be at least 1"), ("picture_steps", 0, "--picture_steps must be at least 1"),
+    ("rank", 0, "--rank must be at least 1"), ("picture_steps", 0, "--picture_steps must lie in .1, 1000."),
     ("p_B", 7, r"--p_B must lie in .0, 1."), ("ema", 1.5, "--ema must lie in"), ("tau_B", -1, "--tau_B must lie in"),
     ("batch", 0, "--batch must be at least 1"), ("preset=full --batch", 0, "--batch must be at least 1")])
 def test_settings_out_of_range_are_refused_before_any_work(flag, value, message):

@@ -1,6 +1,7 @@
 """The training loop: the step written out, freezing, two nodes against one process, signals, what is refused."""
 
 import argparse
+import json
 import os
 import signal
 import socket
@@ -223,6 +224,23 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path,
     assert all(p.isfinite().all() for p in tensors(states(tmp_path)[-1]).values())
 
 
+def test_a_slow_run_looks_again_and_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+    """The trial is a whole iteration, but leaves parameters, moments and draws as they are; the log says when."""
+    flags, looked = ("--steps", 5, "--batch", 1, "--lr", 1e-3, "--warmup", 0), []
+    plain = train_tiny(tmp_path / "plain", "mixed", *flags)
+
+    def third(watch, seconds, images):
+        looked.append(images)
+        return len(looked) == 3
+    monkeypatch.setattr(training.loop.Watch, "calls", third)
+    monkeypatch.setattr(training.loop.Watch, "choose_threads", lambda watch, work: work() or torch.get_num_threads())
+    again = train_tiny(tmp_path / "again", "mixed", *flags)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    with open(tmp_path / "again" / "tiny" / "log.jsonl") as file:
+        notes = [line for line in map(json.loads, file) if "domain" not in line]
+    assert notes == [dict(step=3, threads=torch.get_num_threads())] and looked == [4] * 5
+
+
 def test_sigterm_ends_the_process_again_after_training(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     train_tiny(tmp_path, "mixed", "--steps", 1, "--batch", 1)
@@ -306,7 +324,7 @@ def test_two_nodes_of_two_ranks_match_one_process_with_the_whole_batch(two_nodes
 
 def test_sigterm_and_ctrl_c_write_a_state_and_exit_cleanly(tmp_path):
     running = {}
-    for number, code in ((signal.SIGTERM, 0), (signal.SIGINT, 130)):
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         command = [sys.executable, WORKER, str(tmp_path / str(code)), "mixed", "--steps", "100000", "--batch", "2",
                    "--save_every", "100000"]
         running[number, code] = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -321,3 +339,17 @@ def test_sigterm_and_ctrl_c_write_a_state_and_exit_cleanly(tmp_path):
         assert process.returncode == code and "stopped by a signal" in out
         step = load_tensors(states(tmp_path / str(code))[-1])[1]["step"]
         assert 0 < step < 100000 and f"at step {step}" in out
+
+
+def test_two_ranks_stop_at_the_same_step_without_waiting_for_the_log(tmp_path):
+    """SIGTERM reaches torchrun, which passes it on and leaves its processes half a minute."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", WORKER,
+               str(tmp_path), "mixed", "--steps", "1000000", "--save_every", "20", "--log_every", "1000000", "--batch", "1"]
+    torchrun = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not states(tmp_path) and torchrun.poll() is None:
+        time.sleep(0.01)
+    torchrun.send_signal(signal.SIGTERM)
+    out, _ = torchrun.communicate(timeout=60)
+    step = load_tensors(states(tmp_path)[-1])[1]["step"]
+    assert torchrun.returncode != 0 and f"stopped by a signal at step {step};" in out

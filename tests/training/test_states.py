@@ -9,11 +9,12 @@ from glob import glob
 
 import pytest
 import torch
-from conftest import ROOT
+import train_worker
+from conftest import ROOT, random_model
 from train_worker import tiny_args, train_tiny
 
 from support.files import load_tensors, save_tensors
-from training.states import check_ranks, training_settings
+from training.states import check_ranks, hold, training_settings
 
 WORKER = "tests/training/train_worker.py"
 
@@ -68,8 +69,47 @@ def test_other_settings_are_not_resumed(tmp_path):
     train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1, "--log_every", 2)  # does not decide the result
     for path in states(tmp_path):  # nor does a setting that there is no more
         kept, metadata = load_tensors(path)
-        save_tensors(path, kept, step=metadata["step"], settings=metadata["settings"] | {"images_per_sample": 4})
+        save_tensors(path, kept, **metadata | {"settings": metadata["settings"] | {"images_per_sample": 4}})
     train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1)
+
+
+def test_other_files_are_not_resumed(tmp_path, monkeypatch):
+    """A base model, stage 1 or a set that was replaced under its name; the name itself does not matter."""
+    flags = ("--steps", 2, "--batch", 1)
+    train_tiny(tmp_path, "mixed", *flags)
+    train_tiny(tmp_path, "mixed", *flags, "--base", "another spelling of its path")
+    sets, shifters = train_worker.tiny_sets(), train_worker.trained_shifters()
+    with torch.no_grad():
+        shifters.W_left[1] *= 1.001
+    sets["real"]["text"][0, 0] += 1
+    for name, other, what in (("random_model", random_model(seed=1), "another network"),
+                              ("trained_shifters", shifters, "another network"),
+                              ("tiny_sets", sets, "another real set")):
+        with monkeypatch.context() as patched, pytest.raises(ValueError, match=rf"other settings: {what}; use another"):
+            patched.setattr(train_worker, name, lambda: other)
+            train_tiny(tmp_path, "mixed", *flags)
+
+
+def test_a_state_with_one_flipped_bit_is_skipped(tmp_path, capsys):
+    whole = train_tiny(tmp_path, "mixed", "--steps", 3, "--batch", 1, "--save_every", 1)
+    content = bytearray(open(states(tmp_path)[-1], "rb").read())
+    content[-100] ^= 1
+    open(states(tmp_path)[-1], "wb").write(content)
+    again = train_tiny(tmp_path, "mixed", "--steps", 3, "--batch", 1, "--save_every", 1)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert "its bytes have changed" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_train_into_one_folder(tmp_path):
+    command = [sys.executable, WORKER, str(tmp_path), "mixed", "--steps", "100000", "--batch", "1"]
+    first = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not states(tmp_path) and first.poll() is None:
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="another process trains into .*tiny: let it end, or use another"):
+        train_tiny(tmp_path, "mixed", "--steps", 100000, "--batch", 1)
+    first.kill()
+    first.wait()
+    hold(tmp_path / "tiny")                     # a lock ends with its process
 
 
 def test_settings_are_what_decides_the_result(tmp_path):

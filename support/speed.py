@@ -1,0 +1,126 @@
+"""How to compute on this machine: precision and threads of a CPU, chosen by timing a little of the work.
+
+Two threads of which one shares its core with another program can be a hundred times slower than one, and bf16 is
+several times faster on some processors and slower on others, so neither has a good default.
+"""
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+
+CPU_DTYPES = ("float32", "bfloat16")
+MOST_THREADS = torch.get_num_threads()      # that PyTorch would take: OMP_NUM_THREADS, torchrun's 1, or all cores
+HOPELESS = 3            # a first call so many times slower than the best is not repeated, nor are as many threads
+
+
+def wait_for(device):
+    """Waits for the device, so that a clock read next is right."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(work, device):
+    """How long work() takes, device included."""
+    wait_for(device)
+    start = time.perf_counter()
+    work()
+    wait_for(device)
+    return time.perf_counter() - start
+
+
+def autocast(device, dtype):
+    """The context of a --dtype: bf16 autocast, or none for "float32" (and None, where nobody has chosen)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def attend(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(d / h)) v: q (B, heads, N, d / h), k and v (B, heads, M, d / h), mask True = attend.
+
+    PyTorch's kernel, except in bf16 on a CPU: there the formula trains in half the time, on Intel's and AMD's.
+    """
+    if v.device.type != "cpu" or v.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    logits = (q / q.shape[-1] ** 0.5) @ k.transpose(-2, -1)                                         # (B, heads, N, M)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -1e9)
+    return logits.softmax(-1) @ v                                                                   # (B, heads, N, d/h)
+
+
+def time_choices(work, counts, dtypes=("float32",)):
+    """{(threads, dtype): least seconds of work() on the CPU}; the number of threads stays at the last tried."""
+    cpu, seconds = torch.device("cpu"), {}
+    for threads in counts:
+        torch.set_num_threads(threads)
+        for dtype in dtypes:
+            best, times = min(seconds.values(), default=math.inf), []
+            with autocast(cpu, dtype):
+                while len(times) < 3 and min(times, default=0) <= HOPELESS * best:          # the first call warms up
+                    times.append(seconds_of(work, cpu))
+            seconds[threads, dtype] = min(times)
+            if len(times) == 1:
+                break
+    return seconds
+
+
+def thread_counts():
+    """1, 2, 4, .. and MOST_THREADS."""
+    return [2 ** k for k in range(MOST_THREADS.bit_length()) if 2 ** k < MOST_THREADS] + [MOST_THREADS]
+
+
+def choose_threads(device):
+    """How many threads are fastest at what a block does to 16 images of 64 tokens; all of them beside a GPU."""
+    counts = thread_counts() if device.type == "cpu" else [MOST_THREADS]
+    if len(counts) == 1:
+        return counts[0]
+    x, weight = torch.randn(1024, 192), torch.randn(192, 768)
+
+    def work():
+        for _ in range(30):
+            F.gelu(x @ weight) @ weight.T
+    seconds = time_choices(work, counts)
+    return min(seconds, key=seconds.get)[0]
+
+
+class Watch:
+    """Notices that another program has taken cores: for half a minute, and three steps in a row, each was three times
+    slower than the fastest before. (One slow step may have compiled.)"""
+
+    def __init__(self):
+        self.fastest, self.slow = math.inf, []
+
+    def calls(self, seconds, images):
+        """Takes in how long a step of so many images took; returns whether to look for another number of threads."""
+        self.fastest = min(self.fastest, seconds / images)
+        self.slow = [*self.slow, seconds] if seconds / images > 3 * self.fastest else []
+        return len(self.slow) >= 3 and sum(self.slow) > 30
+
+    def choose_threads(self, work):
+        """The number of threads with which work() is fastest now, from here on."""
+        seconds = time_choices(work, thread_counts())
+        threads = min(seconds, key=seconds.get)[0]
+        torch.set_num_threads(threads)
+        self.__init__()                     # what is fast has another measure now
+        return threads
+
+
+def choose_speed(work, images, device, threads=None, dtype=None):
+    """Takes the number of threads and the precision, of those that are open (None), with which work() is fastest.
+
+    work(): a little of what the program will do, `images` images. Sets the number of threads, prints the choice and
+    what the others give. Returns (threads, dtype, seconds an image). On a GPU nothing is tried: bf16.
+    """
+    if device.type != "cpu":
+        dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        with autocast(device, dtype):
+            times = [seconds_of(work, device) for _ in range(3)]                # the first two warm up
+        return threads, dtype, times[-1] / images
+    seconds = time_choices(work, [threads] if threads else thread_counts(), [dtype] if dtype else CPU_DTYPES)
+    threads, dtype = min(seconds, key=seconds.get)
+    torch.set_num_threads(threads)
+    if len(seconds) > 1:
+        others = ", ".join(f"{name} x {count}: {images / took:.0f}" for (count, name), took in seconds.items()
+                           if (count, name) != (threads, dtype))
+        print(f"fastest here: {dtype} with {threads} thread(s), {images / seconds[threads, dtype]:.0f} images/s "
+              f"({others}); --dtype and --threads override", flush=True)
+    return threads, dtype, seconds[threads, dtype] / images

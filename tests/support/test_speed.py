@@ -1,0 +1,106 @@
+"""The choice of threads and precision: a scripted clock, and what must not change while it looks."""
+import math
+
+import pytest
+import torch
+
+import support.speed
+from support.speed import Watch, attend, autocast, choose_speed, choose_threads, thread_counts, time_choices
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """clock({(threads, dtype): seconds}): what any work takes from here on; returns the list of choices timed."""
+    def start(seconds):
+        timed = []
+
+        def seconds_of(work, device):
+            dtype = "bfloat16" if torch.is_autocast_enabled("cpu") else "float32"
+            timed.append((torch.get_num_threads(), dtype))
+            return seconds[timed[-1]]
+        monkeypatch.setattr(support.speed, "seconds_of", seconds_of)
+        return timed
+    before = torch.get_num_threads()
+    yield start
+    torch.set_num_threads(before)
+
+
+def test_the_fastest_of_all_choices_is_taken_and_the_others_are_told(clock, monkeypatch, capsys):
+    monkeypatch.setattr(support.speed, "MOST_THREADS", 2)
+    monkeypatch.setattr(support.speed, "CPU_DTYPES", ("float32", "bfloat16"))
+    monkeypatch.setattr(support.speed, "thread_counts", thread_counts)
+    clock({(1, "float32"): 0.4, (1, "bfloat16"): 0.2, (2, "float32"): 0.32, (2, "bfloat16"): 0.16})
+    assert choose_speed(None, 16, CPU) == (2, "bfloat16", 0.01) and torch.get_num_threads() == 2
+    line = capsys.readouterr().out
+    assert "bfloat16 with 2 thread(s), 100 images/s (float32 x 1: 40, bfloat16 x 1: 80, float32 x 2: 50)" in line
+    assert choose_speed(None, 16, CPU, dtype="float32") == (2, "float32", 0.02)
+    assert choose_speed(None, 16, CPU, threads=1) == (1, "bfloat16", 0.0125)
+    capsys.readouterr()
+    assert choose_speed(None, 16, CPU, 1, "float32") == (1, "float32", 0.025) and not capsys.readouterr().out
+
+
+def test_what_is_hopeless_is_tried_once_and_with_one_precision(clock):
+    timed = clock({(1, "float32"): 1.0, (1, "bfloat16"): 3.1, (2, "float32"): 50.0, (2, "bfloat16"): 0.1})
+    seconds = time_choices(None, [1, 2], ("float32", "bfloat16"))
+    assert timed == [(1, "float32")] * 3 + [(1, "bfloat16"), (2, "float32")] and (2, "bfloat16") not in seconds
+
+
+@pytest.mark.parametrize("most, counts", [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
+def test_thread_counts_are_powers_of_two_and_all(most, counts, monkeypatch):
+    monkeypatch.setattr(support.speed, "MOST_THREADS", most)
+    assert thread_counts() == counts
+
+
+def test_threads_for_sampling_are_the_fastest_ones(clock, monkeypatch):
+    monkeypatch.setattr(support.speed, "thread_counts", lambda: [1, 2])
+    clock({(1, "float32"): 1.0, (2, "float32"): 0.6})
+    assert choose_threads(CPU) == 2
+    clock({(1, "float32"): 1.0, (2, "float32"): 30.0})
+    assert choose_threads(CPU) == 1
+
+
+def test_a_watch_calls_after_half_a_minute_of_steps_three_times_slower():
+    watch = Watch()
+    assert not any(watch.calls(0.5, 16) for _ in range(100))
+    assert not watch.calls(40, 16)                      # a compilation: one step, the next is fast again
+    assert not watch.calls(0.5, 16)
+    assert [watch.calls(5, 16) for _ in range(7)] == [False] * 6 + [True]
+    watch = Watch()
+    watch.calls(0.5, 16)
+    assert not any(watch.calls(4.4, 48) for _ in range(50))     # more images, not slower
+
+
+def test_a_watch_takes_the_fastest_number_and_learns_anew(clock, monkeypatch):
+    monkeypatch.setattr(support.speed, "thread_counts", lambda: [1, 2])
+    watch = Watch()
+    watch.calls(0.1, 1)
+    clock({(1, "float32"): 0.8, (2, "float32"): 9.0})
+    assert watch.choose_threads(None) == 1 and torch.get_num_threads() == 1 and watch.fastest == math.inf
+    assert not watch.calls(100.0, 1)
+
+
+def test_autocast_is_what_the_flag_says():
+    x = torch.ones(2, 2)
+    for dtype, want in (("bfloat16", torch.bfloat16), ("float32", torch.float32), (None, torch.float32)):
+        with autocast(CPU, dtype):
+            assert (x @ x).dtype == want
+
+
+@pytest.mark.parametrize("length", [7, 40])
+def test_attention_in_bf16_is_its_formula(length):
+    """Against float64, with some text masked: on a CPU this is not PyTorch's kernel."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8).bfloat16().requires_grad_() for n in (11, length, length))
+    mask = torch.arange(length) < torch.tensor([[3], [length]])[:, None, None]  # (2, 1, 1, length)
+    got = attend(q, k, v, mask)
+    exact = [z.detach().double().requires_grad_() for z in (q, k, v)]
+    logits = torch.einsum("bhnd,bhmd->bhnm", *exact[:2]) / 8**0.5
+    weights = logits.exp() * mask
+    want = torch.einsum("bhnm,bhmd->bhnd", weights / weights.sum(-1, keepdim=True), exact[2])
+    assert got.dtype == torch.bfloat16 and (got.double() - want).norm() < 0.02 * want.norm()
+    got.square().sum().backward()
+    want.square().sum().backward()
+    for z, other in zip((q, k, v), exact):
+        assert (z.grad.double() - other.grad).norm() < 0.02 * other.grad.norm()
