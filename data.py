@@ -194,8 +194,8 @@ def main(argv=None):
     parser.add_argument("--size", type=int, default=32, help="its pixels a view (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="its objects (default %(default)s)")
     args = parser.parse_args(argv)
-    if args.size < 1:
-        parser.error(f"--size must be at least 1, not {args.size}")
+    if not 1 <= args.size <= 1024:
+        parser.error(f"--size must lie in [1, 1024], not {args.size}")
     contact_sheet(args.out, args.size, args.seed)
 
 

@@ -59,6 +59,8 @@ class Config:
         return self.vocab_size == 0
 
 
+MAY_BE_ZERO = ("control_channels", "num_views", "vocab_size", "output_skip", "qk_norm", "world")    # there is none
+
 PRESETS = {
     #                image patch  ch  out ctrl views depth width heads text_dim  L  vocab   skip  qk_norm
     "toy":    Config(   32,    4,  3,   3,   6,    4,   10,  192,    6,    192,  16,   64,  True,  True, world=2),
@@ -346,6 +348,11 @@ def read_config(path, metadata):
     stored = metadata.get("config")
     if not isinstance(stored, dict) or set(stored) != {field.name for field in fields(Config)}:
         raise ValueError(f"{path} is not a checkpoint of this project: its metadata hold no config of this version")
+    for field in fields(Config):
+        value = stored[field.name]
+        if type(value) not in (field.type, int) or not 0 <= value <= 2 ** 13 \
+                or value == 0 and field.name not in MAY_BE_ZERO:
+            raise ValueError(f"{path} has a configuration that cannot be: {field.name} {value!r}")
     return Config(**stored)
 
 

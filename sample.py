@@ -243,7 +243,8 @@ def default_model(preset="toy", task="texturing", method="realiz3d"):
 
 def trained_task(path):
     """The task a stage-2 model was trained for, None for a base model."""
-    return read_metadata(path).get("settings", {}).get("task")
+    settings = read_metadata(path).get("settings")
+    return settings.get("task") if isinstance(settings, dict) else None
 
 
 def selected_shift(path):
@@ -255,13 +256,14 @@ def selected_shift(path):
     try:
         stored = read_json(choice)
         (name, total), (now_name, now) = stored["model"], file_id(path)
+        shift = float(stored["B_max"]), int(stored["t_max"])
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{choice} is damaged: delete it, or make it again with python -m experiments.shift select") \
             from None
     if name != now_name or not math.isclose(total, now, rel_tol=1e-9):      # numpy may add otherwise elsewhere
         raise ValueError(f"{choice} was chosen for another model of this name: run python -m experiments.shift select "
                          f"--model {path} again, or delete it")
-    return stored["B_max"], stored["t_max"]
+    return shift
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,8 +436,13 @@ def domain_word(word):
 
 def check_flags(parser, args):
     """Ends with a line of usage at flags that no model makes sense of."""
-    if min(args.object) < 0:
-        parser.error(f"--object must be 0 or more, not {min(args.object)}")
+    for number in args.object:
+        if not 0 <= number < 10 ** 4:                               # all objects before it are made too
+            parser.error(f"--object must lie in [0, {10 ** 4 - 1}], not {number}")
+    if not 1 <= args.texture_size <= 2 ** 14:
+        parser.error(f"--texture_size must lie in [1, {2 ** 14}], not {args.texture_size}")
+    if args.out and os.path.isdir(args.out):
+        parser.error(f"--out {args.out} is a folder, it must be the picture's name")
     if args.prompt and not args.text_encoder:                       # then it is in words of the toy world
         try:
             tokenize(args.prompt)

@@ -90,8 +90,8 @@ def stage1_path(args, launched):
     """The run folder's shifters or adapter, trained first where they are missing (toy and small)."""
     path = args.shifters or train_stage1.stage1_file(args)
     if os.path.isfile(path):
-        made = read_metadata(path).get("settings", {})
-        if launched.rank == 0:
+        made = read_metadata(path).get("settings")
+        if launched.rank == 0 and isinstance(made, dict):
             print(f"stage 1: {path}, trained for {made.get('steps')} steps with seed {made.get('seed')}", flush=True)
         return path
     if args.preset == "full" or args.shifters:

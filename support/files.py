@@ -114,10 +114,13 @@ def load_strictly(module, weights, path):
 
 def write_bytes(path, content):
     """Writes to a temporary name and moves it into place."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content)
-    os.replace(f"{path}.tmp", path)
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(content)
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
 
 
 def write_text(path, text):

@@ -1,11 +1,14 @@
 """What a user may get wrong, a table a kind: one line that names the flag or file, 2 for usage and 1 for failure, and
 nothing written."""
 import shutil
+from argparse import Namespace
+from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import TINY, random_model, refuses, trained_shifters
+from conftest import ALONE, TINY, TINY_STAGE2, random_model, refuses, run_main, trained_shifters
 
+import data
 import evaluate
 import pca_features
 import sample
@@ -14,8 +17,10 @@ import train_stage2
 from baselines.adapters import ADAPTERS
 from dit import save_model
 from domain_shifter import DomainShifters
-from experiments import benchmark, shift
+from experiments import benchmark, shift, tables
+from support.files import save_tensors
 from toy import pretrain
+from training.log import Log
 
 NUMBERS = [
     (train_stage2, ("--lr", "nan"), "--lr"), (train_stage2, ("--lr", "-1"), "--lr"),
@@ -24,6 +29,10 @@ NUMBERS = [
     (train_stage2, ("--real_warmup", "-5"), "--real_warmup"), (train_stage2, ("--seed", 2 ** 64), "--seed"),
     (train_stage2, ("--picture_steps", "1001"), "--picture_steps"),
     (train_stage2, ("--p_B", "nan"), "--p_B"), (train_stage2, ("--tau_B", "1.1"), "--tau_B"),
+    (train_stage2, ("--rank", 10 ** 8), "--rank"), (train_stage2, ("--batch", 10 ** 8), "--batch"),
+    (sample, ("--object", 10 ** 8), "--object"), (sample, ("--object", -1), "--object"),
+    (sample, ("--texture_size", 10 ** 7), "--texture_size"), (data, ("--size", 10 ** 5), "--size"),
+    (data, ("--size", 0), "--size"), (sample, ("--out", "."), "--out"),
     (train_stage2, ("--weight_decay", "-0.1"), "--weight_decay"), (train_stage2, ("--threads", "0"), "--threads"),
     (pretrain, ("--num_base_images", "0"), "--num_base_images"), (pretrain, ("--preset", "full"), "preset full"),
     (benchmark, ("--tau_B", "nan"), "--tau_B"), (sample, ("--cfg_scale", "inf"), "--cfg_scale"),
@@ -90,3 +99,57 @@ def test_the_real_set_replaces_no_other_file(tiny_toy):
         before = (out / name).read_bytes()
         refuses(sample, ("--base", out / "base.safetensors", "--real_set", out / name), 2, "--real_set", name)
         assert (out / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("field, value", [
+    ("depth", "4"), ("depth", None), ("depth", 10 ** 6), ("heads", 0), ("patch_size", 0), ("width", -16),
+    ("qk_norm", 2.5), ("pos_scale", 0), ("image_size", True)])
+def test_a_configuration_that_cannot_be_names_the_field(field, value, tmp_path):
+    path = str(tmp_path / "model.safetensors")
+    save_tensors(path, dict(random_model().state_dict()), config=asdict(TINY) | {field: value})
+    refuses(sample, ("--model", path), 1, path, field, repr(value))
+
+
+@pytest.mark.parametrize("settings", ["a string", ["a list"], None, 3])
+def test_settings_that_are_no_dictionary_are_no_settings(settings, tmp_path):
+    save_tensors(str(tmp_path / "model.safetensors"), {"x": torch.zeros(1)}, settings=settings)
+    assert sample.trained_task(str(tmp_path / "model.safetensors")) is None
+
+
+@pytest.mark.parametrize("lines", ['[1]\n3\n"a"\n{"loss": 1}\n{"step": 1, "domain": "syn", "loss": 1.0}\n{"step"'])
+def test_lines_of_a_log_that_are_none_are_left_out(lines, tmp_path):
+    (tmp_path / "log.jsonl").write_text(lines)
+    log = Log(str(tmp_path), None, ALONE, 5)
+    assert log.lines == [dict(step=1, domain="syn", loss=1.0)]
+
+
+@pytest.mark.parametrize("stored", ["[]", "{}", '{"B_max": 0.3}', '{"t_max": 950, "model": ["m", 0]}', "null", "no"])
+def test_a_shift_that_cannot_be_read_is_named(stored, tmp_path):
+    path = str(tmp_path / "m.safetensors")
+    save_tensors(path, {"x": torch.zeros(1)})
+    (tmp_path / "m.shift.json").write_text(stored)
+    with pytest.raises(ValueError, match="m.shift.json is damaged: delete it"):
+        sample.selected_shift(path)
+
+
+@pytest.mark.parametrize("stored", ["[]", "{}", '{"settings": {}}'])
+def test_results_that_are_none_are_named(stored, tmp_path):
+    (tmp_path / "table1.json").write_text(stored)
+    with pytest.raises(ValueError, match="table1.json is no file of results"):
+        tables.read_results(str(tmp_path / "table1.json"), Namespace())
+
+
+@pytest.mark.parametrize("in_the_way", ["realiz3d_texturing.png", "realiz3d_texturing.safetensors", "stage1.png"])
+def test_a_folder_in_the_way_is_found_before_the_training(in_the_way, tiny_toy):
+    out, seen = tiny_toy
+    (out / in_the_way).mkdir()
+    refuses(train_stage2, ("--out", out, *TINY_STAGE2), 1, in_the_way, "is a folder")
+    assert not list(out.glob("realiz3d_texturing/state*"))
+
+
+def test_what_a_kill_left_half_written_is_cleared_away(tiny_toy):
+    out, _ = tiny_toy
+    (out / "realiz3d_texturing").mkdir()
+    (out / "realiz3d_texturing" / "state_00000001.safetensors.123.tmp").write_bytes(b"half")
+    run_main(train_stage2, "--out", out, *TINY_STAGE2)
+    assert not list(out.rglob("*.tmp")) and (out / "realiz3d_texturing.safetensors").exists()

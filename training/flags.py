@@ -41,7 +41,8 @@ COLUMNS_OF_DEFAULTS = ("lr", "warmup", "weight_decay", "ema")
 LEAST = dict(steps=1, batch=1, rank=1, log_every=1, save_every=1, sample_every=1, picture_steps=1, real_steps=1,
              num_assets=1, num_base_images=1, stage1_steps=1, accumulate=1, workers=0, warmup=0, real_warmup=0, seed=0,
              lr=0, clip=0, weight_decay=0, ema=0, text_dropout=0, p_B=0, tau_B=0)
-MOST = dict(ema=1, text_dropout=1, p_B=1, tau_B=1, picture_steps=T, real_steps=T, seed=2 ** 63 - 1)
+MOST = dict(rank=2 ** 13, batch=2 ** 16, num_assets=10 ** 8, num_base_images=10 ** 8, picture_steps=T, real_steps=T,
+            seed=2 ** 63 - 1, ema=1, text_dropout=1, p_B=1, tau_B=1)
 
 
 def training_arguments(parser):

@@ -20,7 +20,7 @@ class Log:
         self.lines = []
         if os.path.exists(self.path):       # lines after the state that training resumes from are written again
             with open(self.path) as file:
-                self.lines = [line for line in map(parse_json, file) if line and line["step"] <= start]
+                self.lines = [line for line in map(parse_json, file) if line.get("step", start + 1) <= start]
         if launched.rank == 0:
             os.makedirs(out, exist_ok=True)
             with open(f"{self.path}.tmp", "w") as file:
@@ -81,8 +81,9 @@ class Log:
 
 
 def parse_json(line):
-    """The value of a line, None for one cut off by a kill."""
+    """The object in a line, {} for one cut off by a kill."""
     try:
-        return json.loads(line)
+        value = json.loads(line)
     except ValueError:
-        return None
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,6 +1,8 @@
 """What stages 1 and 2 start from: the base model, the two sets (Sec. 5, C.1), the empty caption."""
 import os
 
+import torch
+
 from data import synthetic_set
 from dit import PRESETS
 from full.latents import LatentSet
@@ -8,7 +10,7 @@ from full.pixart import load_base
 from sample import Sampling, default_base, write_real_set
 from support.files import load_tensors
 from support.launch import on_rank_0_first
-from toy.world import tokenize
+from toy.world import TEXT_LENGTH, VOCAB, tokenize
 
 
 def base_path(args):
@@ -33,7 +35,7 @@ def training_sets(args, launched, views, needs_real=True, control=False):
         return latent_sets(args, views, needs_real, control)
     size, folder = PRESETS[args.preset].image_size, f"{args.out}/sets"
     if args.synthetic:
-        synthetic = read_set(args.synthetic)
+        synthetic = read_set(args.synthetic, size)
     else:
         synthetic = on_rank_0_first(launched, lambda: synthetic_set(args.num_assets, size=size, folder=folder,
                                                                     device=launched.device))
@@ -50,7 +52,10 @@ def training_sets(args, launched, views, needs_real=True, control=False):
     if not path:
         path = real_set_path(args)
         write_real_set(path, base_path(args), args.num_assets, Sampling(num_steps=args.real_steps), launched)
-    return {"syn": synthetic, "real": read_set(path)}
+    real = read_set(path, size)
+    if real["image"].shape[1] != 1:
+        raise ValueError(f"{path}: real images are single ones (N, 1, 3, H, W), not {tuple(real['image'].shape)}")
+    return {"syn": synthetic, "real": real}
 
 
 def real_set_path(args):
@@ -74,11 +79,21 @@ def latent_sets(args, views, needs_real, control):
     return {"syn": synthetic, "real": real}
 
 
-def read_set(path):
-    """{"image": ..., "text": ...} of a file of images of the toy world. Raises ValueError if it holds no such set."""
+def read_set(path, size):
+    """{"image": ..., "text": ...} of a file of size x size images of the toy world. Raises ValueError if it holds no
+    such set."""
     tensors, _ = load_tensors(path)
     if not {"image", "text"} <= tensors.keys():
         raise ValueError(f"{path} is no set of images: it holds no 'image' and 'text'")
+    image, text = tensors["image"], tensors["text"]
+    if image.dtype != torch.uint8 or image.dim() != 5 or 0 in image.shape or image.shape[2:] != (3, size, size):
+        raise ValueError(f"{path}: 'image' must be uint8 (N, V, 3, {size}, {size}), not {image.dtype} "
+                         f"{tuple(image.shape)}")
+    if text.dtype != torch.int64 or text.shape != (len(image), TEXT_LENGTH):
+        raise ValueError(f"{path}: 'text' must be int64 {(len(image), TEXT_LENGTH)}, not {text.dtype} "
+                         f"{tuple(text.shape)}")
+    if not 0 <= text.min() <= text.max() < len(VOCAB):
+        raise ValueError(f"{path}: 'text' holds word ids {text.min()} to {text.max()}, the toy world has {len(VOCAB)}")
     return tensors
 
 

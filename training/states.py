@@ -56,7 +56,12 @@ def checksum(tensors):
 
 def hold(out):
     """Keeps a second process from training into `out` for as long as the file that it returns is open (and its process
-    lives). Raises ValueError where one does."""
+    lives), and clears away what a kill in the middle of writing left. Raises ValueError where another process trains
+    there, or where a folder is in the way of what will be written beside it."""
+    for path in (f"{out}.png", f"{out}.safetensors"):
+        if os.path.isdir(path):
+            raise ValueError(f"{path} is a folder, and a file of that name will be written: move it, or use another "
+                             "--out or --name")
     try:
         import fcntl
     except ImportError:                                 # Windows
@@ -67,6 +72,8 @@ def hold(out):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ValueError(f"another process trains into {out}: let it end, or use another --out or --name") from None
+    for left in glob(f"{out}/*.tmp"):
+        os.remove(left)
     return file
 
 

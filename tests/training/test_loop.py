@@ -344,7 +344,8 @@ def test_sigterm_and_ctrl_c_write_a_state_and_exit_cleanly(tmp_path):
 def test_two_ranks_stop_at_the_same_step_without_waiting_for_the_log(tmp_path):
     """SIGTERM reaches torchrun, which passes it on and leaves its processes half a minute."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", WORKER,
-               str(tmp_path), "mixed", "--steps", "1000000", "--save_every", "20", "--log_every", "1000000", "--batch", "1"]
+               str(tmp_path), "mixed", "--steps", "1000000", "--save_every", "20", "--log_every", "1000000", "--batch",
+               "1"]
     torchrun = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
     while not states(tmp_path) and torchrun.poll() is None:
