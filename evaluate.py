@@ -519,7 +519,7 @@ FLAGS = {                                                               # that s
     "num_steps": dict(type=int, default=50, help="DDIM steps (default %(default)s)"),
     "cfg_scale": dict(type=finite, default=CFG_SCALE, help="guidance on the text, 1 = none (default %(default)s)"),
     "seed": dict(type=int, default=0, help="decides the noise (default %(default)s)"),
-    "threads": dict(type=int, help="CPU threads (default: PyTorch's choice)"),
+    "threads": dict(type=int, help="CPU threads (default: the fastest in a trial)"),
     "folder": dict(default="runs/toy/sets", help="where the toy's sets are kept (default %(default)s)"),
     "lpips": dict(metavar="FILE", help="state_dict of lpips.LPIPS(net='alex'), to measure LPIPS too (default: not)"),
 }

@@ -245,7 +245,7 @@ def main(argv=None):
     add("--cfg_scale", type=finite, help=f"guidance on the text, 1 = none (default {CFG_SCALE:g}; full: "
         f"{LATENT_CFG_SCALE})")
     add("--seed", type=int, default=0, help="decides prompts and noise (default %(default)s)")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=int, help="CPU threads (default: the fastest in a trial)")
     add("--out", default="runs/toy/pca.png", help="the figure; the plot gets _readable before .png (default "
         "%(default)s)")
     args = parser.parse_args(argv)

@@ -403,7 +403,7 @@ def parse_args(argv=None):
     add("--num_steps", type=int, default=50, help="DDIM steps")
     add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps")
     add("--seed", type=int, default=0, help="decides the noise")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=int, help="CPU threads (default: the fastest in a trial)")
     add("--out", help="picture to write (default runs/PRESET/sample.png)")
     add("--views", metavar="DIR", help="also write every view as its own file, as evaluate.py folders reads them")
     add("--textured", metavar="DIR", help="also texture the object's mesh with the views: GLB, OBJ and a turntable")

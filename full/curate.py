@@ -129,7 +129,7 @@ def parse_args(argv=None):
     add("--prompt", default="a photo of a {}", help="caption that images are scored against, {} being the class "
         "(default '%(default)s')")
     add("--size", type=int, metavar="N", help="centre-crop and resize to N x N (default: as they are)")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=int, help="CPU threads (default: the fastest in a trial)")
     args = parser.parse_args(argv)
     args.out = str(Path(args.out))                      # OUT/ as OUT: files are written beside it
     return args

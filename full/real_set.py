@@ -93,7 +93,7 @@ def parse_args(argv=None):
     add("--num_steps", type=int, default=20, help="DDIM steps")
     add("--cfg_scale", type=finite, default=LATENT_CFG_SCALE, help="guidance on the text, 1 = none")
     add("--seed", type=int, default=0, help="decides the noise")
-    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=int, help="CPU threads (default: the fastest in a trial)")
     return parser.parse_args(argv)
 
 

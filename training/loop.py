@@ -216,6 +216,7 @@ def in_training(network, args, world):
     if args.compile:            # four compilations serve all blocks, domains and i: grids, single images with a graph,
         for block in network.dit.blocks:            # without one, and where the graph begins
             block.compile(dynamic=False)
+        torch._dynamo.config.suppress_errors = True             # what cannot be compiled runs as it is, and says so
     network.dit.grad_checkpointing = args.grad_checkpointing
     if world == 1:
         return network

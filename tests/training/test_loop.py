@@ -166,6 +166,16 @@ def test_four_compilations_serve_all_blocks_domains_and_numbers_of_frozen_ones(m
     assert counter.frame_count == 4
 
 
+def test_what_no_compiler_can_compile_trains_as_it_is(tmp_path, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no working compiler")
+    plain = train_tiny(tmp_path / "plain", "mixed", "--steps", 2, "--batch", 1)
+    compile_block = torch.nn.Module.compile
+    monkeypatch.setattr(Block, "compile", lambda block, dynamic: compile_block(block, backend=broken))
+    without = train_tiny(tmp_path / "without", "mixed", "--steps", 2, "--batch", 1, "--compile")
+    assert all(torch.equal(plain[name], without[name]) for name in plain)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole trainings in this process
 
