@@ -256,7 +256,7 @@ def selected_shift(path):
     try:
         stored = read_json(choice)
         (name, total), (now_name, now) = stored["model"], file_id(path)
-        shift = float(stored["B_max"]), int(stored["t_max"])
+        shift, total = (float(stored["B_max"]), int(stored["t_max"])), float(total)
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{choice} is damaged: delete it, or make it again with python -m experiments.shift select") \
             from None
@@ -510,8 +510,11 @@ def chosen_objects(args, size, task):
 def draw_real_set(args, launched):
     """The real set of stages 1 and 2, in pixels of the toy world."""
     base = args.model or default_base(args.preset)
-    if not args.real_set.endswith(".safetensors") or os.path.isfile(args.real_set) \
-            and "key" not in read_metadata(args.real_set):
+    is_set = args.real_set.endswith(".safetensors")
+    if is_set and os.path.isfile(args.real_set):
+        made = read_metadata(args.real_set).get("key")
+        is_set = isinstance(made, dict) and "base" in made
+    if not is_set:
         raise UsageError(f"--real_set {args.real_set} must be a .safetensors file that is not there yet, or a real set")
     if not read_metadata(base).get("config", {}).get("vocab_size"):
         raise ValueError(f"{base} is a model of latents: draw its real set with python -m full.real_set")

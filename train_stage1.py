@@ -16,6 +16,7 @@ from data import SEEDS
 from sample import Sampling, sample_images
 from support.launch import launch, run_cli
 from support.pictures import save_picture, to_uint8
+from support.speed import MOST_THREADS
 from toy.world import asset_captions, sample_assets, tokenize
 from training.estimate import choose
 from training.flags import fill_defaults, parse_training, stage1_name, training_arguments
@@ -78,9 +79,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    launched = launch(args.threads)
+    launched = launch(args.threads or MOST_THREADS)         # until the trial
     fill_defaults(args, "stage1", launched)
-    choose(args, launched)
+    choose(args, launched, args.name)
     run_stage1(args, launched)
 
 

@@ -35,6 +35,7 @@ from sample import Sampling, object_sheet
 from support.files import read_metadata
 from support.generators import DRAWS, seeded_generator
 from support.launch import finite, launch, run_cli
+from support.speed import MOST_THREADS
 from training.estimate import announce
 from training.flags import fill_defaults, parse_training, training_arguments
 from training.loop import Iteration, save_trained, train
@@ -199,7 +200,7 @@ def main(argv=None):
         from experiments import benchmark
         return benchmark.main([flag for flag in argv if flag != "--benchmark"])
     args = parse_args(argv)
-    launched = launch(args.threads)
+    launched = launch(args.threads or MOST_THREADS)         # until the trial
     fill_defaults(args, "stage2", launched)
     announce(args, train_stage1.stage1_file(args), launched)
     path = run_stage2(args, launched)

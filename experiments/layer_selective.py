@@ -19,6 +19,7 @@ from sample import Sampling, sample_images
 from support.files import write_json
 from support.launch import UsageError, launch, on_rank_0_first, run_cli
 from support.pictures import save_picture, to_uint8
+from support.speed import MOST_THREADS
 from toy.judge import train_feature_net, world_features
 from toy.render import Look, render
 from toy.world import BACKGROUNDS, asset_captions, exaggerated, sample_assets, tokenize, uniforms
@@ -79,17 +80,23 @@ def train_variant(variant, seed, sets, args, launched):
     network = new_network(base_model(args, launched.device).requires_grad_(False), None, None)
     network.dit.blocks.requires_grad_(True)                             # only blocks train
     if variant != "base":
-        run = argparse.Namespace(**vars(args) | dict(seed=seed, name=f"selective_{variant}_{seed}"))
+        run = argparse.Namespace(**vars(args) | dict(seed=seed, name=selective_name(variant, seed)))
         plan = selective_plan(variant, network.dit.config.depth)
         train(network, sets, {"text": tokenize([""])}, plan, run, launched)
     return network
+
+
+def selective_name(variant, seed):
+    """The name of a variant's training below the run folder."""
+    return f"selective_{variant}_{seed}"
 
 
 def layer_selective(args, launched):
     """Fine-tunes the base model in each of VARIANTS and --seeds, draws the same prompts from the same noise with all of
     them, and measures what each took from the two sets, which differ in their look and in their background."""
     size, folder, device = PRESETS[args.preset].image_size, f"{args.out}/sets", launched.device
-    pace = choose(args, launched)
+    runs = [selective_name(variant, seed) for seed in range(args.seeds) for variant in VARIANTS]
+    pace = choose(args, launched, *reversed(runs))
     if launched.rank == 0:
         minutes = args.seeds * len(VARIANTS) * args.steps * args.batch * 4 * pace.step / 60
         print(f"to do: {len(VARIANTS)} variants of {args.steps} steps x {args.seeds} seed(s), about {minutes:.0f} "
@@ -160,7 +167,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    launched = launch(args.threads)
+    launched = launch(args.threads or MOST_THREADS)         # until the trial
     fill_defaults(args, "selective", launched)
     if args.seeds < 1 or args.num_prompts < 2:
         raise UsageError(f"--seeds must be at least 1 and --num_prompts 2, not {args.seeds} and {args.num_prompts}")

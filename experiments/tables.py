@@ -144,7 +144,7 @@ def read_results(path, args):
     if not os.path.isfile(path):
         return {}
     stored, now = read_json(path), measured_settings(args)
-    if not isinstance(stored, dict) or not {"settings", "rows"} <= stored.keys():
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(part), dict) for part in ("settings", "rows")):
         raise ValueError(f"{path} is no file of results: delete it, or name another folder with --results")
     other = [f"--{name} {stored['settings'].get(name)} (now {value})" for name, value in now.items()
              if stored["settings"].get(name) != value]

@@ -1,4 +1,5 @@
 """Launching: the same script runs alone or under torchrun, and bad input ends in one line."""
+import argparse
 import math
 import os
 import sys
@@ -57,10 +58,10 @@ def launch(threads=None):
 
 
 def finite(text):
-    """A number that a flag takes, but not nan or inf. Raises ValueError, which argparse puts beside the flag's name."""
+    """The type of a flag that takes a number, but not nan or inf; argparse puts the flag's name before the message."""
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is not a finite number")
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
     return number
 
 

@@ -18,6 +18,8 @@ def wait_for(device):
     """Waits for the device, so that a clock read next is right."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def seconds_of(work, device):
@@ -90,37 +92,31 @@ class Watch:
         self.fastest, self.slow = math.inf, []
 
     def calls(self, seconds, images):
-        """Takes in how long a step of so many images took; returns whether to look for another number of threads."""
+        """Takes in how long a step of so many images took; returns whether to look for another number of threads, and
+        then begins anew."""
         self.fastest = min(self.fastest, seconds / images)
         self.slow = [*self.slow, seconds] if seconds / images > 3 * self.fastest else []
-        return len(self.slow) >= 3 and sum(self.slow) > 30
-
-    def choose_threads(self, work):
-        """The number of threads with which work() is fastest now, from here on."""
-        seconds = time_choices(work, thread_counts())
-        threads = min(seconds, key=seconds.get)[0]
-        torch.set_num_threads(threads)
-        self.__init__()                     # what is fast has another measure now
-        return threads
+        called = len(self.slow) >= 3 and sum(self.slow) > 30
+        if called:
+            self.__init__()
+        return called
 
 
 def choose_speed(work, images, device, threads=None, dtype=None):
     """Takes the number of threads and the precision, of those that are open (None), with which work() is fastest.
 
-    work(): a little of what the program will do, `images` images. Sets the number of threads, prints the choice and
-    what the others give. Returns (threads, dtype, seconds an image). On a GPU nothing is tried: bf16.
+    work(): a little of what the program will do, `images` images. Sets the number of threads. Returns (dtype, seconds
+    an image, what to say of it). Only a CPU leaves a choice: CUDA computes in bf16, MPS in fp32.
     """
     if device.type != "cpu":
         dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
         with autocast(device, dtype):
             times = [seconds_of(work, device) for _ in range(3)]                # the first two warm up
-        return threads, dtype, times[-1] / images
+        return dtype, times[-1] / images, ""
     seconds = time_choices(work, [threads] if threads else thread_counts(), [dtype] if dtype else CPU_DTYPES)
     threads, dtype = min(seconds, key=seconds.get)
     torch.set_num_threads(threads)
-    if len(seconds) > 1:
-        others = ", ".join(f"{name} x {count}: {images / took:.0f}" for (count, name), took in seconds.items()
-                           if (count, name) != (threads, dtype))
-        print(f"fastest here: {dtype} with {threads} thread(s), {images / seconds[threads, dtype]:.0f} images/s "
-              f"({others}); --dtype and --threads override", flush=True)
-    return threads, dtype, seconds[threads, dtype] / images
+    others = ", ".join(f"{name} x {count}: {images / took:.0f}" for (count, name), took in seconds.items()
+                       if (count, name) != (threads, dtype))
+    said = f"{dtype} with {threads} thread(s), {images / seconds[threads, dtype]:.0f} images/s"
+    return dtype, seconds[threads, dtype] / images, f"fastest here: {said} ({others})" if others else ""

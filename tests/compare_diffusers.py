@@ -113,7 +113,7 @@ def take_turns(title, theirs, ours, rounds, clock):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6, help="training steps that are timed; images: a third as many")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: the fastest in a trial)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: what PyTorch takes)")
     parser.add_argument("--compile", action="store_true", help="compile our blocks, as train_stage1.py --compile does")
     parser.add_argument("--cpu_time", action="store_true", help="count CPU seconds, not those of the clock")
     args = parser.parse_args()

@@ -26,7 +26,7 @@ NUMBERS = [
     (train_stage2, ("--lr", "nan"), "--lr"), (train_stage2, ("--lr", "-1"), "--lr"),
     (train_stage2, ("--lr", "inf"), "--lr"), (train_stage2, ("--real_steps", "1001"), "--real_steps"),
     (train_stage1, ("--clip", "-1"), "--clip"), (train_stage2, ("--stage1_steps", "0"), "--stage1_steps"),
-    (train_stage2, ("--real_warmup", "-5"), "--real_warmup"), (train_stage2, ("--seed", 2 ** 64), "--seed"),
+    (train_stage2, ("--real_warmup", "-5000"), "--real_warmup"), (train_stage2, ("--seed", 2 ** 64), "--seed"),
     (train_stage2, ("--picture_steps", "1001"), "--picture_steps"),
     (train_stage2, ("--p_B", "nan"), "--p_B"), (train_stage2, ("--tau_B", "1.1"), "--tau_B"),
     (train_stage2, ("--rank", 10 ** 8), "--rank"), (train_stage2, ("--batch", 10 ** 8), "--batch"),
@@ -42,7 +42,7 @@ NUMBERS = [
     (evaluate, ("folders", "a", "b", "--extent", "nan"), "--extent"),
     (evaluate, ("folders", "a", "b", "--azimuths", "nan", "0"), "--azimuths"),
 ]
-NAMES = ["base", "shifters", "sets", "sets/real_4", "../elsewhere", ".", ".."]
+NAMES = ["base", "shifters", "stage1", "lora_5", "shifters_4", "sets", "sets/real_4", "../elsewhere", ".", ".."]
 
 
 @pytest.mark.parametrize("program, flags, word", NUMBERS)
@@ -58,6 +58,12 @@ def test_a_training_does_not_take_another_files_name(name, tiny_toy):
     before = sorted(out.rglob("*"))
     refuses(train_stage2, ("--out", out, "--name", name), 2, "--name")
     assert sorted(out.rglob("*")) == before
+
+
+def test_a_base_model_takes_no_folder_of_others(tmp_path):
+    for name in ("sets", ".", "..", "stage1", "shifters"):
+        refuses(pretrain, ("--out", tmp_path, "--name", name), 2, "--name")
+    assert not list(tmp_path.iterdir())
 
 
 def test_stage_1_must_be_of_this_method_and_rank(tiny_toy):
@@ -95,7 +101,8 @@ def test_the_real_set_replaces_no_other_file(tiny_toy):
     out, _ = tiny_toy
     shutil.copy(out / "base.safetensors", out / "kept.safetensors")
     (out / "notes.txt").write_text("kept")
-    for name in ("kept.safetensors", "notes.txt"):
+    save_tensors(f"{out}/synthetic.safetensors", {"x": torch.zeros(1)}, key=dict(kind="synthetic", num=4))
+    for name in ("kept.safetensors", "notes.txt", "synthetic.safetensors"):
         before = (out / name).read_bytes()
         refuses(sample, ("--base", out / "base.safetensors", "--real_set", out / name), 2, "--real_set", name)
         assert (out / name).read_bytes() == before
@@ -116,7 +123,7 @@ def test_settings_that_are_no_dictionary_are_no_settings(settings, tmp_path):
     assert sample.trained_task(str(tmp_path / "model.safetensors")) is None
 
 
-@pytest.mark.parametrize("lines", ['[1]\n3\n"a"\n{"loss": 1}\n{"step": 1, "domain": "syn", "loss": 1.0}\n{"step"'])
+@pytest.mark.parametrize("lines", ['[1]\n3\n"a"\n{"loss": 1}\n{"step": "a"}\n{"step": 1, "domain": "syn"}\n{"step": 1, "domain": "syn", "loss": 1.0}\n{"step"'])
 def test_lines_of_a_log_that_are_none_are_left_out(lines, tmp_path):
     (tmp_path / "log.jsonl").write_text(lines)
     log = Log(str(tmp_path), None, ALONE, 5)

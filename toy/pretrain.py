@@ -18,6 +18,7 @@ from geometry.camera import VIEWS
 from sample import Sampling, sample_images
 from support.launch import launch, on_rank_0_first, run_cli
 from support.pictures import save_picture, to_uint8
+from support.speed import MOST_THREADS
 from toy.render import Look, render
 from toy.world import BACKGROUNDS, STYLES, asset_captions, tokenize, uniforms
 from training.estimate import choose
@@ -90,9 +91,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    launched = launch(args.threads)
+    launched = launch(args.threads or MOST_THREADS)         # until the trial
     fill_defaults(args, "base", launched)
-    choose(args, launched)
+    choose(args, launched, args.name)
     train_base(args, launched)
 
 

@@ -9,10 +9,10 @@ import torch
 from baselines.adapters import sees_both_domains
 from baselines.methods import METHODS
 from dit import PRESETS, DiT
-from support.speed import autocast, choose_speed, seconds_of
+from support.speed import MOST_THREADS, autocast, choose_speed, seconds_of
 from toy.render import render
 from toy.world import sample_assets, tokenize
-from training.flags import steps_of_stage
+from training.flags import stage1_folder, steps_of_stage
 from training.sets import real_set_path
 from training.states import stored_speed
 
@@ -27,15 +27,21 @@ class Pace(NamedTuple):
     compiling: float = 0.0
 
 
-def choose(args, launched):
-    """Completes --threads, --dtype and --compile with what is fastest here, or what a stopped run was doing -> Pace.
+def choose(args, launched, *names):
+    """Completes --dtype and --compile, and sets the number of threads where --threads leaves it open: what is fastest
+    here, or what a stopped run was doing -> Pace, None for latents.
 
-    Every rank tries, for they share the cores, and takes rank 0's choice.
+    names: of the trainings that may have been stopped, the last one first. Every rank tries, as they share the cores,
+    and takes rank 0's choice.
     """
     config, device = PRESETS[args.preset], launched.device
-    for name, value in stored_speed(f"{args.out}/{args.name}").items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    before = stored_speed([f"{args.out}/{name}" for name in names])
+    args.dtype = args.dtype or before.get("dtype")
+    if args.compile is None:
+        args.compile = before.get("compile")
+    threads = args.threads or min(before.get("threads", 0), MOST_THREADS)
+    if threads:
+        torch.set_num_threads(threads)
     if config.latent:               # too large for a trial: on GPUs, where there is nothing to choose
         args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         args.compile = bool(args.compile)
@@ -48,41 +54,42 @@ def choose(args, launched):
         model(x, t, text).square().mean().backward()
 
     def forward():
-        with torch.no_grad(), autocast(device, args.dtype):
+        with torch.no_grad():
             model(x, t, text)
-    args.threads, args.dtype, step_seconds = choose_speed(step, IMAGES, device, args.threads, args.dtype)
-    forward_seconds = min(seconds_of(forward, device) for _ in range(2)) / IMAGES
-    pace = Pace(step_seconds, forward_seconds)
+    args.dtype, step_seconds, said = choose_speed(step, IMAGES, device, threads, args.dtype)
+    pace = Pace(step_seconds, min(seconds_of(forward, device) for _ in range(2)) / IMAGES)
     images = args.steps * args.batch * args.images_per_grid
     if args.compile is None and device.type == "cpu" and images * step_seconds > COMPILING_PAYS:
-        pace, args.compile = try_compiling(model, step, images, pace, args)
+        pace, args.compile, more = try_compiling(model, step, images, pace, args.dtype)
+        said = "; ".join(part for part in (said, more) if part)
     args.compile = bool(args.compile)
     if launched.world > 1:
-        chosen = [(args.threads, args.dtype, args.compile, pace)]
+        chosen = [(args.dtype, args.compile, pace)]
         torch.distributed.broadcast_object_list(chosen)
-        args.threads, args.dtype, args.compile, pace = chosen[0]
-    if args.threads:
-        torch.set_num_threads(args.threads)
+        args.dtype, args.compile, pace = chosen[0]
+    if said and launched.rank == 0:
+        print(f"{said}; --dtype, --threads, --compile override", flush=True)
     return pace
 
 
-def try_compiling(model, step, images, pace, args):
-    """Compiles the trial's blocks, and times it: (Pace, whether it pays). Without a working compiler it does not."""
+def try_compiling(model, step, images, pace, dtype):
+    """Compiles the trial's blocks and times step() -> (Pace, whether it pays, what to say of it). Without a working
+    compiler it does not."""
     device = next(model.parameters()).device
     try:
         for block in model.blocks:
             block.compile(dynamic=False)
-        with autocast(device, args.dtype):
+        with autocast(device, dtype):
             compiling = seconds_of(step, device)
             seconds = min(seconds_of(step, device) for _ in range(2)) / IMAGES
     except Exception as error:      # whatever a compiler, or its absence, raises
-        print(f"not compiled: {str(error).splitlines()[0]}", flush=True)
-        return pace, False
-    # the other shapes of a training (single images, and where layer-aware training begins) take as long again
+        return pace, False, f"not compiled: {error!r:.80}"
+    finally:
+        torch.compiler.reset()      # what was compiled for the trial counts against the training's limit
+    compiling *= 2                  # a training has three more shapes, which share much with the first
     pays = compiling + images * seconds < images * pace.step
-    print(f"compiled {1 / seconds:.0f} images/s, not compiled {1 / pace.step:.0f}; compiling takes about "
-          f"{2 * compiling:.0f} s: {'--compile' if pays else '--no-compile'}", flush=True)
-    return (Pace(seconds, pace.forward, compiling), True) if pays else (pace, False)
+    said = f"compiled {1 / seconds:.0f} images/s, after {compiling:.0f} s: {'--compile' if pays else '--no-compile'}"
+    return (Pace(seconds, pace.forward, compiling), True, said) if pays else (pace, False, said)
 
 
 def announce(args, stage1_file, launched):
@@ -91,7 +98,8 @@ def announce(args, stage1_file, launched):
     stage1_file: where stage 1 leaves its shifters or adapter. Nothing is said of latents, whose stages are started by
     hand.
     """
-    config, pace = PRESETS[args.preset], choose(args, launched)
+    config = PRESETS[args.preset]
+    pace = choose(args, launched, args.name, stage1_folder(args.adapter, args.rank))
     if config.latent or launched.rank > 0:
         return
     start = time.perf_counter()

@@ -2,9 +2,10 @@
 import argparse
 import math
 import os
+import re
 import sys
 
-from baselines.adapters import adapter_rank, sees_both_domains
+from baselines.adapters import ADAPTERS, adapter_rank, sees_both_domains
 from data import ASSETS
 from dit import PRESETS, T
 from support.launch import UsageError, finite
@@ -38,11 +39,13 @@ DEFAULTS = {
 COLUMNS_OF_DEFAULTS = ("lr", "warmup", "weight_decay", "ema")
 
 # the least and the most that each of these may be
-LEAST = dict(steps=1, batch=1, rank=1, log_every=1, save_every=1, sample_every=1, picture_steps=1, real_steps=1,
-             num_assets=1, num_base_images=1, stage1_steps=1, accumulate=1, workers=0, warmup=0, real_warmup=0, seed=0,
-             lr=0, clip=0, weight_decay=0, ema=0, text_dropout=0, p_B=0, tau_B=0)
-MOST = dict(rank=2 ** 13, batch=2 ** 16, num_assets=10 ** 8, num_base_images=10 ** 8, picture_steps=T, real_steps=T,
-            seed=2 ** 63 - 1, ema=1, text_dropout=1, p_B=1, tau_B=1)
+LEAST = dict(batch=1, rank=1, log_every=1, save_every=1, sample_every=1, picture_steps=1, real_steps=1, num_assets=1,
+             num_base_images=1, stage1_steps=1, accumulate=1, threads=1, workers=0, warmup=0, real_warmup=0, seed=0,
+             lr=0, clip=0, weight_decay=0, ema=0, text_dropout=0, p_B=0, tau_B=0,
+             steps=1)                                                           # last, as it follows from the others
+MOST = dict(batch=2 ** 16, rank=2 ** 13, picture_steps=T, real_steps=T, num_assets=10 ** 8, num_base_images=10 ** 8,
+            stage1_steps=10 ** 8, workers=2 ** 8, seed=2 ** 63 - 1, ema=1, text_dropout=1, p_B=1, tau_B=1,
+            steps=10 ** 8)
 
 
 def training_arguments(parser):
@@ -109,9 +112,7 @@ def fill_defaults(args, stage, launched):
     args.out = args.out or f"runs/{args.preset}"
     args.rank = adapter_rank(args.adapter, config) if args.rank is None else args.rank
     if args.name is None:
-        args.name = stage
-        if stage == "stage1" and stage1_name(args.adapter, args.rank) != "shifters":
-            args.name = f"stage1_{stage1_name(args.adapter, args.rank)}"
+        args.name = stage1_folder(args.adapter, args.rank) if stage == "stage1" else stage
     if args.muon is None:
         args.muon = stage == "base"
     if args.workers is None:
@@ -123,10 +124,17 @@ def fill_defaults(args, stage, launched):
         if value is not None and not least <= value <= most:
             allowed = f"be at least {least}" if most == math.inf else f"lie in [{least}, {most}]"
             raise UsageError(f"--{name} must {allowed}, not {value}")
-    taken = ("base", "sets", "shifters", stage1_name(args.adapter, args.rank), "", ".", "..")
-    if os.path.basename(args.name) != args.name or stage != "base" and args.name in taken:
-        raise UsageError(f"--name {args.name} is no plain name, or another file's in the run folder: choose another")
+    check_name(args.name, stage)
     return args
+
+
+def check_name(name, stage):
+    """Refuses a name that is no plain one, or that another stage's folder or file has in the run folder."""
+    plain = os.path.basename(name) == name and name not in ("", ".", "..", "sets")
+    left_by_stage1 = re.fullmatch(f"({'|'.join(('shifters', *ADAPTERS))})(_[0-9]+)?", name)
+    of_another_stage = any(name.startswith(other) for other in ("base", "stage1") if other != stage)
+    if not plain or left_by_stage1 or of_another_stage:
+        raise UsageError(f"--name {name!r} is no plain name, or another file's in the run folder: choose another")
 
 
 def fill_length(args, stage, world):
@@ -157,3 +165,9 @@ def steps_of_stage(args, stage, world):
 def stage1_name(adapter, rank):
     """What stage 1 leaves is called so: "shifters" for the paper's, of rank 8; else as "lora_32"."""
     return "shifters" if (adapter, rank) == ("shifters", 8) else f"{adapter}_{rank}"
+
+
+def stage1_folder(adapter, rank):
+    """The name of a stage 1 below the run folder: "stage1" for the paper's."""
+    name = stage1_name(adapter, rank)
+    return "stage1" if name == "shifters" else f"stage1_{name}"

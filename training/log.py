@@ -1,5 +1,6 @@
 """The log of a training: log.jsonl, a line per domain every so many steps, and the picture of the loss."""
 import json
+import math
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ class Log:
         self.lines = []
         if os.path.exists(self.path):       # lines after the state that training resumes from are written again
             with open(self.path) as file:
-                self.lines = [line for line in map(parse_json, file) if line.get("step", start + 1) <= start]
+                self.lines = [line for line in map(parse_json, file) if line["step"] <= start]
         if launched.rank == 0:
             os.makedirs(out, exist_ok=True)
             with open(f"{self.path}.tmp", "w") as file:
@@ -81,9 +82,12 @@ class Log:
 
 
 def parse_json(line):
-    """The object in a line, {} for one cut off by a kill."""
+    """A line of the log, or one after all steps in place of one that was cut off by a kill or is none."""
     try:
         value = json.loads(line)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        is_note = "domain" not in value
+        if isinstance(value["step"], int) and (is_note or isinstance(value["loss"], float)):
+            return value
+    except (ValueError, TypeError, KeyError):
+        pass
+    return dict(step=math.inf)

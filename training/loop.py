@@ -15,7 +15,6 @@ import signal
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +24,7 @@ from data import set_shape
 from dit import T, add_noise, epsilon_loss, save_model
 from domain_shifter import SYN, real_after, uniform_domains
 from support.launch import barrier
-from support.speed import Watch, autocast
+from support.speed import Watch, autocast, choose_threads
 from training.batches import read_ahead, read_batch, split_batch, with_noise
 from training.log import Log
 from training.states import Trained, check_ranks, hold, load_state, made_from, save_state, training_settings
@@ -98,12 +97,6 @@ def training_step(model, optimizers, batch, iteration, null, args, lap=lambda pa
     return loss, bins
 
 
-def try_step(model, batch, iteration, null, args):
-    """An iteration that changes nothing, for a clock."""
-    training_step(model, [], batch, iteration, null, args)
-    model.zero_grad(set_to_none=True)
-
-
 def drop_text(batch, null, text_dropout):
     """The captions of a batch, {"text": (B, L, ..), perhaps "text_mask"}, the empty one where u < text_dropout."""
     text = {key: batch[key] for key in ("text", "text_mask") if key in batch}
@@ -140,6 +133,7 @@ def train(network, sets, null, plan, args, launched, preview=None):
     model = in_training(network, args, world)
     null = {key: value.to(device) for key, value in null.items()}
     log, watch = Log(out, args, launched, start), Watch()
+    threads_open = device.type == "cpu" and world == 1 and args.threads is None
 
     def read(step):
         iteration = plan(step)
@@ -147,7 +141,8 @@ def train(network, sets, null, plan, args, launched, preview=None):
         return step, iteration, first, batch
     batches = read_ahead(read, range(start, args.steps), args.workers)
     bar = tqdm(batches, initial=start, total=args.steps, desc=args.name, disable=rank > 0)
-    with signals_caught() as stop:
+    # what cannot be compiled runs as it is, and says so
+    with signals_caught() as stop, torch._dynamo.config.patch(suppress_errors=True):
         for step, iteration, first, batch in bar:
             last = step + 1 == args.steps
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
@@ -157,8 +152,8 @@ def train(network, sets, null, plan, args, launched, preview=None):
                     group["lr"] = learning_rate(step, args) * group["lr_scale"]
             began, images = time.perf_counter(), batch["x0"].shape[:2].numel()
             loss, bins = training_step(model, optimizers, batch, iteration, null, args)
-            if device.type == "cpu" and world == 1 and watch.calls(time.perf_counter() - began, images):
-                log.note(step, threads=watch.choose_threads(partial(try_step, model, batch, iteration, null, args)))
+            if threads_open and watch.calls(time.perf_counter() - began, images):
+                change_threads(step, log)
             for name, average in ema.items():       # a short horizon at first, so that the start is forgotten
                 average.lerp_(params[name].detach(), 1 - min(args.ema, (step + 1) / (step + 10)))
             log.add(step, iteration.domain, loss, bins, images)
@@ -170,7 +165,7 @@ def train(network, sets, null, plan, args, launched, preview=None):
                 bar.set_postfix_str(log.flush(step, learning_rate(step, args)))
             if saving and rank == 0:
                 save_state(out, step + 1, trained, args, world, made)
-            if stopping and not last:
+            if stopping:
                 bar.close()
                 if rank == 0:
                     print(f"{args.name}: stopped by a signal at step {step + 1}; the same command goes on from there")
@@ -205,6 +200,15 @@ def make_optimizers(params, args, device):
     return optimizers
 
 
+def change_threads(step, log):
+    """Takes the number of threads that is fastest now, and notes it where it is another one."""
+    before, now = torch.get_num_threads(), choose_threads(torch.device("cpu"))
+    torch.set_num_threads(now)
+    if now != before:
+        torch.compiler.reset()              # compiled code is for one number of threads
+        log.note(step, threads=now)
+
+
 def learning_rate(step, args):
     """Linear warm-up, then a cosine down to zero at the last step."""
     warm = min(1, (step + 1) / max(1, args.warmup))
@@ -216,7 +220,6 @@ def in_training(network, args, world):
     if args.compile:            # four compilations serve all blocks, domains and i: grids, single images with a graph,
         for block in network.dit.blocks:            # without one, and where the graph begins
             block.compile(dynamic=False)
-        torch._dynamo.config.suppress_errors = True             # what cannot be compiled runs as it is, and says so
     network.dit.grad_checkpointing = args.grad_checkpointing
     if world == 1:
         return network

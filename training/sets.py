@@ -35,7 +35,7 @@ def training_sets(args, launched, views, needs_real=True, control=False):
         return latent_sets(args, views, needs_real, control)
     size, folder = PRESETS[args.preset].image_size, f"{args.out}/sets"
     if args.synthetic:
-        synthetic = read_set(args.synthetic, size)
+        synthetic = read_set(args.synthetic, size, views=4)
     else:
         synthetic = on_rank_0_first(launched, lambda: synthetic_set(args.num_assets, size=size, folder=folder,
                                                                     device=launched.device))
@@ -52,10 +52,7 @@ def training_sets(args, launched, views, needs_real=True, control=False):
     if not path:
         path = real_set_path(args)
         write_real_set(path, base_path(args), args.num_assets, Sampling(num_steps=args.real_steps), launched)
-    real = read_set(path, size)
-    if real["image"].shape[1] != 1:
-        raise ValueError(f"{path}: real images are single ones (N, 1, 3, H, W), not {tuple(real['image'].shape)}")
-    return {"syn": synthetic, "real": real}
+    return {"syn": synthetic, "real": read_set(path, size, views=1)}
 
 
 def real_set_path(args):
@@ -79,21 +76,25 @@ def latent_sets(args, views, needs_real, control):
     return {"syn": synthetic, "real": real}
 
 
-def read_set(path, size):
-    """{"image": ..., "text": ...} of a file of size x size images of the toy world. Raises ValueError if it holds no
-    such set."""
+def read_set(path, size, views):
+    """A set of the toy world in a file: {"image": uint8 (N, views, 3, size, size), "text": int64 (N, L), perhaps
+    "control": float16 (N, views, 6, size, size)}. Raises ValueError if it holds no such set."""
     tensors, _ = load_tensors(path)
     if not {"image", "text"} <= tensors.keys():
         raise ValueError(f"{path} is no set of images: it holds no 'image' and 'text'")
-    image, text = tensors["image"], tensors["text"]
-    if image.dtype != torch.uint8 or image.dim() != 5 or 0 in image.shape or image.shape[2:] != (3, size, size):
-        raise ValueError(f"{path}: 'image' must be uint8 (N, V, 3, {size}, {size}), not {image.dtype} "
-                         f"{tuple(image.shape)}")
-    if text.dtype != torch.int64 or text.shape != (len(image), TEXT_LENGTH):
-        raise ValueError(f"{path}: 'text' must be int64 {(len(image), TEXT_LENGTH)}, not {text.dtype} "
-                         f"{tuple(text.shape)}")
-    if not 0 <= text.min() <= text.max() < len(VOCAB):
-        raise ValueError(f"{path}: 'text' holds word ids {text.min()} to {text.max()}, the toy world has {len(VOCAB)}")
+    num = len(tensors["image"]) if tensors["image"].dim() else 0
+    shapes = {"image": (torch.uint8, (num, views, 3, size, size)), "text": (torch.int64, (num, TEXT_LENGTH)),
+              "control": (torch.float16, (num, views, 6, size, size))}
+    for name, (dtype, shape) in shapes.items():
+        tensor = tensors.get(name)
+        if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape or num == 0):
+            raise ValueError(f"{path}: {name!r} must be {dtype} {shape}, not {tensor.dtype} {tuple(tensor.shape)}")
+    words = tensors["text"]
+    if not 0 <= words.min() <= words.max() < len(VOCAB):
+        raise ValueError(f"{path}: 'text' holds word ids {words.min()} to {words.max()}, of the toy world's "
+                         f"{len(VOCAB)}")
+    if "control" in tensors and not tensors["control"].isfinite().all():
+        raise ValueError(f"{path}: 'control' holds numbers that are not finite")
     return tensors
 
 

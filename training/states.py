@@ -6,7 +6,6 @@ import zlib
 from glob import glob
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from support.files import load_tensors, read_metadata, save_tensors
@@ -31,23 +30,19 @@ def training_settings(args):
 
 def made_from(network, sets):
     """What a training starts from, as numbers that change when the files do: of the network (base model and stage 1)
-    and of each set in memory the sum of all values, of latents on disk how they were made."""
-    made = {"network": sum(total(p) for p in network.parameters())}
+    and of each set in memory a checksum, of latents on disk how and of which objects they were made."""
+    made = {"network": checksum(dict(network.named_parameters()))}
     for domain, dataset in sets.items():
-        in_memory = isinstance(dataset, dict)
-        made[f"{domain} set"] = [total(dataset[name]) for name in sorted(dataset)] if in_memory else \
-            [dataset.key, dataset.shape]
+        if isinstance(dataset, dict):
+            made[f"{domain} set"] = checksum(dataset)
+        else:
+            objects = " ".join(name for _, name in dataset.places)
+            made[f"{domain} set"] = [dataset.key, dataset.shape, zlib.crc32(objects.encode())]
     return json.loads(json.dumps(made))
 
 
-def total(tensor):
-    """The sum of the absolute values, the same on any number of threads."""
-    values = np.abs(tensor.detach().cpu().numpy())
-    return float(values.sum(dtype=np.float64))          # exact for whole numbers below 2^53
-
-
 def checksum(tensors):
-    """CRC-32 over {name: tensor}: a disk may flip bits."""
+    """CRC-32 over the bytes of {name: tensor}."""
     crc = 0
     for name in sorted(tensors):
         crc = zlib.crc32(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy(), crc)
@@ -70,8 +65,10 @@ def hold(out):
     file = open(f"{out}/lock", "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise ValueError(f"another process trains into {out}: let it end, or use another --out or --name") from None
+    except OSError:                                     # a file system without locks
+        pass
     for left in glob(f"{out}/*.tmp"):
         os.remove(left)
     return file
@@ -86,10 +83,13 @@ def save_state(out, step, trained, args, world, made):
         for p, moments in optimizer.state.items():
             tensors |= {f"{key}.{names[p]}": torch.as_tensor(value) for key, value in moments.items()}
     speed = dict(dtype=args.dtype, threads=torch.get_num_threads(), compile=args.compile)
-    save_tensors(f"{out}/state_{step:08d}.safetensors", tensors, step=step, made_from=made, speed=speed,
-                 checksum=checksum(tensors), settings=training_settings(args) | {"processes": world})
-    for old in sorted(glob(f"{out}/state_*.safetensors"))[:-2]:
-        os.remove(old)
+    path = f"{out}/state_{step:08d}.safetensors"
+    save_tensors(path, tensors, step=step, made_from=made, speed=speed, checksum=checksum(tensors),
+                 settings=training_settings(args) | {"processes": world})
+    kept = [other for other in sorted(glob(f"{out}/state_*.safetensors")) if other <= path][-2:]
+    for other in glob(f"{out}/state_*.safetensors"):        # later ones are damaged, or training had gone on from them
+        if other not in kept:
+            os.remove(other)
 
 
 def load_state(out, trained, args, world, made):
@@ -100,9 +100,15 @@ def load_state(out, trained, args, world, made):
     """
     for path in sorted(glob(f"{out}/state_*.safetensors"), reverse=True):
         try:
-            tensors, metadata = read_state(path)
+            tensors, metadata = load_tensors(path)
         except ValueError as error:
             print(f"skipping a damaged state: {error}", file=sys.stderr)
+            continue
+        if not {"step", "settings", "made_from", "checksum"} <= metadata.keys():
+            raise ValueError(f"{path} is no state of this version of the code: use another --out or --name, or delete "
+                             f"{out}")
+        if metadata["checksum"] != checksum(tensors):           # a disk may flip bits
+            print(f"skipping a damaged state: the bytes of {path} have changed", file=sys.stderr)
             continue
         was, now = metadata["settings"], json.loads(json.dumps(training_settings(args) | {"processes": world}))
         other = [f"{key} {was.get(key)} (now {now[key]})" for key in now if was.get(key) != now[key]]
@@ -115,19 +121,10 @@ def load_state(out, trained, args, world, made):
     return 0
 
 
-def read_state(path):
-    """(tensors, metadata) of a state. Raises ValueError where it is damaged."""
-    tensors, metadata = load_tensors(path)
-    parts = {"step", "settings", "made_from", "checksum"}
-    if not parts <= metadata.keys() or metadata["checksum"] != checksum(tensors):
-        raise ValueError(f"{path} is no state of this version, or its bytes have changed")
-    return tensors, metadata
-
-
-def stored_speed(out):
-    """How the run whose states are in `out` computed, {"dtype": .., "threads": .., "compile": ..}: another way rounds
-    otherwise. {} if there is no state."""
-    for path in sorted(glob(f"{out}/state_*.safetensors"), reverse=True):
+def stored_speed(folders):
+    """How the run computed whose states are in the first of `folders` that has any, {"dtype": .., "threads": ..,
+    "compile": ..}: another way rounds otherwise. {} if there is no state."""
+    for path in (path for out in folders for path in sorted(glob(f"{out}/state_*.safetensors"), reverse=True)):
         try:
             return read_metadata(path).get("speed", {})
         except ValueError:

@@ -1,11 +1,11 @@
 """What a training's trial chooses, and that a run which is resumed goes on as it computed."""
 import pytest
 import torch
-from conftest import ALONE
+from conftest import ALONE, random_model
 from train_worker import tiny_args, train_tiny
 
+import dit
 import training.estimate
-from support.files import load_tensors
 from train_stage2 import parse_args
 from training.estimate import Pace, choose, try_compiling
 from training.flags import fill_defaults
@@ -18,64 +18,75 @@ def stage2_args(tmp_path, *flags):
 
 @pytest.fixture
 def trial(monkeypatch):
-    """A trial that asks for nothing: {"asked": (threads, dtype)}; it finds a hundredth of a second an image."""
+    """A trial without a clock, which finds a hundredth of a second an image: {"asked": (threads, dtype)}."""
     seen = {}
 
     def choose_speed(work, images, device, threads, dtype):
         seen["asked"] = threads, dtype
-        return threads or torch.get_num_threads(), dtype or "bfloat16", 0.01
+        return dtype or "bfloat16", 0.01, "the others"
     monkeypatch.setattr(training.estimate, "choose_speed", choose_speed)
     return seen
 
 
-def test_open_flags_are_completed_and_given_ones_kept(tmp_path, trial):
+def test_open_flags_are_completed_and_given_ones_kept(tmp_path, trial, capsys):
     args = stage2_args(tmp_path, "--no-compile")
     assert (args.dtype, args.threads, args.compile) == (None, None, False)
-    pace = choose(args, ALONE)
-    assert pace.step == 0.01 and args.dtype == "bfloat16" and not args.compile
-    assert args.threads == torch.get_num_threads()
+    assert choose(args, ALONE).step == 0.01 and trial["asked"] == (0, None)
+    assert (args.dtype, args.threads, args.compile) == ("bfloat16", None, False)    # open threads may change later
+    assert capsys.readouterr().out == "the others; --dtype, --threads, --compile override\n"
     args = stage2_args(tmp_path, "--dtype", "float32", "--threads", torch.get_num_threads(), "--no-compile")
     choose(args, ALONE)
     assert trial["asked"] == (torch.get_num_threads(), "float32") and args.dtype == "float32"
 
 
-def test_a_resumed_run_computes_as_it_did(tmp_path, trial):
-    """The newest state that can be read says how; flags override it."""
+def test_a_resumed_run_computes_as_it_did(tmp_path, trial, monkeypatch):
+    """The newest state that can be read says how, of stage 2 or else of stage 1; flags override it."""
     train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1, "--dtype", "bfloat16", "--save_every", 1, "--no-compile")
-    made = dict(dtype="bfloat16", threads=torch.get_num_threads(), compile=False)
-    assert stored_speed(tmp_path / "tiny") == made and stored_speed(tmp_path / "none") == {}
-    newest = sorted((tmp_path / "tiny").glob("state_*"))[-1]
-    assert load_tensors(newest)[1]["speed"] == made
-    args = tiny_args(tmp_path)
-    choose(args, ALONE)
-    assert trial["asked"] == (made["threads"], "bfloat16") and args.compile is False
+    made, folder = dict(dtype="bfloat16", threads=torch.get_num_threads(), compile=False), tmp_path / "tiny"
+    assert stored_speed([tmp_path / "none", folder]) == made and stored_speed([tmp_path / "none"]) == {}
+    newest = sorted(folder.glob("state_*"))[-1]
+    for names in (("tiny",), ("none", "tiny")):
+        args = tiny_args(tmp_path)
+        choose(args, ALONE, *names)
+        assert trial["asked"] == (made["threads"], "bfloat16") and args.compile is False
+    choose(tiny_args(tmp_path, "--dtype", "float32"), ALONE, "tiny")
+    assert trial["asked"] == (made["threads"], "float32")
     newest.write_bytes(b"damaged")
-    assert stored_speed(tmp_path / "tiny") == made
+    assert stored_speed([folder]) == made
+    monkeypatch.setattr(training.estimate, "stored_speed", lambda folders: made | {"threads": 64})
+    choose(tiny_args(tmp_path), ALONE, "tiny")
+    assert trial["asked"][0] == training.estimate.MOST_THREADS                      # fewer cores than there were
 
 
-def test_compilation_pays_in_long_runs_only_and_never_fails(tmp_path, trial, monkeypatch, capsys):
+def test_compilation_is_tried_in_long_runs_only(tmp_path, trial, monkeypatch):
     tried = []
 
-    def trying(model, step, images, pace, args):
+    def trying(model, step, images, pace, dtype):
         tried.append(images)
-        return Pace(0.005, pace.forward, 10.0), True
+        return Pace(0.005, pace.forward, 10.0), True, "compiled"
     monkeypatch.setattr(training.estimate, "try_compiling", trying)
     args = stage2_args(tmp_path, "--steps", 500, "--batch", 1)              # 20 seconds
     assert choose(args, ALONE).step == 0.01 and not args.compile and not tried
     args = stage2_args(tmp_path, "--steps", 5000, "--batch", 1)             # 200
     assert choose(args, ALONE).step == 0.005 and args.compile and tried == [20000]
 
-    class Blocks:
-        """A model whose compiler is missing."""
-        blocks = [torch.nn.Linear(1, 1)]
 
-        def parameters(self):
-            return iter(self.blocks[0].parameters())
-    monkeypatch.setattr(torch.nn.Linear, "compile", broken, raising=False)
+@pytest.mark.parametrize("images, pays", [(700, False), (900, True)])
+def test_compilation_pays_where_it_saves_more_than_it_takes(images, pays, monkeypatch):
+    """Here twice 2 seconds, for 5 milliseconds an image."""
+    times = iter([2.0, 0.09, 0.08])
+    monkeypatch.setattr(training.estimate, "seconds_of", lambda work, device: next(times))
+    monkeypatch.setattr(dit.Block, "compile", lambda block, dynamic: None)
     pace = Pace(0.01, 0.001)
-    assert try_compiling(Blocks(), None, 20000, pace, args) == (pace, False)
-    assert "not compiled: no working C++ compiler" in capsys.readouterr().out
+    got, compiled, said = try_compiling(random_model(), None, images, pace, "float32")
+    assert compiled == pays and got == (Pace(0.005, 0.001, 4.0) if pays else pace)
+    assert "compiled 200 images/s, after 4 s" in said
 
 
-def broken(*args, **options):
-    raise RuntimeError("no working C++ compiler found\nmore lines")
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    def broken(block, dynamic):
+        raise RuntimeError("no working C++ compiler found\nmore lines")
+    monkeypatch.setattr(dit.Block, "compile", broken)
+    pace = Pace(0.01, 0.001)
+    got, compiled, said = try_compiling(random_model(), None, 20000, pace, "float32")
+    assert (got, compiled) == (pace, False) and "no working C++ compiler" in said and "\n" not in said

@@ -234,21 +234,29 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path,
     assert all(p.isfinite().all() for p in tensors(states(tmp_path)[-1]).values())
 
 
-def test_a_slow_run_looks_again_and_goes_on_with_the_same_bits(tmp_path, monkeypatch):
-    """The trial is a whole iteration, but leaves parameters, moments and draws as they are; the log says when."""
-    flags, looked = ("--steps", 5, "--batch", 1, "--lr", 1e-3, "--warmup", 0), []
-    plain = train_tiny(tmp_path / "plain", "mixed", *flags)
+def test_a_slow_run_looks_for_other_threads_and_notes_the_step(tmp_path, monkeypatch):
+    """Unless they were given; nothing but the threads changes, and where these stay nothing is noted."""
+    flags, looked, before = ("--steps", 5, "--batch", 1, "--lr", 1e-3, "--warmup", 0), [], torch.get_num_threads()
 
     def third(watch, seconds, images):
         looked.append(images)
         return len(looked) == 3
+
+    def notes(name):
+        with open(tmp_path / name / "tiny" / "log.jsonl") as file:
+            return [line for line in map(json.loads, file) if "domain" not in line]
+    plain = train_tiny(tmp_path / "plain", "mixed", *flags)
     monkeypatch.setattr(training.loop.Watch, "calls", third)
-    monkeypatch.setattr(training.loop.Watch, "choose_threads", lambda watch, work: work() or torch.get_num_threads())
+    monkeypatch.setattr(training.loop, "choose_threads", lambda device: before)
     again = train_tiny(tmp_path / "again", "mixed", *flags)
-    assert all(torch.equal(plain[name], again[name]) for name in plain)
-    with open(tmp_path / "again" / "tiny" / "log.jsonl") as file:
-        notes = [line for line in map(json.loads, file) if "domain" not in line]
-    assert notes == [dict(step=3, threads=torch.get_num_threads())] and looked == [4] * 5
+    assert looked == [4] * 5 and not notes("again") and all(torch.equal(plain[name], again[name]) for name in plain)
+    monkeypatch.setattr(training.loop, "choose_threads", lambda device: before + 1)
+    train_tiny(tmp_path / "given", "mixed", *flags, "--threads", before)
+    assert len(looked) == 5 and not notes("given")
+    looked.clear()
+    train_tiny(tmp_path / "other", "mixed", *flags)
+    assert notes("other") == [dict(step=3, threads=before + 1)] and torch.get_num_threads() == before + 1
+    torch.set_num_threads(before)
 
 
 def test_sigterm_ends_the_process_again_after_training(tmp_path):
@@ -354,7 +362,7 @@ def test_sigterm_and_ctrl_c_write_a_state_and_exit_cleanly(tmp_path):
 def test_two_ranks_stop_at_the_same_step_without_waiting_for_the_log(tmp_path):
     """SIGTERM reaches torchrun, which passes it on and leaves its processes half a minute."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", WORKER,
-               str(tmp_path), "mixed", "--steps", "1000000", "--save_every", "20", "--log_every", "1000000", "--batch",
+               str(tmp_path), "mixed", "--steps", "20000", "--save_every", "20", "--log_every", "1000000", "--batch",
                "1"]
     torchrun = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
                                 env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -14,7 +14,7 @@ from conftest import ROOT, random_model
 from train_worker import tiny_args, train_tiny
 
 from support.files import load_tensors, save_tensors
-from training.states import check_ranks, hold, training_settings
+from training.states import Trained, check_ranks, hold, save_state, training_settings
 
 WORKER = "tests/training/train_worker.py"
 
@@ -97,7 +97,28 @@ def test_a_state_with_one_flipped_bit_is_skipped(tmp_path, capsys):
     open(states(tmp_path)[-1], "wb").write(content)
     again = train_tiny(tmp_path, "mixed", "--steps", 3, "--batch", 1, "--save_every", 1)
     assert all(torch.equal(again[name], whole[name]) for name in whole)
-    assert "its bytes have changed" in capsys.readouterr().err
+    assert "have changed" in capsys.readouterr().err
+
+
+def test_a_state_of_another_version_is_refused_and_kept(tmp_path):
+    """Training anew would write states with lower numbers; it must not remove this one."""
+    train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1)
+    kept, metadata = load_tensors(states(tmp_path)[-1])
+    save_tensors(states(tmp_path)[-1], kept, step=metadata["step"], settings=metadata["settings"])
+    with pytest.raises(ValueError, match="is no state of this version of the code: use another --out"):
+        train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1)
+    assert len(states(tmp_path)) == 1
+
+
+def test_new_states_outlive_damaged_ones_with_higher_numbers(tmp_path):
+    """A kill right after the first new state must not start from nothing again."""
+    flags = ("--steps", 8, "--batch", 1, "--save_every", 2)
+    train_tiny(tmp_path, "mixed", *flags)
+    for path in states(tmp_path):
+        os.truncate(path, 40)
+    args, trained = tiny_args(tmp_path, *flags), Trained({}, {}, [])
+    save_state(f"{tmp_path}/tiny", 2, trained, args, 1, {})
+    assert [os.path.basename(path) for path in states(tmp_path)] == ["state_00000002.safetensors"]
 
 
 def test_two_processes_do_not_train_into_one_folder(tmp_path):
