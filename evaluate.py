@@ -581,7 +581,10 @@ def parse_args(argv=None):
     sub.add_argument("--elevation", type=finite, default=ELEVATION, help="of the views, degrees (default %(default)s)")
     sub.add_argument("--extent", type=finite, default=EXTENT, help="half the width of a view in the maps' units "
                      "(default %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if getattr(args, "extent", 1) <= 0:
+        parser.error(f"--extent must be more than 0, not {args.extent}")
+    return args
 
 
 def main(argv=None):

@@ -158,8 +158,8 @@ class Sampling:
             raise ValueError(f"t_max must lie in 0..{T} ({T}: no time shift), not {self.t_max}")
         if not math.isfinite(self.cfg_scale):
             raise ValueError(f"cfg_scale must be a finite number, not {self.cfg_scale}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, not {self.seed}")
+        if not 0 <= self.seed < 2 ** 63:
+            raise ValueError(f"seed must lie in 0..2^63 - 1, not {self.seed}")
 
 
 def initial_noise(keys, shape, seed):

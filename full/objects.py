@@ -260,7 +260,8 @@ def read_pixels(path):
         return torch.from_numpy(pixels.astype(np.float32))
     except ImportError:
         raise ValueError(f"{path} needs the package OpenEXR: pip install OpenEXR") from None
-    except (OSError, SyntaxError, RuntimeError, EOFError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, SyntaxError, RuntimeError, EOFError, ValueError, TypeError, AttributeError,
+            Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
 
 

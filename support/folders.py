@@ -1,5 +1,4 @@
 """Images in folders: which there are, their pixels, their captions, and a function applied to all in batches."""
-import json
 import os
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from support.files import read_json
+
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -15,6 +16,8 @@ def find_images(folder, pattern="*"):
     """Paths of the images under a folder whose names fit, relative to it and sorted. Raises where there are none."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {folder}")
+    if os.path.isabs(pattern) or not pattern:
+        raise ValueError(f"the pattern {pattern!r} must be a name as color_*, below {folder}")
     paths = [path for path in Path(folder).rglob(pattern) if path.suffix.lower() in ENDINGS]
     if not paths:
         raise ValueError(f"{folder} holds no PNG, JPEG or WebP image called {pattern}")
@@ -26,7 +29,7 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             image = image.convert("RGBA")
-    except (OSError, SyntaxError) as error:                             # PIL's for a broken PNG is a SyntaxError
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:       # a broken PNG is a SyntaxError
         raise ValueError(f"cannot read the image {path}: {error}") from None
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
@@ -40,10 +43,9 @@ def read_caption(path):
     folder, beside = os.path.dirname(path), os.path.splitext(path)[0] + ".txt"
     meta, of_all = os.path.join(folder, "meta.json"), os.path.join(folder, "caption.txt")
     if not os.path.isfile(beside) and os.path.isfile(meta):
-        with open(meta) as file:
-            caption = json.load(file).get("caption")
-        if caption:
-            return caption
+        stored = read_json(meta)
+        if isinstance(stored, dict) and isinstance(stored.get("caption"), str):
+            return stored["caption"]
     for name in (beside, of_all):
         if os.path.isfile(name):
             with open(name) as file:
@@ -58,10 +60,12 @@ def read_views(images, maps, views):
         image = torch.stack([read_image(f"{images}/color_{v:03}.png") for v in range(views)])
         position = [torch.from_numpy(np.load(maps / f"position_{v:03}.npy")) for v in range(views)]
         position = torch.stack([view.float().permute(2, 0, 1) for view in position]) - 0.5
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{maps.name}: its views or maps are not of one size, or damaged: {error}") from None
+    except (RuntimeError, EOFError, TypeError, ValueError) as error:
+        raise ValueError(f"{maps}: its views or maps are not of one size, or damaged: {error}") from None
     if image.shape != position.shape:
         raise ValueError(f"{maps} has maps of {tuple(position.shape[-2:])}, its images {tuple(image.shape[-2:])}")
+    if not position.isfinite().any():
+        raise ValueError(f"{maps} has maps without any surface: NaN stands off the object, numbers on it")
     return image, position
 
 

@@ -22,6 +22,10 @@ def load_inception(path, device="cpu"):
     @torch.no_grad()
     def features(images):
         return net((images * 255).round().byte().to(device), return_features=True).float().cpu()
+    try:
+        features(torch.zeros(1, 3, 32, 32))
+    except RuntimeError:
+        raise ValueError(f"{path} gives no features of an image; --inception wants inception-2015-12-05.pt") from None
     return features
 
 

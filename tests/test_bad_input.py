@@ -4,9 +4,11 @@ import shutil
 from argparse import Namespace
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from conftest import ALONE, TINY, TINY_STAGE2, random_model, refuses, run_main, trained_shifters
+from PIL import Image
 
 import data
 import evaluate
@@ -19,6 +21,8 @@ from dit import save_model
 from domain_shifter import DomainShifters
 from experiments import benchmark, shift, tables
 from support.files import save_tensors
+from support.folders import find_images, read_caption, read_image, read_views
+from support.networks import load_inception
 from toy import pretrain
 from training.log import Log
 
@@ -40,6 +44,7 @@ NUMBERS = [
     (evaluate, ("toy", "--cfg_scale", "nan"), "--cfg_scale"), (shift, ("select", "--max_loss", "nan"), "--max_loss"),
     (evaluate, ("folders", "a", "b", "--elevation", "nan"), "--elevation"),
     (evaluate, ("folders", "a", "b", "--extent", "nan"), "--extent"),
+    (evaluate, ("folders", "a", "b", "--extent", "0"), "--extent"),
     (evaluate, ("folders", "a", "b", "--azimuths", "nan", "0"), "--azimuths"),
 ]
 NAMES = ["base", "shifters", "stage1", "lora_5", "shifters_4", "sets", "sets/real_4", "../elsewhere", ".", ".."]
@@ -123,9 +128,10 @@ def test_settings_that_are_no_dictionary_are_no_settings(settings, tmp_path):
     assert sample.trained_task(str(tmp_path / "model.safetensors")) is None
 
 
-@pytest.mark.parametrize("lines", ['[1]\n3\n"a"\n{"loss": 1}\n{"step": "a"}\n{"step": 1, "domain": "syn"}\n{"step": 1, "domain": "syn", "loss": 1.0}\n{"step"'])
-def test_lines_of_a_log_that_are_none_are_left_out(lines, tmp_path):
-    (tmp_path / "log.jsonl").write_text(lines)
+def test_lines_of_a_log_that_are_none_are_left_out(tmp_path):
+    lines = ("[1]", "3", '"a"', '{"loss": 1}', '{"step": "a"}', '{"step": 1, "domain": "syn"}',
+             '{"step": 1, "domain": "syn", "loss": 1.0}', '{"step"')
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
     log = Log(str(tmp_path), None, ALONE, 5)
     assert log.lines == [dict(step=1, domain="syn", loss=1.0)]
 
@@ -160,3 +166,54 @@ def test_what_a_kill_left_half_written_is_cleared_away(tiny_toy):
     (out / "realiz3d_texturing" / "state_00000001.safetensors.123.tmp").write_bytes(b"half")
     run_main(train_stage2, "--out", out, *TINY_STAGE2)
     assert not list(out.rglob("*.tmp")) and (out / "realiz3d_texturing.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images, maps and networks of the user's
+
+
+def views_and_maps(folder):
+    """One object's view and position map below folder/ours and folder/maps."""
+    for name in ("ours/a", "maps/a"):
+        (folder / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(folder / "ours" / "a" / "color_000.png")
+    np.save(folder / "maps" / "a" / "position_000.npy", np.full((8, 8, 3), 0.5, np.float32))
+
+
+@pytest.mark.parametrize("array", [
+    np.array(["a"] * 192).reshape(8, 8, 3), np.full((8, 8, 3), None), np.zeros((7, 8, 3)), np.full((8, 8, 3), np.nan),
+    np.zeros(3), np.zeros((8, 8, 2))])
+def test_maps_that_are_none_name_their_folder(array, tmp_path):
+    views_and_maps(tmp_path)
+    np.save(tmp_path / "maps" / "a" / "position_000.npy", array)
+    with pytest.raises(ValueError, match="maps/a"):
+        read_views(f"{tmp_path}/ours/a", tmp_path / "maps" / "a", 1)
+
+
+def test_an_image_too_large_to_open_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    views_and_maps(tmp_path)
+    with pytest.raises(ValueError, match="cannot read the image .*color_000.png"):
+        read_image(f"{tmp_path}/ours/a/color_000.png")
+
+
+def test_a_pattern_that_leaves_the_folder_is_refused(tmp_path):
+    views_and_maps(tmp_path)
+    for pattern in ("/etc/*", ""):
+        with pytest.raises(ValueError, match="pattern"):
+            find_images(tmp_path, pattern)
+
+
+@pytest.mark.parametrize("meta, error", [
+    ("{", ValueError), ("[]", FileNotFoundError), ('{"caption": 3}', FileNotFoundError)])
+def test_captions_that_are_none_name_their_file(meta, error, tmp_path):
+    views_and_maps(tmp_path)
+    (tmp_path / "ours" / "a" / "meta.json").write_text(meta)
+    with pytest.raises(error, match="meta.json"):
+        read_caption(f"{tmp_path}/ours/a/color_000.png")
+
+
+def test_a_network_without_features_is_named(tmp_path):
+    torch.jit.script(torch.nn.Identity()).save(str(tmp_path / "net.pt"))
+    with pytest.raises(ValueError, match="net.pt gives no features of an image"):
+        load_inception(str(tmp_path / "net.pt"))

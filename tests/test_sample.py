@@ -172,7 +172,8 @@ def test_real_set_resumes_to_the_same_bytes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("options, message", [
     (dict(num_steps=0), "num_steps must lie in 1..1000"), (dict(B_max=3), "must lie in .0, 1."),
     (dict(t_max=5000), "t_max must lie in 0..1000"), (dict(cfg_scale=float("nan")), "cfg_scale must be a finite"),
-    (dict(seed=-1), "seed must be 0 or more"), (dict(spacing="middling"), "spacing must be trailing")])
+    (dict(seed=-1), "seed must lie in 0"), (dict(seed=2 ** 64), "seed must lie in 0"),
+    (dict(spacing="middling"), "spacing must be trailing")])
 def test_sampling_refuses_what_is_out_of_range_before_it_begins(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
