@@ -136,7 +136,7 @@ def random_bench(args, device):
     """A Bench of random weights and data; its steps do not move the weights."""
     config = PRESETS[args.preset]
     network = ShiftedDiT(DiT(config), DomainShifters(config, args.rank).requires_grad_(False)).to(device)
-    optimizer = torch.optim.AdamW(network.dit.parameters(), lr=0.0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(network.dit.parameters(), lr=0.0, fused=device.type != "mps")
     sets, null = random_sets(args)
     return Bench(network, optimizer, sets, {key: value.to(device) for key, value in null.items()})
 

@@ -193,7 +193,7 @@ def make_optimizers(params, args, device):
     matrices = [p for name, p in params.items() if is_matrix(name)]
     others = [p for name, p in params.items() if not is_matrix(name)]
     optimizers = [torch.optim.AdamW([dict(params=others, lr_scale=1.0)], lr=args.lr, betas=(0.9, 0.99),
-                                    weight_decay=args.weight_decay, fused=device.type == "cuda")]
+                                    weight_decay=args.weight_decay, fused=device.type != "mps")]
     if matrices:
         optimizers.append(torch.optim.Muon([dict(params=matrices, lr_scale=3.0)], lr=args.lr,
                                            weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
