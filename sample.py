@@ -255,12 +255,11 @@ def selected_shift(path):
         return B_MAX, T_MAX
     try:
         stored = read_json(choice)
-        (name, total), (now_name, now) = stored["model"], file_id(path)
-        shift, total = (float(stored["B_max"]), int(stored["t_max"])), float(total)
+        shift, model = (float(stored["B_max"]), int(stored["t_max"])), stored["model"]
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{choice} is damaged: delete it, or make it again with python -m experiments.shift select") \
             from None
-    if name != now_name or not math.isclose(total, now, rel_tol=1e-9):      # numpy may add otherwise elsewhere
+    if model != file_id(path):
         raise ValueError(f"{choice} was chosen for another model of this name: run python -m experiments.shift select "
                          f"--model {path} again, or delete it")
     return shift

@@ -5,10 +5,12 @@
 
 The rows, their flags and the paper's numbers are in experiments/paper.py. A row's model is trained by train_stage2.py
 where it is missing, its images are sampled where they are missing, and both are kept in the run folder. Writes
-results/TABLE.json after each row, and at the end TABLE.md, TABLE.png (realism against consistency, a point a method)
-and TABLE_sheet.png (three objects, a row a method).
+results/TABLE.json after each row, with the images of three objects in TABLE.samples, and at the end TABLE.md, TABLE.png
+(realism against consistency, a point a method) and TABLE_sheet.png (those objects, a row a method). What stands in
+TABLE.json is not made again, so that another machine, without the run folder, goes on from there; --rows makes it anew.
 """
 import argparse
+import json
 import os
 import subprocess
 from dataclasses import replace
@@ -26,7 +28,7 @@ from evaluate import (DIGITS, asked_sampling, base_images, formatted, load_toy, 
 from experiments.paper import PAPER_COLUMNS, TABLES
 from geometry.camera import VIEWS
 from sample import default_base, sample_images
-from support.files import cached, file_id, read_json, read_metadata, write_json, write_text
+from support.files import cached, file_id, load_tensors, read_json, read_metadata, save_tensors, write_json, write_text
 from support.launch import BAR, launch, run_cli
 from support.networks import load_lpips
 from support.pictures import draw_points, save_image, save_picture, side_by_side, to_pixels, to_uint8
@@ -112,22 +114,31 @@ def run_table(args):
     base = base_images(default_base("toy", args.folder), args.num, folder, device, asked_sampling(args))
     base = judges.net.features(base / 255)
     results[ORACLE]["toy"][str(args.seed)] = measure(held["photo"] / 255, held, judges, base, task, weights)
-    todo = [row for row in rows if row.flags is not None and row.label in (args.rows or results)]
+    done = {label for label, row in results.items() if str(args.seed) in row["toy"]}
+    todo = [row for row in rows if row.flags is not None and row.label in (args.rows or results.keys() - done)]
     print(f"{len(todo)} rows on {args.num} held-out objects, seed {args.seed}; into {out}.json; a missing model is "
           "trained first, about ten minutes on one core", flush=True)
-    grids = {}
+    shown, samples = data.shown_objects(args.num), f"{out}.samples"
+    sheet = load_tensors(samples)[0] if os.path.isfile(samples) else {}             # {label: (3, V, 3, H, W)}
     for row in todo:
-        grids[row.label] = row_samples(row, trained_row(row, task, args), task, held, args, device)
-        toy = measure(grids[row.label] / 255, held, judges, base, task, weights)
+        images = row_samples(row, trained_row(row, task, args), task, held, args, device)
+        toy = measure(images / 255, held, judges, base, task, weights)
         results[row.label]["toy"][str(args.seed)] = toy | dict(commit=current_commit())
-        write_json(f"{out}.json", dict(settings=measured_settings(args), rows=results))
+        write_json(f"{out}.json", dict(settings=table_settings(args), rows=results))
+        if args.seed == 0:
+            sheet[row.label] = images[shown]
+            save_tensors(samples, sheet)
     write_table(out, results, args)
-    if not args.rows:
-        sheet = [("renders", held["image"]), *grids.items(), (ORACLE, held["photo"])]
-        shown = data.shown_objects(args.num)
-        save_picture(f"{out}_sheet.png", [(label, images[shown].flatten(0, 1)) for label, images in sheet],
-                     column_titles=VIEWS * len(shown))
-    print(f"wrote {out}.json, {out}.md, {out}.png" + ("" if args.rows else f" and {out}_sheet.png"))
+    sheet |= {"renders": held["image"][shown], ORACLE: held["photo"][shown]}
+    labels = ["renders", *(row.label for row in rows), ORACLE]
+    save_picture(f"{out}_sheet.png", [(label, sheet[label].flatten(0, 1)) for label in labels if label in sheet],
+                 column_titles=VIEWS * len(shown))
+    print(f"wrote {out}.json, {out}.md, {out}.png and {out}_sheet.png")
+
+
+def table_settings(args):
+    """What a results file's numbers stand on: the flags that decide them and the base model."""
+    return measured_settings(args) | dict(base=file_id(default_base("toy", args.folder)))
 
 
 def table_rows(rows, stored):
@@ -143,7 +154,7 @@ def read_results(path, args):
     """The rows of a results file, {} where there is none. Raises ValueError if it was made with other settings."""
     if not os.path.isfile(path):
         return {}
-    stored, now = read_json(path), measured_settings(args)
+    stored, now = read_json(path), json.loads(json.dumps(table_settings(args)))
     if not isinstance(stored, dict) or not all(isinstance(stored.get(part), dict) for part in ("settings", "rows")):
         raise ValueError(f"{path} is no file of results: delete it, or name another folder with --results")
     other = [f"--{name} {stored['settings'].get(name)} (now {value})" for name, value in now.items()

@@ -4,11 +4,12 @@
     python tests/compare_diffusers.py --cpu_time --threads 1            # on a busy one
 
 Both take turns in one process: a training step (forward, epsilon loss, backward, clipping, AdamW) in fp32 and in bf16
-autocast, and 50 steps of DDIM with guidance. The ratio is diffusers' time over ours; a loss is that before the first
-step. tests/full/test_diffusers.py checks the numbers of smaller models.
+autocast, without and with the blocks of both compiled, and 50 steps of DDIM with guidance. The ratio is diffusers' time
+over ours; a loss is that before the first step. tests/full/test_diffusers.py checks the numbers of smaller models.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -114,24 +115,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6, help="training steps that are timed; images: a third as many")
     parser.add_argument("--threads", type=int, help="CPU threads (default: what PyTorch takes)")
-    parser.add_argument("--compile", action="store_true", help="compile our blocks, as train_stage1.py --compile does")
     parser.add_argument("--cpu_time", action="store_true", help="count CPU seconds, not those of the clock")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     clock, batch = time.process_time if args.cpu_time else time.perf_counter, make_batch()
-    for name in ("fp32", "bf16"):
+    for name, how in itertools.product(("fp32", "bf16"), ("eager", "compiled")):
         models = make_models()
-        if args.compile:
-            for block in models[1].blocks:
+        if how == "compiled":
+            for block in (*models[0].transformer_blocks, *models[1].blocks):
                 block.compile()
         autocast = torch.autocast("cpu", torch.bfloat16) if name == "bf16" else nullcontext()
-        turns = [
-            partial(training_step, model, torch.optim.AdamW(model.parameters(), lr=1e-4), loss_of, batch, autocast)
-            for model, loss_of in zip(models, (their_loss, our_loss))
-        ]
-        a, b = take_turns(f"training step, {name}", *turns, args.rounds, clock)
-        print(f"; loss {a:.6f} and {b:.6f}, difference {abs(a - b):.1e}")
+        turns = []
+        for model, loss_of in zip(models, (their_loss, our_loss)):
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+            turns.append(partial(training_step, model, optimizer, loss_of, batch, autocast))
+        a, b = take_turns(f"training step, {name}, {how}", *turns, args.rounds, clock)
+        print(f"; loss {a:.6f} and {b:.6f}, difference {abs(a - b):.1e}", flush=True)
     (theirs, ours), (x, _, _, text, mask) = make_models(), make_batch(4)
     inputs = x, text, torch.randn(1, TOKENS, TEXT_DIM), mask
     turns = partial(their_sample, theirs, *inputs), partial(our_sample, ours, *inputs)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from support.files import load_tensors, read_metadata, save_tensors
+from support.files import checksum, load_tensors, read_metadata, save_tensors
 
 # flags that do not decide the result of a training; files decide by what is in them, see `made_from`
 NOT_SETTINGS = ("out", "log_every", "save_every", "sample_every", "picture_steps", "compile", "grad_checkpointing",
@@ -39,14 +39,6 @@ def made_from(network, sets):
             objects = " ".join(name for _, name in dataset.places)
             made[f"{domain} set"] = [dataset.key, dataset.shape, zlib.crc32(objects.encode())]
     return json.loads(json.dumps(made))
-
-
-def checksum(tensors):
-    """CRC-32 over the bytes of {name: tensor}."""
-    crc = 0
-    for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy(), crc)
-    return crc
 
 
 def hold(out):
