@@ -154,9 +154,10 @@ def read_results(path, args):
     """The rows of a results file, {} where there is none. Raises ValueError if it was made with other settings."""
     if not os.path.isfile(path):
         return {}
-    stored, now = read_json(path), json.loads(json.dumps(table_settings(args)))
+    stored = read_json(path)
     if not isinstance(stored, dict) or not all(isinstance(stored.get(part), dict) for part in ("settings", "rows")):
         raise ValueError(f"{path} is no file of results: delete it, or name another folder with --results")
+    now = json.loads(json.dumps(table_settings(args)))
     other = [f"--{name} {stored['settings'].get(name)} (now {value})" for name, value in now.items()
              if stored["settings"].get(name) != value]
     if other:
