@@ -21,7 +21,7 @@ from toy.world import asset_captions, sample_assets, tokenize
 from training.estimate import choose
 from training.flags import fill_defaults, parse_training, stage1_name, training_arguments
 from training.loop import Iteration, save_trained, train
-from training.sets import base_model, null_caption, training_sets
+from training.sets import base_model, check_base, null_caption, training_sets
 
 
 def stage1_plan(domains):
@@ -81,6 +81,7 @@ def main(argv=None):
     args = parse_args(argv)
     launched = launch(args.threads or MOST_THREADS)         # until the trial
     fill_defaults(args, "stage1", launched)
+    check_base(args)
     choose(args, launched, args.name)
     run_stage1(args, launched)
 

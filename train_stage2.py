@@ -39,7 +39,7 @@ from support.speed import MOST_THREADS
 from training.estimate import announce
 from training.flags import fill_defaults, parse_training, training_arguments
 from training.loop import Iteration, save_trained, train
-from training.sets import base_model, null_caption, training_sets
+from training.sets import base_model, check_base, null_caption, training_sets
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which iteration comes when (Sec. 4.2)
@@ -202,6 +202,7 @@ def main(argv=None):
     args = parse_args(argv)
     launched = launch(args.threads or MOST_THREADS)         # until the trial
     fill_defaults(args, "stage2", launched)
+    check_base(args)
     announce(args, train_stage1.stage1_file(args), launched)
     path = run_stage2(args, launched)
     if launched.rank == 0:

@@ -4,11 +4,11 @@ import os
 import torch
 
 from data import synthetic_set
-from dit import PRESETS
+from dit import PRESETS, read_config, require_config
 from full.latents import LatentSet
 from full.pixart import load_base
 from sample import Sampling, default_base, write_real_set
-from support.files import load_tensors
+from support.files import load_tensors, read_metadata
 from support.launch import on_rank_0_first
 from toy.world import TEXT_LENGTH, VOCAB, tokenize
 
@@ -18,6 +18,14 @@ def base_path(args):
     if args.base and not os.path.isfile(args.base):
         raise FileNotFoundError(f"no such file: {args.base} (--base)")
     return args.base or default_base(args.preset, args.out)
+
+
+def check_base(args):
+    """Raises, before any work, where the base model is missing, damaged or of another configuration."""
+    path = base_path(args)
+    metadata = read_metadata(path)
+    if "config" in metadata:                                # PixArt-alpha's weights have none
+        require_config(path, read_config(path, metadata), PRESETS[args.preset])
 
 
 def base_model(args, device):
