@@ -123,11 +123,11 @@ def run_table(args):
     for row in todo:
         images = row_samples(row, trained_row(row, task, args), task, held, args, device)
         toy = measure(images / 255, held, judges, base, task, weights)
-        results[row.label]["toy"][str(args.seed)] = toy | dict(commit=current_commit())
-        write_json(f"{out}.json", dict(settings=table_settings(args), rows=results))
-        if args.seed == 0:
+        if args.seed == 0:                      # before the row counts as done
             sheet[row.label] = images[shown]
             save_tensors(samples, sheet)
+        results[row.label]["toy"][str(args.seed)] = toy | dict(commit=current_commit())
+        write_json(f"{out}.json", dict(settings=table_settings(args), rows=results))
     write_table(out, results, args)
     sheet |= {"renders": held["image"][shown], ORACLE: held["photo"][shown]}
     labels = ["renders", *(row.label for row in rows), ORACLE]
