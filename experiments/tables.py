@@ -28,7 +28,8 @@ from evaluate import (DIGITS, asked_sampling, base_images, formatted, load_toy, 
 from experiments.paper import PAPER_COLUMNS, TABLES
 from geometry.camera import VIEWS
 from sample import default_base, sample_images
-from support.files import cached, file_id, load_tensors, read_json, read_metadata, save_tensors, write_json, write_text
+from support.files import (cached, file_id, load_tensors, locked, read_json, read_metadata, save_tensors, write_json,
+                           write_text)
 from support.launch import BAR, launch, run_cli
 from support.networks import load_lpips
 from support.pictures import draw_points, save_image, save_picture, side_by_side, to_pixels, to_uint8
@@ -113,27 +114,40 @@ def run_table(args):
     held = data.evaluation_set(args.num, folder=folder, device=device)
     base = base_images(default_base("toy", args.folder), args.num, folder, device, asked_sampling(args))
     base = judges.net.features(base / 255)
-    results[ORACLE]["toy"][str(args.seed)] = measure(held["photo"] / 255, held, judges, base, task, weights)
     done = {label for label, row in results.items() if str(args.seed) in row["toy"]}
     todo = [row for row in rows if row.flags is not None and row.label in (args.rows or results.keys() - done)]
     print(f"{len(todo)} rows on {args.num} held-out objects, seed {args.seed}; into {out}.json; a missing model is "
           "trained first, about ten minutes on one core", flush=True)
-    shown, samples = data.shown_objects(args.num), f"{out}.samples"
-    sheet = load_tensors(samples)[0] if os.path.isfile(samples) else {}             # {label: (3, V, 3, H, W)}
+    results = keep_row(ORACLE, held["photo"], measure(held["photo"] / 255, held, judges, base, task, weights), out, args)
     for row in todo:
         images = row_samples(row, trained_row(row, task, args), task, held, args, device)
         toy = measure(images / 255, held, judges, base, task, weights)
-        if args.seed == 0:                      # before the row counts as done
-            sheet[row.label] = images[shown]
-            save_tensors(samples, sheet)
-        results[row.label]["toy"][str(args.seed)] = toy | dict(commit=current_commit())
-        write_json(f"{out}.json", dict(settings=table_settings(args), rows=results))
+        results = keep_row(row.label, images, toy | dict(commit=current_commit(), device=device.type), out, args)
     write_table(out, results, args)
-    sheet |= {"renders": held["image"][shown], ORACLE: held["photo"][shown]}
+    shown = data.shown_objects(args.num)
+    sheet = {"renders": held["image"][shown]} | read_samples(f"{out}.samples")
     labels = ["renders", *(row.label for row in rows), ORACLE]
     save_picture(f"{out}_sheet.png", [(label, sheet[label].flatten(0, 1)) for label in labels if label in sheet],
                  column_titles=VIEWS * len(shown))
     print(f"wrote {out}.json, {out}.md, {out}.png and {out}_sheet.png")
+
+
+def keep_row(label, images, toy, out, args):
+    """Adds a row's measures to OUT.json, and of seed 0 its shown objects to OUT.samples; returns all rows, with those
+    that other processes, of other rows or seeds, have added meanwhile."""
+    with locked(args.results):
+        if args.seed == 0:                      # before the row counts as done
+            samples = f"{out}.samples"
+            save_tensors(samples, read_samples(samples) | {label: images[data.shown_objects(args.num)]})
+        results = table_rows(TABLES[args.table][1], read_results(f"{out}.json", args))
+        results[label]["toy"][str(args.seed)] = toy
+        write_json(f"{out}.json", dict(settings=table_settings(args), rows=results))
+    return results
+
+
+def read_samples(path):
+    """{label: uint8 (3, V, 3, H, W)} of the rows of which images are kept."""
+    return load_tensors(path)[0] if os.path.isfile(path) else {}
 
 
 def table_settings(args):
@@ -291,7 +305,7 @@ def parse_args(argv=None):
     add("--results", default="results", help="where the tables and their pictures go (default %(default)s)")
     add("--folder", default="runs/toy", help="run folder: sets, models, samples (default %(default)s)")
     add("--rows", nargs="+", metavar="LABEL", help="only these rows (default: all)")
-    add("--train_flags", default="--dtype bfloat16 --compile", help="more flags for train_stage2.py, as "
+    add("--train_flags", default="--dtype bfloat16", help="more flags for train_stage2.py, as "
         "--train_flags='%(default)s', the default")
     return parser.parse_args(argv)
 

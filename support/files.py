@@ -5,6 +5,7 @@ Everything is written to a temporary name and moved into place, so that a stop l
 import json
 import os
 import zlib
+from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -147,3 +148,23 @@ def read_json(path):
             return json.load(file)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, or take it from git") from None
+
+
+@contextmanager
+def locked(folder):
+    """Within it no other process is within its own `locked(folder)`: they wait. For files that several add to."""
+    os.makedirs(folder, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:                         # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:                             # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)

@@ -12,6 +12,11 @@ DRAWS = 3               # (DRAWS, seed, step): i and j of an iteration (Sec. 4.2
 SAMPLES = 4             # (SAMPLES, seed, key): the initial noise of a sample
 
 
+def seeded_words(*key, num=1):
+    """num random 64-bit words, a pure function of some whole numbers, such as (NOISE, seed, step, sample)."""
+    return np.random.SeedSequence(key).generate_state(num, np.uint64)
+
+
 def seeded_generator(*key, device="cpu"):
-    """A torch.Generator that is a pure function of some whole numbers, such as (NOISE, seed, step, sample)."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    """A torch.Generator that is a pure function of some whole numbers."""
+    return torch.Generator(device).manual_seed(int(seeded_words(*key)[0] >> 1))

@@ -5,11 +5,12 @@ So nothing of it is part of a training's state, and two processes with half a ba
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from data import LATENT_SCALE, data_indices, read_rows, set_shape
 from dit import T
-from support.generators import NOISE, seeded_generator
+from support.generators import NOISE, seeded_words
 from support.pictures import to_pixels
 
 
@@ -45,15 +46,16 @@ def draw_noise(shape, seed, step, first, count, device, timesteps=(0, T, 1)):
 
     timesteps: (first, last, draws), t is the least of so many uniform draws from [first, last).
 
-    Every sample has a generator of its own, so two ranks with half the batch draw what one rank draws with all of it.
+    Every sample has random words of its own, so two ranks with half the batch draw what one rank draws with all of it.
     """
-    (low, high, draws), t, noise, u = timesteps, [], [], []
-    for k in range(first, first + count):
-        generator = seeded_generator(NOISE, seed, step, k, device=device)
-        t.append(torch.randint(low, high, (draws,), generator=generator, device=device).min())
-        noise.append(torch.randn(shape, generator=generator, device=device))
-        u.append(torch.rand((), generator=generator, device=device))
-    return torch.stack(t), torch.stack(noise), torch.stack(u)
+    low, high, draws = timesteps
+    words = np.stack([seeded_words(NOISE, seed, step, k, num=2 + draws) for k in range(first, first + count)])
+    noise, generator = torch.empty(count, *shape, device=device), torch.Generator(device)
+    for row, word in zip(noise, words[:, 0]):
+        row.normal_(generator=generator.manual_seed(int(word >> 1)))
+    uniform = (words[:, 1:] >> 11) * 2.0 ** -53
+    t = low + torch.from_numpy(uniform[:, 1:].min(axis=1) * (high - low)).long()
+    return t.to(device), noise, torch.from_numpy(uniform[:, 0]).float().to(device)
 
 
 def with_noise(batch, iteration, seed, step, first):
