@@ -162,9 +162,9 @@ def data_indices(num, first, count, *key):
     key: whole numbers, such as seed and domain. Each epoch has an order of its own, a function of (key, epoch).
     """
     places = torch.arange(first, first + count)
-    orders = {epoch: torch.randperm(num, generator=seeded_generator(ORDER, *key, epoch))
-              for epoch in (places // num).unique().tolist()}
-    return torch.stack([orders[int(place) // num][place % num] for place in places])
+    epochs = range(first // num, (first + count - 1) // num + 1)
+    orders = [torch.randperm(num, generator=seeded_generator(ORDER, *key, epoch)) for epoch in epochs]
+    return torch.stack(orders)[places // num - epochs[0], places % num]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
