@@ -14,14 +14,13 @@ import argparse
 from baselines.adapters import ADAPTERS, new_network, sees_both_domains
 from data import SEEDS
 from sample import Sampling, sample_images
-from support.launch import launch, run_cli
+from support.launch import run_cli
 from support.pictures import save_picture, to_uint8
-from support.speed import MOST_THREADS
 from toy.world import asset_captions, sample_assets, tokenize
-from training.estimate import choose
-from training.flags import fill_defaults, parse_training, stage1_name, training_arguments
+from training.estimate import choose, launch_training
+from training.flags import parse_training, stage1_file, training_arguments
 from training.loop import Iteration, save_trained, train
-from training.sets import base_model, check_base, null_caption, training_sets
+from training.sets import base_model, null_caption, training_sets
 
 
 def stage1_plan(domains):
@@ -45,11 +44,6 @@ def run_stage1(args, launched):
     losses = train(network, sets, null_caption(base, sets["syn"]), stage1_plan(domains), args, launched,
                    domain_preview(network, args))
     return save_trained(stage1_file(args), network, args, losses, launched, keep=("shifters", "adapter"))
-
-
-def stage1_file(args):
-    """Where stage 1 leaves its shifters, or a baseline's adapter."""
-    return f"{args.out}/{stage1_name(args.adapter, args.rank)}.safetensors"
 
 
 def domain_preview(network, args):
@@ -79,9 +73,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    launched = launch(args.threads or MOST_THREADS)         # until the trial
-    fill_defaults(args, "stage1", launched)
-    check_base(args)
+    launched = launch_training(args, "stage1", argv is None)
     choose(args, launched, args.name)
     run_stage1(args, launched)
 

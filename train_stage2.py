@@ -34,12 +34,11 @@ from domain_shifter import P_B, TAU_B, draw_frozen_blocks, draw_reassigned_block
 from sample import Sampling, object_sheet
 from support.files import read_metadata
 from support.generators import DRAWS, seeded_generator
-from support.launch import finite, launch, run_cli
-from support.speed import MOST_THREADS
-from training.estimate import announce
-from training.flags import fill_defaults, parse_training, training_arguments
+from support.launch import finite, run_cli
+from training.estimate import announce, launch_training
+from training.flags import fill_defaults, parse_training, stage1_file, training_arguments
 from training.loop import Iteration, save_trained, train
-from training.sets import base_model, check_base, null_caption, training_sets
+from training.sets import base_model, null_caption, training_sets
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which iteration comes when (Sec. 4.2)
@@ -89,7 +88,7 @@ def stage2_network(args, launched):
 
 def stage1_path(args, launched):
     """The run folder's shifters or adapter, trained first where they are missing (toy and small)."""
-    path = args.shifters or train_stage1.stage1_file(args)
+    path = args.shifters or stage1_file(args)
     if os.path.isfile(path):
         made = read_metadata(path).get("settings")
         if launched.rank == 0 and isinstance(made, dict):
@@ -192,7 +191,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+    may_spread, argv = argv is None, sys.argv[1:] if argv is None else argv
     if "--layer_selective" in argv:
         from experiments import layer_selective
         return layer_selective.main([flag for flag in argv if flag != "--layer_selective"])
@@ -200,10 +199,8 @@ def main(argv=None):
         from experiments import benchmark
         return benchmark.main([flag for flag in argv if flag != "--benchmark"])
     args = parse_args(argv)
-    launched = launch(args.threads or MOST_THREADS)         # until the trial
-    fill_defaults(args, "stage2", launched)
-    check_base(args)
-    announce(args, train_stage1.stage1_file(args), launched)
+    launched = launch_training(args, "stage2", may_spread)
+    announce(args, launched)
     path = run_stage2(args, launched)
     if launched.rank == 0:
         print(f"to draw more: python sample.py --model {path}")

@@ -200,7 +200,7 @@ def test_what_is_announced_is_what_is_missing(method, tmp_path, monkeypatch, cap
     """Stage 1 where the method has one, for three epochs of each domain; the real set where one of the two needs it."""
     monkeypatch.setattr(training.estimate, "choose", lambda *args: training.estimate.Pace(0.06, 0.006))
     args = fill_defaults(parse_args(["--method", method, "--out", str(tmp_path)]), "stage2", ALONE)
-    training.estimate.announce(args, train_stage1.stage1_file(args), ALONE)
+    training.estimate.announce(args, ALONE)
     line, kind = capsys.readouterr().out, METHODS[method]
     assert ("train stage 1" in line) == kind.stage1 and f"train stage 2 ({args.steps * 0.016:.1f} min)" in line
     if kind.stage1:

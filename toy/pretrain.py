@@ -16,13 +16,12 @@ from domain_shifter import ShiftedDiT
 from full.pixart import load_base
 from geometry.camera import VIEWS
 from sample import Sampling, sample_images
-from support.launch import launch, on_rank_0_first, run_cli
+from support.launch import on_rank_0_first, run_cli
 from support.pictures import save_picture, to_uint8
-from support.speed import MOST_THREADS
 from toy.render import Look, render
 from toy.world import BACKGROUNDS, STYLES, asset_captions, tokenize, uniforms
-from training.estimate import choose
-from training.flags import fill_defaults, parse_training, training_arguments
+from training.estimate import choose, launch_training
+from training.flags import parse_training, training_arguments
 from training.loop import Iteration, save_trained, train
 
 PREVIEWS = ("photo of a red wooden mug, white background", "photo of a blue marble duck, white background",
@@ -91,8 +90,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    launched = launch(args.threads or MOST_THREADS)         # until the trial
-    fill_defaults(args, "base", launched)
+    launched = launch_training(args, "base", argv is None)
     choose(args, launched, args.name)
     train_base(args, launched)
 

@@ -1,4 +1,5 @@
 """How to compute a training on this machine, and how long it should take, from a short trial at its start."""
+import copy
 import os
 import time
 from glob import glob
@@ -9,15 +10,17 @@ import torch
 from baselines.adapters import sees_both_domains
 from baselines.methods import METHODS
 from dit import PRESETS, DiT
-from support.speed import MOST_THREADS, autocast, choose_speed, seconds_of
+from support.launch import launch, with_others
+from support.speed import CPU_DTYPES, MOST_THREADS, autocast, choose_speed, seconds_of, thread_counts, time_choices
 from toy.render import render
 from toy.world import sample_assets, tokenize
-from training.flags import stage1_folder, steps_of_stage
-from training.sets import real_set_path
+from training.flags import fill_defaults, stage1_file, stage1_folder, steps_of_stage
+from training.sets import check_base, real_set_path
 from training.states import stored_speed
 
 IMAGES = 16                         # that the trial computes at once: the toy's four grids of a step
 COMPILING_PAYS = 120                # seconds that a training must take at least before a compilation is tried
+PROCESSES_PAY = 1.15                # how much faster several processes must be than one
 
 
 class Pace(NamedTuple):
@@ -25,6 +28,72 @@ class Pace(NamedTuple):
     step: float
     forward: float
     compiling: float = 0.0
+
+
+def launch_training(args, stage, may_spread):
+    """Launches a training, completes its flags (`fill_defaults`) and looks at its base model -> Launched.
+
+    may_spread: whether the program may start itself again, to train in several processes, which on a CPU can be faster
+    than as many threads and minds other programs less: where it was started alone, and --threads and --batch are open.
+    """
+    launched = launch(args.threads or MOST_THREADS)         # until the trial
+    alone = fill_defaults(copy.copy(args), stage, launched)
+    if stage != "base":
+        check_base(alone)
+    opened = may_spread and args.threads is None and args.batch is None and "WORLD_SIZE" not in os.environ
+    if opened and launched.device.type == "cpu" and not PRESETS[args.preset].latent:
+        processes, args.threads = choose_processes(alone, resumed(alone, stage))
+        if processes > 1:
+            launched = with_others(processes, args.threads)
+        else:
+            args.threads = None
+    fill_defaults(args, stage, launched)
+    return launched
+
+
+def resumed(args, stage):
+    """Names of the trainings that a command may go on with, the last one first: of stage 2, and of the stage 1 before it
+    where that has not ended."""
+    if stage == "stage2" and METHODS[args.method].stage1 and not os.path.isfile(args.shifters or stage1_file(args)):
+        return [args.name, stage1_folder(args.adapter, args.rank)]
+    return [args.name]
+
+
+def choose_processes(args, names):
+    """(processes, threads of each) that compute fastest here, or with which a stopped run did, see `choose`; (1, None)
+    leaves the threads to it. Says so where it is several."""
+    before = stored_speed([f"{args.out}/{name}" for name in names])
+    if before:
+        return before.get("processes", 1), before["threads"]
+    step, _ = trial(PRESETS[args.preset], torch.device("cpu"))[1:]
+    seconds = time_choices(step, thread_counts(), [args.dtype] if args.dtype else CPU_DTYPES)
+    images = {}                                             # a second, of (processes, threads)
+    for (threads, _), took in seconds.items():
+        processes = max(count for count in range(1, MOST_THREADS // threads + 1) if args.batch % count == 0)
+        images[processes, threads] = max(images.get((processes, threads), 0), processes * IMAGES / took)
+    one = max((speed for (processes, _), speed in images.items() if processes == 1), default=0)
+    processes, threads = max(images, key=images.get)
+    best = images[processes, threads]
+    if processes == 1 or best < PROCESSES_PAY * one:
+        return 1, None
+    print(f"fastest here: {processes} processes of {threads} thread(s), about {best:.0f} images/s (in one process "
+          f"{one:.0f}); --threads trains in one", flush=True)
+    return processes, threads
+
+
+def trial(config, device):
+    """(a new model, step(), forward()): a little of what a training does, with IMAGES images of it."""
+    model = DiT(config).to(device)
+    x = torch.randn(IMAGES // 4, 4, config.channels, config.image_size, config.image_size, device=device)
+    t, text = torch.zeros(len(x), dtype=torch.long, device=device), tokenize([""] * len(x)).to(device)
+
+    def step():
+        model(x, t, text).square().mean().backward()
+
+    def forward():
+        with torch.no_grad():
+            model(x, t, text)
+    return model, step, forward
 
 
 def choose(args, launched, *names):
@@ -46,16 +115,7 @@ def choose(args, launched, *names):
         args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         args.compile = bool(args.compile)
         return None
-    model = DiT(config).to(device)
-    x = torch.randn(IMAGES // 4, 4, config.channels, config.image_size, config.image_size, device=device)
-    t, text = torch.zeros(len(x), dtype=torch.long, device=device), tokenize([""] * len(x)).to(device)
-
-    def step():
-        model(x, t, text).square().mean().backward()
-
-    def forward():
-        with torch.no_grad():
-            model(x, t, text)
+    model, step, forward = trial(config, device)
     args.dtype, step_seconds, said = choose_speed(step, IMAGES, device, threads, args.dtype)
     pace = Pace(step_seconds, min(seconds_of(forward, device) for _ in range(2)) / IMAGES)
     images = args.steps * args.batch * args.images_per_grid
@@ -68,7 +128,8 @@ def choose(args, launched, *names):
         torch.distributed.broadcast_object_list(chosen)
         args.dtype, args.compile, pace = chosen[0]
     if said and launched.rank == 0:
-        print(f"{said}; --dtype, --threads, --compile override", flush=True)
+        of_each = f" in each of {launched.world} processes" if launched.world > 1 else ""
+        print(f"{said}{of_each}; --dtype, --threads, --compile override", flush=True)
     return pace
 
 
@@ -92,20 +153,19 @@ def try_compiling(model, step, images, pace, dtype):
     return (Pace(seconds, pace.forward, compiling), True, said) if pays else (pace, False, said)
 
 
-def announce(args, stage1_file, launched):
+def announce(args, launched):
     """Prints what train_stage2.py will do and how long that should take: what is missing before it, and stage 2.
 
-    stage1_file: where stage 1 leaves its shifters or adapter. Nothing is said of latents, whose stages are started by
-    hand.
+    Nothing is said of latents, whose stages are started by hand.
     """
     config = PRESETS[args.preset]
-    pace = choose(args, launched, args.name, stage1_folder(args.adapter, args.rank))
+    pace = choose(args, launched, *resumed(args, "stage2"))
     if config.latent or launched.rank > 0:
         return
     start = time.perf_counter()
     render(sample_assets(16, 0), size=config.image_size, device=launched.device)
     rendering = (time.perf_counter() - start) / 16
-    stage1 = METHODS[args.method].stage1 and not args.joint and not os.path.isfile(args.shifters or stage1_file)
+    stage1 = METHODS[args.method].stage1 and not args.joint and not os.path.isfile(args.shifters or stage1_file(args))
     needs_real = not args.no_real_data or stage1 and sees_both_domains(args.adapter)
     todo = {}
     if not (args.synthetic or glob(f"{args.out}/sets/synthetic_{args.num_assets}_*")):

@@ -167,6 +167,11 @@ def stage1_name(adapter, rank):
     return "shifters" if (adapter, rank) == ("shifters", 8) else f"{adapter}_{rank}"
 
 
+def stage1_file(args):
+    """Where stage 1 leaves its shifters, or a baseline's adapter."""
+    return f"{args.out}/{stage1_name(args.adapter, args.rank)}.safetensors"
+
+
 def stage1_folder(adapter, rank):
     """The name of a stage 1 below the run folder: "stage1" for the paper's."""
     name = stage1_name(adapter, rank)

@@ -74,7 +74,7 @@ def save_state(out, step, trained, args, world, made):
     for optimizer in optimizers:
         for p, moments in optimizer.state.items():
             tensors |= {f"{key}.{names[p]}": torch.as_tensor(value) for key, value in moments.items()}
-    speed = dict(dtype=args.dtype, threads=torch.get_num_threads(), compile=args.compile)
+    speed = dict(dtype=args.dtype, threads=torch.get_num_threads(), compile=args.compile, processes=world)
     path = f"{out}/state_{step:08d}.safetensors"
     save_tensors(path, tensors, step=step, made_from=made, speed=speed, checksum=checksum(tensors),
                  settings=training_settings(args) | {"processes": world})
@@ -115,7 +115,7 @@ def load_state(out, trained, args, world, made):
 
 def stored_speed(folders):
     """How the run computed whose states are in the first of `folders` that has any, {"dtype": .., "threads": ..,
-    "compile": ..}: another way rounds otherwise. {} if there is no state."""
+    "compile": .., "processes": ..}: another way rounds otherwise. {} if there is no state."""
     for path in (path for out in folders for path in sorted(glob(f"{out}/state_*.safetensors"), reverse=True)):
         try:
             return read_metadata(path).get("speed", {})

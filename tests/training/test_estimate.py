@@ -7,7 +7,7 @@ from train_worker import tiny_args, train_tiny
 import dit
 import training.estimate
 from train_stage2 import parse_args
-from training.estimate import Pace, choose, try_compiling
+from training.estimate import Pace, choose, choose_processes, launch_training, try_compiling
 from training.flags import fill_defaults
 from training.states import stored_speed
 
@@ -42,7 +42,7 @@ def test_open_flags_are_completed_and_given_ones_kept(tmp_path, trial, capsys):
 def test_a_resumed_run_computes_as_it_did(tmp_path, trial, monkeypatch):
     """The newest state that can be read says how, of stage 2 or else of stage 1; flags override it."""
     train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1, "--dtype", "bfloat16", "--save_every", 1, "--no-compile")
-    made, folder = dict(dtype="bfloat16", threads=torch.get_num_threads(), compile=False), tmp_path / "tiny"
+    made, folder = dict(dtype="bfloat16", threads=torch.get_num_threads(), compile=False, processes=1), tmp_path / "tiny"
     assert stored_speed([tmp_path / "none", folder]) == made and stored_speed([tmp_path / "none"]) == {}
     newest = sorted(folder.glob("state_*"))[-1]
     for names in (("tiny",), ("none", "tiny")):
@@ -56,6 +56,32 @@ def test_a_resumed_run_computes_as_it_did(tmp_path, trial, monkeypatch):
     monkeypatch.setattr(training.estimate, "stored_speed", lambda folders: made | {"threads": 64})
     choose(tiny_args(tmp_path), ALONE, "tiny")
     assert trial["asked"][0] == training.estimate.MOST_THREADS                      # fewer cores than there were
+
+
+@pytest.mark.parametrize("cores, batch, seconds, chosen", [
+    (2, 4, {1: .2, 2: .15}, (2, 1)),                        # 160 images/s in two processes, 107 in one
+    (2, 4, {1: .2, 2: .11}, (1, None)),                     # 160 and 145: not worth it
+    (2, 3, {1: .2, 2: .15}, (1, None)),                     # three grids cannot be halved
+    (8, 4, {1: .2, 2: .11, 4: .08, 8: .3}, (4, 2)),         # 582; 400 in two of 4, 320 in four of 1, of which 4 are idle
+    (2, 4, {1: .2}, (2, 1))])                               # two threads were hopeless
+def test_processes_are_chosen_by_what_they_would_compute(cores, batch, seconds, chosen, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.estimate, "MOST_THREADS", cores)
+    monkeypatch.setattr(training.estimate, "time_choices", lambda work, counts, dtypes: {
+        (threads, dtype): took for threads, took in seconds.items() for dtype in dtypes})
+    assert choose_processes(stage2_args(tmp_path, "--batch", batch), ["none"]) == chosen
+    monkeypatch.setattr(training.estimate, "stored_speed", lambda folders: dict(threads=3, processes=4))
+    assert choose_processes(stage2_args(tmp_path), ["a"]) == (4, 3)                     # as the stopped run
+
+
+@pytest.mark.parametrize("flags", [["--threads", "1"], ["--batch", "4"], []])
+def test_a_training_spreads_only_where_flags_are_open_and_nobody_called_it(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.estimate, "choose_processes", lambda args, names: (2, 1))
+    monkeypatch.setattr(training.estimate, "with_others", lambda count, threads: ALONE._replace(world=count))
+    args = parse_args([*flags, "--out", str(tmp_path)])
+    assert launch_training(args, "stage2", True).world == (1 if flags else 2)
+    assert args.batch == (4 if flags else 2) and args.steps == 2020             # 4 grids a step either way
+    args = parse_args([*flags, "--out", str(tmp_path)])
+    assert launch_training(args, "stage2", False).world == 1
 
 
 def test_compilation_is_tried_in_long_runs_only(tmp_path, trial, monkeypatch):
