@@ -37,6 +37,7 @@ from support.files import file_id, load_tensors, read_json, read_metadata, save_
 from support.generators import SAMPLES, seeded_generator
 from support.launch import BAR, UsageError, barrier, finite, launch, run_cli
 from support.pictures import save_image, save_picture, to_uint8
+from support.speed import autocast
 from toy.render import asset_mesh
 from toy.world import WORLD_VERSION, exaggerated, sample_assets, take, tokenize
 
@@ -148,6 +149,7 @@ class Sampling:
     t_max: int = T_MAX
     seed: int = 0                   # decides the noise
     batch: int = 64                 # samples computed at once, changes none of them
+    dtype: str | None = None        # of autocast, "float32" or "bfloat16"; None: bf16 for latents on CUDA, else fp32
 
     def __post_init__(self):
         if isinstance(self.mode, str) and self.mode not in MODES:
@@ -173,13 +175,14 @@ def sample_images(network, inputs, sampling=Sampling(), views=1, keys=None, prog
 
     network: ShiftedDiT. inputs: "text" (N, L) ids; or vectors (N, L, D), with "text_mask" (N, L) and "null", the empty
     caption, as `guided_noise` takes it; perhaps "control" (N, V, C_c, H, W), which is empty where absent. views: V, 1
-    is single-image mode. keys: N whole numbers (default 0, 1, ..), the samples' numbers for `initial_noise`. Latents
-    are sampled in bf16 on CUDA. Returns (N, V, C, H, W) in the model's range, on the CPU.
+    is single-image mode. keys: N whole numbers (default 0, 1, ..), the samples' numbers for `initial_noise`. Returns
+    (N, V, C, H, W) in the model's range, on the CPU.
     """
     config, like = network.dit.config, network.dit.positions            # like: its device and dtype
     null = inputs.get("null", {} if config.latent else {"text": tokenize([""])})
     null = {key: value.to(like.device) for key, value in null.items()}
     domains = domain_mode(sampling.mode, config.depth, sampling.B_max, sampling.t_max)
+    dtype = sampling.dtype or ("bfloat16" if like.is_cuda and config.latent else "float32")
     shape = (views, config.channels, config.image_size, config.image_size)
     images, keys = [], range(len(inputs["text"])) if keys is None else keys
     for rows in torch.arange(len(inputs["text"])).split(sampling.batch):
@@ -190,7 +193,7 @@ def sample_images(network, inputs, sampling=Sampling(), views=1, keys=None, prog
         predict_noise = guided_noise(network, null, domains, sampling.cfg_scale, **given)
         if progress is not None:
             predict_noise = ticking(predict_noise, progress, 1 / sampling.num_steps)
-        with torch.autocast(like.device.type, torch.bfloat16, enabled=like.is_cuda and config.latent):
+        with autocast(like.device, dtype):
             x0 = ddim_sample(predict_noise, x, sampling.num_steps, sampling.spacing, clip_x0=config.output_skip)
         images.append(x0.cpu())                                                                     # (B, V, C, H, W)
     return torch.cat(images)
@@ -283,7 +286,8 @@ def write_real_set(path, base, num_assets, sampling, launched, chunk=64):
     draw, train = real_captions(sample_assets(num_assets, SEEDS["synthetic"]))
     parts, key = f"{path}.parts", dict(base=file_id(base), num_assets=num_assets, seed=sampling.seed,
                                        num_steps=sampling.num_steps, cfg_scale=sampling.cfg_scale,
-                                       size=network.dit.config.image_size, world=WORLD_VERSION)
+                                       size=network.dit.config.image_size, world=WORLD_VERSION,
+                                       dtype=sampling.dtype or "float32")
     if up_to_date(path, key):
         return
     text, starts = tokenize(draw), range(0, len(draw), chunk)

@@ -117,7 +117,8 @@ def choose(args, launched, *names):
         return None
     model, step, forward = trial(config, device)
     args.dtype, step_seconds, said = choose_speed(step, IMAGES, device, threads, args.dtype)
-    pace = Pace(step_seconds, min(seconds_of(forward, device) for _ in range(2)) / IMAGES)
+    with autocast(device, args.dtype):
+        pace = Pace(step_seconds, min(seconds_of(forward, device) for _ in range(2)) / IMAGES)
     images = args.steps * args.batch * args.images_per_grid
     if args.compile is None and device.type == "cpu" and images * step_seconds > COMPILING_PAYS:
         pace, args.compile, more = try_compiling(model, step, images, pace, args.dtype)

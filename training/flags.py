@@ -85,7 +85,8 @@ def training_arguments(parser):
         f"result (default 1; full: of {GRIDS_A_PART} grids at most)")
     add("--workers", type=int, help="threads that read batches ahead (default 2 on CUDA, 0 elsewhere)")
     add("--grad_checkpointing", action="store_true", help="recompute blocks in the backward pass to save memory")
-    add("--threads", type=int, help="CPU threads (default: the fastest in a trial)")
+    add("--threads", type=int, help="CPU threads of each process (default: with --batch also left open, as many "
+        "processes and threads as are fastest in a trial)")
     add("--log_every", type=int, default=20, help="steps between lines of log.jsonl")
     add("--save_every", type=int, default=250, help="steps between states to resume from")
     add("--sample_every", type=int, default=500, help="steps between pictures of samples")

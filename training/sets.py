@@ -59,7 +59,8 @@ def training_sets(args, launched, views, needs_real=True, control=False):
     path = args.real
     if not path:
         path = real_set_path(args)
-        write_real_set(path, base_path(args), args.num_assets, Sampling(num_steps=args.real_steps), launched)
+        sampling = Sampling(num_steps=args.real_steps, dtype=args.dtype)
+        write_real_set(path, base_path(args), args.num_assets, sampling, launched)
     return {"syn": synthetic, "real": read_set(path, size, views=1)}
 
 
