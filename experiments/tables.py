@@ -3,6 +3,8 @@
     python -m experiments.tables table1                         # hours on a CPU; run again to go on
     python -m experiments.tables table2 --seed 1 --rows "3 real data" "5 = 3 + reassignment"        # another seed
 
+Several processes may work at once, on other tables, seeds or rows, a core each (--threads 1).
+
 The rows, their flags and the paper's numbers are in experiments/paper.py. A row's model is trained by train_stage2.py
 where it is missing, its images are sampled where they are missing, and both are kept in the run folder. Writes
 results/TABLE.json after each row, with the images of three objects in TABLE.samples, and at the end TABLE.md, TABLE.png
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 import data
 import train_stage2
+from baselines.methods import METHODS
 from baselines.sdedit import sdedit
 from evaluate import (DIGITS, asked_sampling, base_images, formatted, load_toy, measure, measured_settings,
                       measuring_flags)
@@ -35,6 +38,8 @@ from support.networks import load_lpips
 from support.pictures import draw_points, save_image, save_picture, side_by_side, to_pixels, to_uint8
 from toy.judge import load_judges
 from toy.world import WORLD_VERSION, sample_assets, tokenize
+from training.estimate import choose, resumed
+from training.flags import fill_defaults, stage1_folder
 
 ORACLE = "perfect photos (oracle)"                                      # a row of every table: the best there is
 
@@ -42,10 +47,11 @@ ORACLE = "perfect photos (oracle)"                                      # a row 
 # One row: its model, its images
 
 
-def trained_row(row, task, args):
+def trained_row(row, task, args, launched):
     """Path of the row's model; train_stage2.py trains it first where it is missing, or goes on where it stopped.
 
-    Another seed trains stage 1 and 2 anew, on the same sets. Raises ValueError where the model was trained otherwise.
+    Another seed trains stage 1 and 2 anew, on the same sets. What another process is training is waited for: stage 1
+    serves several rows, and some rows stand in two tables. Raises ValueError where the model was trained otherwise.
     """
     name = "-".join([task, *row.flags.replace("--", "").replace(" ", "_").split()])
     out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
@@ -54,12 +60,18 @@ def trained_row(row, task, args):
         os.symlink(os.path.abspath(f"{args.folder}/sets"), f"{out}/sets")
     path = f"{out}/{name}.safetensors"
     flags = ["--task", task, *row.flags.split(), "--name", name, "--seed", str(args.seed), *args.train_flags.split()]
-    if not os.path.isfile(path):
-        more = ["--out", out, "--base", default_base("toy", args.folder), "--sample_every", "1000000"]
-        more += ["--threads", str(args.threads)] if args.threads else []
-        print(f"{row.label}: python train_stage2.py {' '.join(flags + more)}", flush=True)
-        torch.compiler.reset()              # what was compiled for the last model counts against this one's limit
-        train_stage2.main(flags + more)
+    more = ["--out", out, "--base", default_base("toy", args.folder), "--sample_every", "1000000"]
+    more += ["--threads", str(torch.get_num_threads())] + ["--compile"] * (launched.device.type == "cpu")
+    training = fill_defaults(train_stage2.parse_args(more + flags), "stage2", launched)
+    if METHODS[training.method].stage1 and not training.joint and not os.path.isfile(path):
+        with locked(f"{out}/{stage1_folder(training.adapter, training.rank)}"):
+            choose(training, launched, *resumed(training, "stage2"))
+            train_stage2.stage1_path(training, launched)
+    with locked(f"{out}/{name}"):
+        if not os.path.isfile(path):
+            print(f"{row.label}: python train_stage2.py {' '.join(more + flags)}", flush=True)
+            torch.compiler.reset()          # what was compiled for the last model counts against this one's limit
+            train_stage2.main(more + flags)
     made = read_metadata(path)["command"].split()
     missing = [word for word in flags if word not in made]
     if missing:
@@ -102,8 +114,8 @@ def sdedit_prompts(num):
 def run_table(args):
     """Trains what is missing, samples and measures every row of one of the paper's tables, and prints the toy's values
     beside the paper's. Other seeds than 0 add to the file: what is printed is the mean over the seeds of a row."""
-    device = launch(args.threads).device
-    task, rows = TABLES[args.table]
+    launched = launch(args.threads)
+    device, (task, rows) = launched.device, TABLES[args.table]
     unknown = set(args.rows or []) - {row.label for row in rows}
     if unknown:
         raise ValueError(f"{args.table} has no row {', '.join(map(repr, unknown))}; its rows: "
@@ -118,9 +130,10 @@ def run_table(args):
     todo = [row for row in rows if row.flags is not None and row.label in (args.rows or results.keys() - done)]
     print(f"{len(todo)} rows on {args.num} held-out objects, seed {args.seed}; into {out}.json; a missing model is "
           "trained first, about ten minutes on one core", flush=True)
-    results = keep_row(ORACLE, held["photo"], measure(held["photo"] / 255, held, judges, base, task, weights), out, args)
+    perfect = measure(held["photo"] / 255, held, judges, base, task, weights)
+    results = keep_row(ORACLE, held["photo"], perfect, out, args)
     for row in todo:
-        images = row_samples(row, trained_row(row, task, args), task, held, args, device)
+        images = row_samples(row, trained_row(row, task, args, launched), task, held, args, device)
         toy = measure(images / 255, held, judges, base, task, weights)
         results = keep_row(row.label, images, toy | dict(commit=current_commit(), device=device.type), out, args)
     write_table(out, results, args)

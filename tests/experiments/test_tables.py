@@ -29,7 +29,7 @@ def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, quick_j
     monkeypatch.setattr(train_stage2, "main", counted)
     monkeypatch.setattr(train_stage2, "object_sheet", lambda *args, **options: None)  # no pictures, no estimate
     monkeypatch.setattr(train_stage2, "announce", lambda *args: None)
-    rest = " ".join(map(str, TINY_STAGE2))
+    rest = " ".join(map(str, TINY_STAGE2)) + " --no-compile"
     command = ["table2", *"--num 2 --num_steps 2 --threads 1".split(), "--results", str(tmp_path)]
     command += ["--folder", str(tiny_run), "--train_flags", rest]
     tables.main(command)
