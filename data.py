@@ -63,7 +63,7 @@ def build_set(kind, num, seed, size, folder, draw):
     return cached(Path(folder) / f"{kind}_{num}_{size}_{seed}.safetensors", key, build)
 
 
-def in_chunks(num, name, draw, chunk=256):
+def in_chunks(num, name, draw, chunk=4096):
     """draw(first, last) -> dict of tensors, over 0..num, joined, with a progress bar."""
     bar, parts = tqdm(total=num, desc=name, unit="obj", leave=False), []
     for first in range(0, num, chunk):
