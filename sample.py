@@ -14,6 +14,7 @@ import argparse
 import math
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,8 @@ from geometry.camera import VIEWS
 from geometry.files import read_mesh
 from geometry.mesh import mesh_views
 from geometry.texture import save_meshes
-from support.files import file_id, load_tensors, read_json, read_metadata, save_tensors, up_to_date, write_json
+from support.files import (file_id, load_tensors, locked, read_json, read_metadata, save_tensors, up_to_date,
+                           write_json)
 from support.generators import SAMPLES, seeded_generator
 from support.launch import BAR, UsageError, barrier, finite, launch, run_cli
 from support.pictures import save_image, save_picture, to_uint8
@@ -286,30 +288,31 @@ def write_real_set(path, base, num_assets, sampling, launched, chunk=64):
     draw, train = real_captions(sample_assets(num_assets, SEEDS["synthetic"]))
     parts, key = f"{path}.parts", dict(base=file_id(base), num_assets=num_assets, seed=sampling.seed,
                                        num_steps=sampling.num_steps, cfg_scale=sampling.cfg_scale,
-                                       size=network.dit.config.image_size, world=WORLD_VERSION,
-                                       dtype=sampling.dtype or "float32")
-    if up_to_date(path, key):
-        return
+                                       size=network.dit.config.image_size, world=WORLD_VERSION)
     text, starts = tokenize(draw), range(0, len(draw), chunk)
     mine = starts[rank::world]
-    with tqdm(total=sum(len(text[start:start + chunk]) for start in mine), desc="real set, drawn by the base model",
-              unit="image", bar_format=BAR, disable=rank > 0) as progress:
-        for start in mine:
-            part, rows = f"{parts}/{start:08d}.safetensors", text[start:start + chunk]
-            if up_to_date(part, key):
-                progress.update(len(rows))
-                continue
-            images = sample_images(network, {"text": rows}, sampling, keys=range(start, start + chunk),
-                                   progress=progress)
-            save_tensors(part, {"image": to_uint8(images)}, key=key)
-    barrier(launched)
-    if rank == 0:
-        images = torch.cat([load_tensors(f"{parts}/{start:08d}.safetensors")[0]["image"] for start in starts])
-        save_tensors(path, {"image": images, "text": tokenize(train)}, key=key)
-        rows = [(train[k], images[k:k + 4, 0]) for k in range(0, min(40, len(train)), 4)]
-        save_picture(f"{path.removesuffix('.safetensors')}.png", rows, column_titles=VIEWS)
-        shutil.rmtree(parts)
-    barrier(launched)
+    with locked(os.path.dirname(path) or ".") if rank == 0 else nullcontext():
+        barrier(launched)                   # here the other ranks wait while another program draws it
+        if up_to_date(path, key):
+            return
+        with tqdm(total=sum(len(text[start:start + chunk]) for start in mine), unit="image", bar_format=BAR,
+                  desc="real set, drawn by the base model", disable=rank > 0) as progress:
+            for start in mine:
+                part, rows = f"{parts}/{start:08d}.safetensors", text[start:start + chunk]
+                if up_to_date(part, key):
+                    progress.update(len(rows))
+                    continue
+                images = sample_images(network, {"text": rows}, sampling, keys=range(start, start + chunk),
+                                       progress=progress)
+                save_tensors(part, {"image": to_uint8(images)}, key=key)
+        barrier(launched)
+        if rank == 0:
+            images = torch.cat([load_tensors(f"{parts}/{start:08d}.safetensors")[0]["image"] for start in starts])
+            save_tensors(path, {"image": images, "text": tokenize(train)}, key=key)
+            rows = [(train[k], images[k:k + 4, 0]) for k in range(0, min(40, len(train)), 4)]
+            save_picture(f"{path.removesuffix('.safetensors')}.png", rows, column_titles=VIEWS)
+            shutil.rmtree(parts)
+        barrier(launched)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    launched = launch_training(args, "stage1", argv is None)
+    launched = launch_training(args, "stage1", __name__ == "__main__")
     choose(args, launched, args.name)
     run_stage1(args, launched)
 

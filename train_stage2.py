@@ -191,7 +191,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    may_spread, argv = argv is None, sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else argv
     if "--layer_selective" in argv:
         from experiments import layer_selective
         return layer_selective.main([flag for flag in argv if flag != "--layer_selective"])
@@ -199,7 +199,7 @@ def main(argv=None):
         from experiments import benchmark
         return benchmark.main([flag for flag in argv if flag != "--benchmark"])
     args = parse_args(argv)
-    launched = launch_training(args, "stage2", may_spread)
+    launched = launch_training(args, "stage2", __name__ == "__main__")
     announce(args, launched)
     path = run_stage2(args, launched)
     if launched.rank == 0:

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import subprocess
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +25,6 @@ from tqdm import tqdm
 
 import data
 import train_stage2
-from baselines.methods import METHODS
 from baselines.sdedit import sdedit
 from evaluate import (DIGITS, asked_sampling, base_images, formatted, load_toy, measure, measured_settings,
                       measuring_flags)
@@ -39,7 +39,7 @@ from support.pictures import draw_points, save_image, save_picture, side_by_side
 from toy.judge import load_judges
 from toy.world import WORLD_VERSION, sample_assets, tokenize
 from training.estimate import choose, resumed
-from training.flags import fill_defaults, stage1_folder
+from training.flags import fill_defaults, stage1_comes_first, stage1_folder
 
 ORACLE = "perfect photos (oracle)"                                      # a row of every table: the best there is
 
@@ -55,19 +55,21 @@ def trained_row(row, task, args, launched):
     """
     name = "-".join([task, *row.flags.replace("--", "").replace(" ", "_").split()])
     out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
-    if args.seed and not os.path.exists(f"{out}/sets"):
-        os.makedirs(out, exist_ok=True)
-        os.symlink(os.path.abspath(f"{args.folder}/sets"), f"{out}/sets")
+    with locked(out):
+        if not os.path.exists(f"{out}/sets"):
+            os.symlink(os.path.abspath(f"{args.folder}/sets"), f"{out}/sets")
     path = f"{out}/{name}.safetensors"
     flags = ["--task", task, *row.flags.split(), "--name", name, "--seed", str(args.seed), *args.train_flags.split()]
     more = ["--out", out, "--base", default_base("toy", args.folder), "--sample_every", "1000000"]
-    more += ["--threads", str(torch.get_num_threads())] + ["--compile"] * (launched.device.type == "cpu")
+    more += ["--threads", str(args.threads)] if args.threads else []
+    more += ["--compile"] if launched.device.type == "cpu" else []
     training = fill_defaults(train_stage2.parse_args(more + flags), "stage2", launched)
-    if METHODS[training.method].stage1 and not training.joint and not os.path.isfile(path):
+    if stage1_comes_first(training) and not os.path.isfile(path):
         with locked(f"{out}/{stage1_folder(training.adapter, training.rank)}"):
-            choose(training, launched, *resumed(training, "stage2"))
-            train_stage2.stage1_path(training, launched)
-    with locked(f"{out}/{name}"):
+            if stage1_comes_first(training):
+                choose(training, launched, *resumed(training, "stage2"))
+                train_stage2.stage1_path(training, launched)
+    with nullcontext() if os.path.isfile(path) else locked(f"{out}/{name}"):
         if not os.path.isfile(path):
             print(f"{row.label}: python train_stage2.py {' '.join(more + flags)}", flush=True)
             torch.compiler.reset()          # what was compiled for the last model counts against this one's limit
@@ -115,6 +117,8 @@ def run_table(args):
     """Trains what is missing, samples and measures every row of one of the paper's tables, and prints the toy's values
     beside the paper's. Other seeds than 0 add to the file: what is printed is the mean over the seeds of a row."""
     launched = launch(args.threads)
+    if launched.world > 1:
+        raise ValueError("a table takes no torchrun: start it several times, with other --rows or another --seed")
     device, (task, rows) = launched.device, TABLES[args.table]
     unknown = set(args.rows or []) - {row.label for row in rows}
     if unknown:
@@ -136,12 +140,13 @@ def run_table(args):
         images = row_samples(row, trained_row(row, task, args, launched), task, held, args, device)
         toy = measure(images / 255, held, judges, base, task, weights)
         results = keep_row(row.label, images, toy | dict(commit=current_commit(), device=device.type), out, args)
-    write_table(out, results, args)
-    shown = data.shown_objects(args.num)
-    sheet = {"renders": held["image"][shown]} | read_samples(f"{out}.samples")
-    labels = ["renders", *(row.label for row in rows), ORACLE]
-    save_picture(f"{out}_sheet.png", [(label, sheet[label].flatten(0, 1)) for label in labels if label in sheet],
-                 column_titles=VIEWS * len(shown))
+    with locked(args.results):
+        write_table(out, results, args)
+        shown = data.shown_objects(args.num)
+        sheet = {"renders": held["image"][shown], ORACLE: held["photo"][shown]} | read_samples(f"{out}.samples")
+        labels = ["renders", *(row.label for row in rows), ORACLE]
+        save_picture(f"{out}_sheet.png", [(label, sheet[label].flatten(0, 1)) for label in labels if label in sheet],
+                     column_titles=VIEWS * len(shown))
     print(f"wrote {out}.json, {out}.md, {out}.png and {out}_sheet.png")
 
 

@@ -2,10 +2,7 @@
 import argparse
 import math
 import os
-import socket
-import subprocess
 import sys
-import threading
 import warnings
 from datetime import timedelta
 from typing import NamedTuple
@@ -60,37 +57,6 @@ def launch(threads=None):
     return Launched(device, rank, world)
 
 
-def with_others(count, threads):
-    """Starts this program count - 1 times more, on the same machine, and joins the others as torchrun would; returns
-    Launched, of rank 0, with so many threads each.
-
-    The others say nothing, and end when this one does, in their next exchange with it.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = dict(WORLD_SIZE=count, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS=threads,
-                  GLOO_SOCKET_IFNAME="lo0" if sys.platform == "darwin" else "lo")
-    os.environ.update({name: str(value) for name, value in shared.items()})
-    others, quiet = [], subprocess.DEVNULL
-    for rank in range(1, count):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        others.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=os.environ | ranks, stdin=quiet,
-                                       stdout=quiet, stderr=quiet))
-    joined = threading.Event()
-
-    def watch():                                            # for whoever ends before it has joined is waited for
-        while not joined.wait(0.2):
-            if any(other.poll() is not None for other in others):
-                print("error: a second process could not be started: train in one, with --threads", file=sys.stderr)
-                os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-    os.environ.update(RANK="0", LOCAL_RANK="0")
-    launched = launch(threads)
-    joined.set()
-    return launched
-
-
 def finite(text):
     """The type of a flag that takes a number, but not nan or inf; argparse puts the flag's name before the message."""
     number = float(text)
@@ -116,9 +82,10 @@ def run_cli(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError as error:
-        if "by peer" not in str(error):                     # gloo's words for a connection that was closed or reset
+        if "gloo" not in str(error):                        # whose connection to another process has closed
             raise
-        sys.exit("error: another process of this training has ended; the same command goes on from the last state")
+        sys.exit("error: another process has ended; where this was a training, the same command goes on from its last "
+                 "state")
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -90,7 +90,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    launched = launch_training(args, "base", argv is None)
+    launched = launch_training(args, "base", __name__ == "__main__")
     choose(args, launched, args.name)
     train_base(args, launched)
 

@@ -10,17 +10,19 @@ import torch
 from baselines.adapters import sees_both_domains
 from baselines.methods import METHODS
 from dit import PRESETS, DiT
-from support.launch import launch, with_others
+from support.beside import end_beside, with_others
+from support.launch import launch
 from support.speed import CPU_DTYPES, MOST_THREADS, autocast, choose_speed, seconds_of, thread_counts, time_choices
 from toy.render import render
 from toy.world import sample_assets, tokenize
-from training.flags import fill_defaults, stage1_file, stage1_folder, steps_of_stage
+from training.flags import fill_defaults, stage1_comes_first, stage1_folder, steps_of_stage
 from training.sets import check_base, real_set_path
 from training.states import stored_speed
 
-IMAGES = 16                         # that the trial computes at once: the toy's four grids of a step
+IMAGES = 16                         # of the trial, over all processes: the four grids of a step of the toy
 COMPILING_PAYS = 120                # seconds that a training must take at least before a compilation is tried
-PROCESSES_PAY = 1.15                # how much faster several processes must be than one
+MOST_PROCESSES = 8                  # that a program starts of itself: each holds the data
+PROCESSES_PAY = 1.1                 # how much faster they must be, each timed alone, than one: they wait for each other
 
 
 class Pace(NamedTuple):
@@ -33,58 +35,64 @@ class Pace(NamedTuple):
 def launch_training(args, stage, may_spread):
     """Launches a training, completes its flags (`fill_defaults`) and looks at its base model -> Launched.
 
-    may_spread: whether the program may start itself again, to train in several processes, which on a CPU can be faster
-    than as many threads and minds other programs less: where it was started alone, and --threads and --batch are open.
+    may_spread: whether the program may start itself again and train in several processes, which on a CPU can be faster
+    than as many threads: where it was started alone, and --threads and --batch are open.
     """
+    end_beside()
     launched = launch(args.threads or MOST_THREADS)         # until the trial
-    alone = fill_defaults(copy.copy(args), stage, launched)
+    filled = fill_defaults(copy.copy(args), stage, launched)
     if stage != "base":
-        check_base(alone)
-    opened = may_spread and args.threads is None and args.batch is None and "WORLD_SIZE" not in os.environ
-    if opened and launched.device.type == "cpu" and not PRESETS[args.preset].latent:
-        processes, args.threads = choose_processes(alone, resumed(alone, stage))
+        check_base(filled)
+    is_open = args.threads is None and args.batch is None and "WORLD_SIZE" not in os.environ
+    if may_spread and is_open and launched.device.type == "cpu" and not PRESETS[args.preset].latent:
+        processes, threads = choose_processes(filled, resumed(filled, stage))
         if processes > 1:
-            launched = with_others(processes, args.threads)
-        else:
-            args.threads = None
+            args.threads = threads
+            launched = with_others(processes, threads)
     fill_defaults(args, stage, launched)
     return launched
 
 
 def resumed(args, stage):
-    """Names of the trainings that a command may go on with, the last one first: of stage 2, and of the stage 1 before it
-    where that has not ended."""
-    if stage == "stage2" and METHODS[args.method].stage1 and not os.path.isfile(args.shifters or stage1_file(args)):
+    """Names of the trainings whose states say how a command computed before, the last one first."""
+    if stage == "stage2" and METHODS[args.method].stage1 and not args.joint:
         return [args.name, stage1_folder(args.adapter, args.rank)]
     return [args.name]
 
 
 def choose_processes(args, names):
-    """(processes, threads of each) that compute fastest here, or with which a stopped run did, see `choose`; (1, None)
-    leaves the threads to it. Says so where it is several."""
+    """(processes, threads of each) that compute fastest here, or with which a stopped run of one of `names` did, which
+    is said where it is several. Beside a program that takes a core, processes that take turns lose less than threads
+    that wait for each other."""
     before = stored_speed([f"{args.out}/{name}" for name in names])
     if before:
-        return before.get("processes", 1), before["threads"]
-    step, _ = trial(PRESETS[args.preset], torch.device("cpu"))[1:]
-    seconds = time_choices(step, thread_counts(), [args.dtype] if args.dtype else CPU_DTYPES)
-    images = {}                                             # a second, of (processes, threads)
-    for (threads, _), took in seconds.items():
-        processes = max(count for count in range(1, MOST_THREADS // threads + 1) if args.batch % count == 0)
-        images[processes, threads] = max(images.get((processes, threads), 0), processes * IMAGES / took)
-    one = max((speed for (processes, _), speed in images.items() if processes == 1), default=0)
-    processes, threads = max(images, key=images.get)
-    best = images[processes, threads]
-    if processes == 1 or best < PROCESSES_PAY * one:
-        return 1, None
-    print(f"fastest here: {processes} processes of {threads} thread(s), about {best:.0f} images/s (in one process "
-          f"{one:.0f}); --threads trains in one", flush=True)
+        processes = before.get("processes", 1)
+        return processes, min(before["threads"], max(1, MOST_THREADS // processes))
+    config, cpu, dtypes = PRESETS[args.preset], torch.device("cpu"), [args.dtype] if args.dtype else CPU_DTYPES
+    if MOST_THREADS == 1:
+        return 1, 1
+    seconds = time_choices(trial(config, cpu, IMAGES)[1], thread_counts(), dtypes)
+    one, several = IMAGES / min(seconds.values()), {}                       # images a second
+    for threads, dtype in seconds:
+        most = min(MOST_THREADS // threads, MOST_PROCESSES)
+        processes = max(count for count in range(1, most + 1) if args.batch % count == 0)
+        if processes > 1:
+            share = IMAGES // processes
+            took = time_choices(trial(config, cpu, share)[1], [threads], [dtype])
+            several[processes, threads, dtype] = processes * share / min(took.values())
+    if max(several.values(), default=0) < PROCESSES_PAY * one:
+        return 1, MOST_THREADS
+    processes, threads, dtype = max(several, key=several.get)
+    print(f"fastest here: {processes} processes of {threads} thread(s) in {dtype}, up to "
+          f"{several[processes, threads, dtype]:.0f} images/s (in one process {one:.0f}); --threads trains in one",
+          flush=True)
     return processes, threads
 
 
-def trial(config, device):
-    """(a new model, step(), forward()): a little of what a training does, with IMAGES images of it."""
+def trial(config, device, images):
+    """(a new model, step(), forward()): a little of what a training does, with so many images of it, in fours."""
     model = DiT(config).to(device)
-    x = torch.randn(IMAGES // 4, 4, config.channels, config.image_size, config.image_size, device=device)
+    x = torch.randn(images // 4, 4, config.channels, config.image_size, config.image_size, device=device)
     t, text = torch.zeros(len(x), dtype=torch.long, device=device), tokenize([""] * len(x)).to(device)
 
     def step():
@@ -101,7 +109,7 @@ def choose(args, launched, *names):
     here, or what a stopped run was doing -> Pace, None for latents.
 
     names: of the trainings that may have been stopped, the last one first. Every rank tries, as they share the cores,
-    and takes rank 0's choice.
+    and takes rank 0's choice and the slowest one's pace.
     """
     config, device = PRESETS[args.preset], launched.device
     before = stored_speed([f"{args.out}/{name}" for name in names])
@@ -115,19 +123,21 @@ def choose(args, launched, *names):
         args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         args.compile = bool(args.compile)
         return None
-    model, step, forward = trial(config, device)
-    args.dtype, step_seconds, said = choose_speed(step, IMAGES, device, threads, args.dtype)
+    share = max(4, IMAGES // launched.world)
+    model, step, forward = trial(config, device, share)
+    args.dtype, step_seconds, said = choose_speed(step, share, device, threads, args.dtype)
     with autocast(device, args.dtype):
-        pace = Pace(step_seconds, min(seconds_of(forward, device) for _ in range(2)) / IMAGES)
+        pace = Pace(step_seconds, min(seconds_of(forward, device) for _ in range(2)) / share)
     images = args.steps * args.batch * args.images_per_grid
     if args.compile is None and device.type == "cpu" and images * step_seconds > COMPILING_PAYS:
-        pace, args.compile, more = try_compiling(model, step, images, pace, args.dtype)
+        pace, args.compile, more = try_compiling(model, step, (share, images), pace, args.dtype)
         said = "; ".join(part for part in (said, more) if part)
     args.compile = bool(args.compile)
     if launched.world > 1:
-        chosen = [(args.dtype, args.compile, pace)]
-        torch.distributed.broadcast_object_list(chosen)
-        args.dtype, args.compile, pace = chosen[0]
+        chosen = [None] * launched.world
+        torch.distributed.all_gather_object(chosen, (args.dtype, args.compile, pace))
+        args.dtype, args.compile, _ = chosen[0]
+        pace = max((pace for _, _, pace in chosen), key=lambda pace: pace.step)     # the slowest is waited for
     if said and launched.rank == 0:
         of_each = f" in each of {launched.world} processes" if launched.world > 1 else ""
         print(f"{said}{of_each}; --dtype, --threads, --compile override", flush=True)
@@ -136,20 +146,21 @@ def choose(args, launched, *names):
 
 def try_compiling(model, step, images, pace, dtype):
     """Compiles the trial's blocks and times step() -> (Pace, whether it pays, what to say of it). Without a working
-    compiler it does not."""
+    compiler it does not. images: (of a step of the trial, of the whole training)."""
+    share, whole = images
     device = next(model.parameters()).device
     try:
         for block in model.blocks:
             block.compile(dynamic=False)
         with autocast(device, dtype):
             compiling = seconds_of(step, device)
-            seconds = min(seconds_of(step, device) for _ in range(2)) / IMAGES
+            seconds = min(seconds_of(step, device) for _ in range(2)) / share
     except Exception as error:      # whatever a compiler, or its absence, raises
         return pace, False, f"not compiled: {error!r:.80}"
     finally:
         torch.compiler.reset()      # what was compiled for the trial counts against the training's limit
     compiling *= 2                  # a training has three more shapes, which share much with the first
-    pays = compiling + images * seconds < images * pace.step
+    pays = compiling + whole * seconds < whole * pace.step
     said = f"compiled {1 / seconds:.0f} images/s, after {compiling:.0f} s: {'--compile' if pays else '--no-compile'}"
     return (Pace(seconds, pace.forward, compiling), True, said) if pays else (pace, False, said)
 
@@ -166,7 +177,7 @@ def announce(args, launched):
     start = time.perf_counter()
     render(sample_assets(16, 0), size=config.image_size, device=launched.device)
     rendering = (time.perf_counter() - start) / 16
-    stage1 = METHODS[args.method].stage1 and not args.joint and not os.path.isfile(args.shifters or stage1_file(args))
+    stage1 = stage1_comes_first(args)
     needs_real = not args.no_real_data or stage1 and sees_both_domains(args.adapter)
     todo = {}
     if not (args.synthetic or glob(f"{args.out}/sets/synthetic_{args.num_assets}_*")):

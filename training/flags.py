@@ -6,6 +6,7 @@ import re
 import sys
 
 from baselines.adapters import ADAPTERS, adapter_rank, sees_both_domains
+from baselines.methods import METHODS
 from data import ASSETS
 from dit import PRESETS, T
 from support.launch import UsageError, finite
@@ -171,6 +172,11 @@ def stage1_name(adapter, rank):
 def stage1_file(args):
     """Where stage 1 leaves its shifters, or a baseline's adapter."""
     return f"{args.out}/{stage1_name(args.adapter, args.rank)}.safetensors"
+
+
+def stage1_comes_first(args):
+    """Whether a command of stage 2 has to train its stage 1 on the way."""
+    return METHODS[args.method].stage1 and not args.joint and not os.path.isfile(args.shifters or stage1_file(args))
 
 
 def stage1_folder(adapter, rank):

@@ -77,7 +77,7 @@ def save_state(out, step, trained, args, world, made):
     speed = dict(dtype=args.dtype, threads=torch.get_num_threads(), compile=args.compile, processes=world)
     path = f"{out}/state_{step:08d}.safetensors"
     save_tensors(path, tensors, step=step, made_from=made, speed=speed, checksum=checksum(tensors),
-                 settings=training_settings(args) | {"processes": world})
+                 settings=training_settings(args) | {"batch": args.batch * world})
     kept = [other for other in sorted(glob(f"{out}/state_*.safetensors")) if other <= path][-2:]
     for other in glob(f"{out}/state_*.safetensors"):        # later ones are damaged, or training had gone on from them
         if other not in kept:
@@ -87,8 +87,8 @@ def save_state(out, step, trained, args, world, made):
 def load_state(out, trained, args, world, made):
     """Restores the newest readable state in `out` and returns its step, 0 if there is none.
 
-    Raises ValueError if that state was made with other settings, from other files, or by another number of processes,
-    which see other data.
+    Raises ValueError if that state was made with other settings, from other files, or with another batch over all
+    processes; their number may be another one, it changes how sums are rounded.
     """
     for path in sorted(glob(f"{out}/state_*.safetensors"), reverse=True):
         try:
@@ -102,7 +102,8 @@ def load_state(out, trained, args, world, made):
         if metadata["checksum"] != checksum(tensors):           # a disk may flip bits
             print(f"skipping a damaged state: the bytes of {path} have changed", file=sys.stderr)
             continue
-        was, now = metadata["settings"], json.loads(json.dumps(training_settings(args) | {"processes": world}))
+        was = metadata["settings"]
+        now = json.loads(json.dumps(training_settings(args) | {"batch": args.batch * world}))
         other = [f"{key} {was.get(key)} (now {now[key]})" for key in now if was.get(key) != now[key]]
         other += [f"another {name}" for name in made if metadata["made_from"].get(name) != made[name]]
         if other:

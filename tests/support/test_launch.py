@@ -1,11 +1,7 @@
 """How a program starts and how it ends: what is refused, and errors in one line."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
 
 from support.launch import Launched, launch, on_rank_0_first, run_cli
 
@@ -35,6 +31,8 @@ def test_bad_input_ends_in_one_line_and_ctrl_c_with_its_code(error, code):
 def test_a_fault_of_the_code_keeps_its_traceback():
     with pytest.raises(KeyError):
         run_cli(lambda: {}["a"])
+    with pytest.raises(RuntimeError, match="size"):
+        run_cli(lambda: torch.ones(2) @ torch.ones(3))
 
 
 def test_rank_0_makes_what_the_others_read(monkeypatch):
@@ -44,32 +42,3 @@ def test_rank_0_makes_what_the_others_read(monkeypatch):
         made = on_rank_0_first(Launched(torch.device("cpu"), rank, 2), lambda: order.append(rank) or rank)
         assert made == rank
     assert order == [0, "barrier", "barrier", 1]
-
-
-SPREADING = """
-import os, sys, torch
-from support.launch import launch, run_cli, with_others
-
-def main():
-    ends = sys.argv[1:] if os.environ.get("RANK") == "1" else []
-    if ends == ["early"]:
-        sys.exit(3)
-    launched = launch(1) if "RANK" in os.environ else with_others(2, 1)
-    total = torch.tensor(launched.rank + 1)
-    torch.distributed.all_reduce(total)
-    print(*launched, int(total), torch.get_num_threads())
-    if ends == ["late"]:
-        os._exit(9)
-    torch.distributed.barrier()
-run_cli(main)
-"""
-
-
-@pytest.mark.parametrize("ends, code, said", [
-    ("not", 0, ""), ("late", 1, "another process of this training has ended; the same command goes on"),
-    ("early", 1, "a second process could not be started: train in one, with --threads")])
-def test_a_program_starts_itself_again_and_joins(ends, code, said):
-    """Rank 1 is silent and in the sum; where it ends, rank 0 ends in one line."""
-    done = subprocess.run([sys.executable, "-c", SPREADING, ends], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == code and "Traceback" not in done.stderr and said in done.stderr
-    assert done.stdout == ("" if ends == "early" else "cpu 0 2 3 1\n")

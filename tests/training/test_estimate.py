@@ -42,7 +42,8 @@ def test_open_flags_are_completed_and_given_ones_kept(tmp_path, trial, capsys):
 def test_a_resumed_run_computes_as_it_did(tmp_path, trial, monkeypatch):
     """The newest state that can be read says how, of stage 2 or else of stage 1; flags override it."""
     train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1, "--dtype", "bfloat16", "--save_every", 1, "--no-compile")
-    made, folder = dict(dtype="bfloat16", threads=torch.get_num_threads(), compile=False, processes=1), tmp_path / "tiny"
+    folder = tmp_path / "tiny"
+    made = dict(dtype="bfloat16", threads=torch.get_num_threads(), compile=False, processes=1)
     assert stored_speed([tmp_path / "none", folder]) == made and stored_speed([tmp_path / "none"]) == {}
     newest = sorted(folder.glob("state_*"))[-1]
     for names in (("tiny",), ("none", "tiny")):
@@ -59,18 +60,29 @@ def test_a_resumed_run_computes_as_it_did(tmp_path, trial, monkeypatch):
 
 
 @pytest.mark.parametrize("cores, batch, seconds, chosen", [
-    (2, 4, {1: .2, 2: .15}, (2, 1)),                        # 160 images/s in two processes, 107 in one
-    (2, 4, {1: .2, 2: .11}, (1, None)),                     # 160 and 145: not worth it
-    (2, 3, {1: .2, 2: .15}, (1, None)),                     # three grids cannot be halved
-    (8, 4, {1: .2, 2: .11, 4: .08, 8: .3}, (4, 2)),         # 582; 400 in two of 4, 320 in four of 1, of which 4 are idle
-    (2, 4, {1: .2}, (2, 1))])                               # two threads were hopeless
-def test_processes_are_chosen_by_what_they_would_compute(cores, batch, seconds, chosen, tmp_path, monkeypatch):
+    (2, 4, {1: .20, 2: .15}, (2, 1)),               # 145 images/s in two processes, 107 in one
+    (2, 4, {1: .20, 2: .12}, (1, 2)),               # 145 and 133: not worth it
+    (2, 3, {1: .20, 2: .15}, (1, 2)),               # three grids cannot be halved
+    (8, 4, {1: .20, 2: .11, 4: .08, 8: .3}, (4, 2)),    # 533; 364 in two of 4, 290 in four of 1 beside four idle cores
+    (2, 4, {1: .20}, (2, 1)),                       # two threads were hopeless
+    (1, 4, {1: .20}, (1, 1))])
+def test_processes_are_chosen_by_what_they_would_compute(cores, batch, seconds, chosen, tmp_path, monkeypatch, capsys):
+    """Here a share of 16 images takes a tenth longer than its share of the time."""
     monkeypatch.setattr(training.estimate, "MOST_THREADS", cores)
-    monkeypatch.setattr(training.estimate, "time_choices", lambda work, counts, dtypes: {
-        (threads, dtype): took for threads, took in seconds.items() for dtype in dtypes})
+    monkeypatch.setattr(training.estimate, "thread_counts", lambda: list(seconds))
+    monkeypatch.setattr(training.estimate, "CPU_DTYPES", ["float32", "bfloat16"])
+    monkeypatch.setattr(training.estimate, "trial", lambda config, device, images: (None, images, None))
+
+    def time_choices(images, counts, dtypes):
+        more = 1 if images == 16 else 1.1
+        return {(n, d): more * seconds[n] * images / 16 * (2 if d == "float32" else 1) for n in counts for d in dtypes}
+    monkeypatch.setattr(training.estimate, "time_choices", time_choices)
     assert choose_processes(stage2_args(tmp_path, "--batch", batch), ["none"]) == chosen
-    monkeypatch.setattr(training.estimate, "stored_speed", lambda folders: dict(threads=3, processes=4))
-    assert choose_processes(stage2_args(tmp_path), ["a"]) == (4, 3)                     # as the stopped run
+    said = capsys.readouterr().out
+    assert (f"{chosen[0]} processes of {chosen[1]} thread(s) in bfloat16, up to" in said) == (chosen[0] > 1)
+    for threads, kept in ((1, 1), (64, max(1, cores // 4))):    # as the stopped run, on the cores there are
+        monkeypatch.setattr(training.estimate, "stored_speed", lambda folders: dict(threads=threads, processes=4))
+        assert choose_processes(stage2_args(tmp_path), ["a"]) == (4, kept)
 
 
 @pytest.mark.parametrize("flags", [["--threads", "1"], ["--batch", "4"], []])
@@ -79,9 +91,12 @@ def test_a_training_spreads_only_where_flags_are_open_and_nobody_called_it(flags
     monkeypatch.setattr(training.estimate, "with_others", lambda count, threads: ALONE._replace(world=count))
     args = parse_args([*flags, "--out", str(tmp_path)])
     assert launch_training(args, "stage2", True).world == (1 if flags else 2)
+    assert args.threads == (None if "--batch" in flags else 1)
     assert args.batch == (4 if flags else 2) and args.steps == 2020             # 4 grids a step either way
     args = parse_args([*flags, "--out", str(tmp_path)])
     assert launch_training(args, "stage2", False).world == 1
+    monkeypatch.setenv("WORLD_SIZE", "1")                                       # torchrun decides
+    assert launch_training(parse_args([*flags, "--out", str(tmp_path)]), "stage2", True).world == 1
 
 
 def test_compilation_is_tried_in_long_runs_only(tmp_path, trial, monkeypatch):
@@ -94,7 +109,7 @@ def test_compilation_is_tried_in_long_runs_only(tmp_path, trial, monkeypatch):
     args = stage2_args(tmp_path, "--steps", 500, "--batch", 1)              # 20 seconds
     assert choose(args, ALONE).step == 0.01 and not args.compile and not tried
     args = stage2_args(tmp_path, "--steps", 5000, "--batch", 1)             # 200
-    assert choose(args, ALONE).step == 0.005 and args.compile and tried == [20000]
+    assert choose(args, ALONE).step == 0.005 and args.compile and tried == [(16, 20000)]
 
 
 @pytest.mark.parametrize("images, pays", [(700, False), (900, True)])
@@ -104,7 +119,7 @@ def test_compilation_pays_where_it_saves_more_than_it_takes(images, pays, monkey
     monkeypatch.setattr(training.estimate, "seconds_of", lambda work, device: next(times))
     monkeypatch.setattr(dit.Block, "compile", lambda block, dynamic: None)
     pace = Pace(0.01, 0.001)
-    got, compiled, said = try_compiling(random_model(), None, images, pace, "float32")
+    got, compiled, said = try_compiling(random_model(), None, (16, images), pace, "float32")
     assert compiled == pays and got == (Pace(0.005, 0.001, 4.0) if pays else pace)
     assert "compiled 200 images/s, after 4 s" in said
 
@@ -114,5 +129,5 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch):
         raise RuntimeError("no working C++ compiler found\nmore lines")
     monkeypatch.setattr(dit.Block, "compile", broken)
     pace = Pace(0.01, 0.001)
-    got, compiled, said = try_compiling(random_model(), None, 20000, pace, "float32")
+    got, compiled, said = try_compiling(random_model(), None, (16, 20000), pace, "float32")
     assert (got, compiled) == (pace, False) and "no working C++ compiler" in said and "\n" not in said
