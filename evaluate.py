@@ -548,7 +548,7 @@ def asked_sampling(args):
 
 def measured_settings(args):
     """The flags that decide the numbers, for a results file; its seeds stand beside them."""
-    ignored = ("run", "command", "table", "seed", "rows", "threads", "folder", "results", "out")
+    ignored = ("run", "command", "table", "seed", "rows", "threads", "processes", "folder", "results", "out")
     return {key: value for key, value in vars(args).items() if key not in ignored}
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluate import DIGITS
-from experiments.tables import seed_mean, seed_noise, trained_rows
+from experiments.results import seed_mean, seed_noise, trained_rows
 from support.files import read_json, write_text
 from support.launch import run_cli
 

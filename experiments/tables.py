@@ -2,46 +2,43 @@
 
     python -m experiments.tables table1                         # hours on a CPU; run again to go on
     python -m experiments.tables table2 --seed 1 --rows "3 real data" "5 = 3 + reassignment"        # another seed
+    python -m experiments.tables table3 --processes 2           # two rows at a time, one on each core of a CPU
 
-Several processes may work at once, on other tables, seeds or rows, a core each (--threads 1).
-
-The rows, their flags and the paper's numbers are in experiments/paper.py. A row's model is trained by train_stage2.py
-where it is missing, its images are sampled where they are missing, and both are kept in the run folder. Writes
-results/TABLE.json after each row, with the images of three objects in TABLE.samples, and at the end TABLE.md, TABLE.png
-(realism against consistency, a point a method) and TABLE_sheet.png (those objects, a row a method). What stands in
-TABLE.json is not made again, so that another machine, without the run folder, goes on from there; --rows makes it anew.
+The rows, their flags and the paper's numbers are in paper.py, what is printed in results.py. A row's model is trained
+by train_stage2.py where it is missing, its images are sampled where they are missing; both are kept in the run folder.
+Writes results/TABLE.json after each row, with the images of three objects in TABLE.samples, and at the end TABLE.md,
+TABLE.png (realism against consistency, a point a method) and TABLE_sheet.png (those objects, a row a method). What
+stands in TABLE.json is not made again, so that another machine, without the run folder, goes on from there; --rows
+makes it anew.
 """
 import argparse
 import json
 import os
 import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 
-import numpy as np
 import torch
-from scipy.stats import spearmanr
 from tqdm import tqdm
 
 import data
 import train_stage2
 from baselines.sdedit import sdedit
-from evaluate import (DIGITS, asked_sampling, base_images, formatted, load_toy, measure, measured_settings,
-                      measuring_flags)
-from experiments.paper import PAPER_COLUMNS, TABLES
+from evaluate import asked_sampling, base_images, load_toy, measure, measured_settings, measuring_flags
+from experiments.paper import TABLES
+from experiments.results import ORACLE, table_rows, write_table
 from geometry.camera import VIEWS
 from sample import default_base, sample_images
-from support.files import (cached, file_id, load_tensors, locked, read_json, read_metadata, save_tensors, write_json,
-                           write_text)
+from support.files import cached, file_id, load_tensors, locked, read_json, read_metadata, save_tensors, write_json
 from support.launch import BAR, launch, run_cli
 from support.networks import load_lpips
-from support.pictures import draw_points, save_image, save_picture, side_by_side, to_pixels, to_uint8
+from support.pictures import save_picture, to_pixels, to_uint8
 from toy.judge import load_judges
 from toy.world import WORLD_VERSION, sample_assets, tokenize
 from training.estimate import choose, resumed
 from training.flags import fill_defaults, stage1_comes_first, stage1_folder
-
-ORACLE = "perfect photos (oracle)"                                      # a row of every table: the best there is
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One row: its model, its images
@@ -56,7 +53,7 @@ def trained_row(row, task, args, launched):
     name = "-".join([task, *row.flags.replace("--", "").replace(" ", "_").split()])
     out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
     with locked(out):
-        if not os.path.exists(f"{out}/sets"):
+        if args.seed and not os.path.exists(f"{out}/sets"):
             os.symlink(os.path.abspath(f"{args.folder}/sets"), f"{out}/sets")
     path = f"{out}/{name}.safetensors"
     flags = ["--task", task, *row.flags.split(), "--name", name, "--seed", str(args.seed), *args.train_flags.split()]
@@ -136,6 +133,9 @@ def run_table(args):
           "trained first, about ten minutes on one core", flush=True)
     perfect = measure(held["photo"] / 255, held, judges, base, task, weights)
     results = keep_row(ORACLE, held["photo"], perfect, out, args)
+    if args.processes > 1:
+        run_apart(todo, args)
+        results, todo = table_rows(rows, read_results(f"{out}.json", args)), []
     for row in todo:
         images = row_samples(row, trained_row(row, task, args, launched), task, held, args, device)
         toy = measure(images / 255, held, judges, base, task, weights)
@@ -148,6 +148,26 @@ def run_table(args):
         save_picture(f"{out}_sheet.png", [(label, sheet[label].flatten(0, 1)) for label in labels if label in sheet],
                      column_titles=VIEWS * len(shown))
     print(f"wrote {out}.json, {out}.md, {out}.png and {out}_sheet.png")
+
+
+def run_apart(rows, args):
+    """Trains, samples and measures each row in a process of its own, --processes of them at a time, of one thread each.
+    Raises ValueError at the end, if any of them failed."""
+    flags = [f"--{name}={value}" for name, value in vars(args).items()
+             if name not in ("table", "rows", "threads", "processes") and value is not None]
+
+    def run(row):
+        log = f"{args.folder}/{args.table}_{args.seed}_{row.label.replace(' ', '_')}.log"
+        command = [sys.executable, "-m", "experiments.tables", args.table, *flags, "--threads=1", "--rows", row.label]
+        with open(log, "w") as file:
+            return row.label, log, subprocess.run(command, stdout=file, stderr=file).returncode
+    failed = []
+    with ThreadPool(args.processes) as pool:
+        for label, log, code in tqdm(pool.imap_unordered(run, rows), desc=args.table, unit="row", total=len(rows)):
+            tqdm.write(f"{label}: {f'failed, see {log}' if code else 'done'}")
+            failed += [label] if code else []
+    if failed:
+        raise ValueError(f"rows that failed: {', '.join(failed)}; the same command goes on from there")
 
 
 def keep_row(label, images, toy, out, args):
@@ -171,15 +191,6 @@ def read_samples(path):
 def table_settings(args):
     """What a results file's numbers stand on: the flags that decide them and the base model."""
     return measured_settings(args) | dict(base=file_id(default_base("toy", args.folder)))
-
-
-def table_rows(rows, stored):
-    """The rows of a results file before this run: {label: dict of what makes it, the paper's numbers, the toy's}."""
-    results = {row.label: dict(paper=dict(zip(PAPER_COLUMNS, row.paper)), flags=row.flags, mode=row.mode,
-                               toy=stored.get(row.label, {}).get("toy", {})) for row in rows}
-    results[ORACLE] = dict(paper=dict.fromkeys(PAPER_COLUMNS), flags=None, mode="",
-                           toy=stored.get(ORACLE, {}).get("toy", {}))
-    return results
 
 
 def read_results(path, args):
@@ -207,112 +218,6 @@ def current_commit():
     return done.stdout.strip() or None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is printed of {label: row}, as `table_rows` makes them
-
-
-def seed_mean(row, name):
-    """A row's measure, averaged over its seeds; None where it has none."""
-    values = [toy[name] for toy in row["toy"].values() if toy.get(name) is not None]
-    return float(np.mean(values)) if values else None
-
-
-def seed_deviation(row, name):
-    """Standard deviation of a row's measure over its seeds; None where fewer than two have it."""
-    values = [toy[name] for toy in row["toy"].values() if toy.get(name) is not None]
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def seed_noise(results, name):
-    """Standard deviation of a measure between seeds, pooled over the rows trained with two or more; None: no such."""
-    variances = []
-    for row in results.values():
-        if seed_deviation(row, name) is not None:
-            variances.append(seed_deviation(row, name)**2)
-    return float(np.sqrt(np.mean(variances))) if variances else None
-
-
-def mean_and_deviation(row, name, digits):
-    """A row's measure over its seeds, to print: "27.56 +- 0.12"; without the second where there is one seed."""
-    mean, deviation = seed_mean(row, name), seed_deviation(row, name)
-    return formatted(mean, digits) + (f" +- {formatted(deviation, digits)}" if deviation is not None else "")
-
-
-def trained_rows(results):
-    """The rows that have values of the toy and of the paper."""
-    return {label: row for label, row in results.items() if row["toy"] and label != ORACLE}
-
-
-def markdown_table(cells):
-    """Rows of words as aligned lines of Markdown; the first row is the head, the first column aligned to the left."""
-    widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
-    lines = []
-    for label, *others in cells:
-        words = [label.ljust(widths[0])] + [word.rjust(width) for word, width in zip(others, widths[1:])]
-        lines.append("| " + " | ".join(words) + " |")
-    rule = ["-" * (widths[0] + 2)] + ["-" * (width + 1) + ":" for width in widths[1:]]
-    lines.insert(1, "|" + "|".join(rule) + "|")
-    return lines
-
-
-def table_lines(results):
-    """The toy's values and the paper's beside them as lines of Markdown, then how alike the two order the methods."""
-    measured = {name for row in results.values() for toy in row["toy"].values() for name in toy}
-    columns = {name: digits for name, digits in DIGITS.items() if name in measured}
-    cells = [["", *columns, *(f"paper {name}" for name in PAPER_COLUMNS)]]
-    for label, row in results.items():
-        seeds = f" ({len(row['toy'])} seeds)" if len(row["toy"]) > 1 else ""
-        ours = [mean_and_deviation(row, name, digits) for name, digits in columns.items()]
-        theirs = [formatted(value, 2 if value and value > 10 else 4) for value in row["paper"].values()]
-        cells.append([label + seeds, *ours, *theirs])
-    noise = {name: seed_noise(results, name) for name in columns}
-    if any(noise.values()):
-        cells.append(["deviation between seeds", *(formatted(noise[name], digits) for name, digits in columns.items()),
-                      *[""] * len(PAPER_COLUMNS)])
-    lines, both = markdown_table(cells), trained_rows(results).values()
-    for what, ours, theirs in (("consistency", "psnr", "PSNR"), ("realism", "KD_I", "KID_I")):
-        rho = spearmanr([seed_mean(row, ours) for row in both], [row["paper"][theirs] for row in both]).statistic
-        lines += ["", f"Spearman correlation of the order by {what} ({ours} here, {theirs} in the paper): {rho:.2f}"]
-    return lines + ["", disagreement(results)]
-
-
-def disagreement(results, most=0.05):
-    """Where the two judges' shares of photos differ by more than `most`, as a line."""
-    pairs = {label: (seed_mean(row, "photo"), seed_mean(row, "photo_2")) for label, row in results.items()}
-    apart = [f"{label} ({a:.2f} and {b:.2f})" for label, (a, b) in pairs.items() if b is not None and abs(a - b) > most]
-    return f"Rows on which the two judges differ by more than {most}: {', '.join(apart) or 'none'}"
-
-
-LEGEND = """psnr, ssim: generated views against their re-rendering (up: consistent); psnr_loo: on surface seen by two
-views, each from the other, and loo_gap: how far that is below perfect photographs and renders, in the row's shares.
-FD, KD x1000: distances of a small network's features to the base model's images (B) and to held-out photographs (I)
-(down: realistic), not on the paper's scale of FID and KID. caption: how surely that network reads category, colour and
-material, material: how often it is right; iou: silhouette against the control's; normals: degrees between the normals
-asked for and those a third network reads off the image; photo, photo_2: share called a photo, by two networks of
-different seeds. +-: deviation over the seeds."""
-
-
-def write_table(out, results, args):
-    """Prints a table and writes it as OUT.md, and realism against consistency as OUT.png, a point a method."""
-    lines = "\n".join(table_lines(results))
-    print(lines)
-    flags = [f"--{name} '{value}'" if " " in str(value) else f"--{name} {value}"
-             for name, value in measured_settings(args).items() if value is not None]
-    write_text(f"{out}.md", f"# {args.table.replace('table', 'Table ')} on the toy world, beside the paper's\n\n"
-               f"{LEGEND}\n\n{lines}\n\n`python -m experiments.tables {args.table} {' '.join(flags)}`; "
-               "a further seed: `--seed 1 --rows ..`\n")
-    ours, theirs, errors, highlight = {}, {}, {}, ("Realiz3D", "8 = 7, shifted")
-    for label, row in trained_rows(results).items():
-        ours[label] = (seed_mean(row, "KD_I"), seed_mean(row, "psnr"))
-        errors[label] = (seed_deviation(row, "KD_I") or 0, seed_deviation(row, "psnr") or 0)
-        theirs[label] = (row["paper"]["KID_I"], row["paper"]["PSNR"])
-    toy = draw_points(ours, "KD_I x1000 (left: realistic)", "the toy: re-rendered PSNR (up: consistent)",
-                      highlight=highlight, errors=errors, best=True)
-    paper = draw_points(theirs, "KID_I (left: realistic)", "the paper: PSNR (up: consistent)", highlight=highlight,
-                        best=True)
-    save_image(f"{out}.png", side_by_side([toy, paper]))
-
-
 def parse_args(argv=None):
     """The command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -323,9 +228,13 @@ def parse_args(argv=None):
     add("--results", default="results", help="where the tables and their pictures go (default %(default)s)")
     add("--folder", default="runs/toy", help="run folder: sets, models, samples (default %(default)s)")
     add("--rows", nargs="+", metavar="LABEL", help="only these rows (default: all)")
+    add("--processes", type=int, default=1, help="rows at a time, each in a process of one thread (default 1)")
     add("--train_flags", default="--dtype bfloat16", help="more flags for train_stage2.py, as "
         "--train_flags='%(default)s', the default")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.processes < 1:
+        parser.error(f"--processes must be at least 1, not {args.processes}")
+    return args
 
 
 def main(argv=None):

@@ -11,7 +11,7 @@ import data
 import train_stage2
 from experiments import tables
 from experiments.paper import PAPER1, PAPER_COLUMNS, TABLES
-from experiments.tables import ORACLE, seed_mean, seed_noise, table_lines
+from experiments.results import ORACLE, seed_mean, seed_noise, table_lines
 from geometry.camera import VIEWS
 from support.files import save_tensors
 from support.pictures import to_uint8
@@ -65,6 +65,25 @@ def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, quick_j
     with pytest.raises(ValueError, match="trained by 'python train_stage2.py .*without --clip 9: .*--folder"):
         tables.main([*command[:-1], f"{rest} --clip 9", "--results", str(tmp_path / "others")])
     assert len(started) == 6
+
+
+def test_rows_in_processes_of_their_own(tmp_path, tiny_run):
+    """Two rows that train the same stage 1, and one that fails: the others are kept, the error names it."""
+    flags = " ".join(map(str, TINY_STAGE2)) + " --no-compile --seed 3"      # another folder's stage 1
+    command = ["table2", *"--num 2 --num_steps 2 --seed 3 --processes 3".split(), f"--train_flags={flags}"]
+    command += ["--results", str(tmp_path), "--folder", str(tiny_run)]
+    (tiny_run / "seed3").mkdir()
+    (tiny_run / "seed3" / "texturing-no_real_data.safetensors").write_bytes(b"damaged")
+    rows = ["3 real data", "2 no real data", "5 = 3 + reassignment"]
+    with pytest.raises(ValueError, match="rows that failed: 2 no real data; the same command goes on"):
+        tables.main([*command, "--rows", *rows])
+    table = json.loads((tmp_path / "table2.json").read_text())["rows"]
+    assert [label for label, row in table.items() if row["toy"]] == [rows[0], rows[2], ORACLE]
+    log = (tiny_run / "table2_3_2_no_real_data.log").read_text()
+    assert "texturing-no_real_data.safetensors is not a readable safetensors file" in log and "Traceback" not in log
+    made = [(tiny_run / f"table2_3_{label.replace(' ', '_')}.log").read_text() for label in (rows[0], rows[2])]
+    assert sum("shifters.safetensors, trained for" in text for text in made) == 2
+    assert sum("stage1: done" in text for text in made) == 1                # the other one waited
 
 
 def test_sdedit_starts_from_the_images_of_syn_only(tmp_path, monkeypatch):

@@ -1,0 +1,124 @@
+"""What is printed of a table: {label: row}, means and deviations over seeds, beside the paper's numbers.
+
+A row is a dict: "paper" {column: number}, "flags" and "mode" (experiments/paper.py), "toy" {seed: {measure: number}}.
+"""
+import numpy as np
+from scipy.stats import spearmanr
+
+from evaluate import DIGITS, formatted, measured_settings
+from experiments.paper import PAPER_COLUMNS
+from support.files import write_text
+from support.pictures import draw_points, save_image, side_by_side
+
+ORACLE = "perfect photos (oracle)"                                      # a row of every table: the best there is
+
+
+def table_rows(rows, stored):
+    """The rows of a results file before this run: {label: dict of what makes it, the paper's numbers, the toy's}."""
+    results = {row.label: dict(paper=dict(zip(PAPER_COLUMNS, row.paper)), flags=row.flags, mode=row.mode,
+                               toy=stored.get(row.label, {}).get("toy", {})) for row in rows}
+    results[ORACLE] = dict(paper=dict.fromkeys(PAPER_COLUMNS), flags=None, mode="",
+                           toy=stored.get(ORACLE, {}).get("toy", {}))
+    return results
+
+
+def seed_mean(row, name):
+    """A row's measure, averaged over its seeds; None where it has none."""
+    values = [toy[name] for toy in row["toy"].values() if toy.get(name) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def seed_deviation(row, name):
+    """Standard deviation of a row's measure over its seeds; None where fewer than two have it."""
+    values = [toy[name] for toy in row["toy"].values() if toy.get(name) is not None]
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def seed_noise(results, name):
+    """Standard deviation of a measure between seeds, pooled over the rows trained with two or more; None: no such."""
+    variances = []
+    for row in results.values():
+        if seed_deviation(row, name) is not None:
+            variances.append(seed_deviation(row, name)**2)
+    return float(np.sqrt(np.mean(variances))) if variances else None
+
+
+def mean_and_deviation(row, name, digits):
+    """A row's measure over its seeds, to print: "27.56 +- 0.12"; without the second where there is one seed."""
+    mean, deviation = seed_mean(row, name), seed_deviation(row, name)
+    return formatted(mean, digits) + (f" +- {formatted(deviation, digits)}" if deviation is not None else "")
+
+
+def trained_rows(results):
+    """The rows that have values of the toy and of the paper."""
+    return {label: row for label, row in results.items() if row["toy"] and label != ORACLE}
+
+
+def markdown_table(cells):
+    """Rows of words as aligned lines of Markdown; the first row is the head, the first column aligned to the left."""
+    widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
+    lines = []
+    for label, *others in cells:
+        words = [label.ljust(widths[0])] + [word.rjust(width) for word, width in zip(others, widths[1:])]
+        lines.append("| " + " | ".join(words) + " |")
+    rule = ["-" * (widths[0] + 2)] + ["-" * (width + 1) + ":" for width in widths[1:]]
+    lines.insert(1, "|" + "|".join(rule) + "|")
+    return lines
+
+
+def table_lines(results):
+    """The toy's values and the paper's beside them as lines of Markdown, then how alike the two order the methods."""
+    measured = {name for row in results.values() for toy in row["toy"].values() for name in toy}
+    columns = {name: digits for name, digits in DIGITS.items() if name in measured}
+    cells = [["", *columns, *(f"paper {name}" for name in PAPER_COLUMNS)]]
+    for label, row in results.items():
+        seeds = f" ({len(row['toy'])} seeds)" if len(row["toy"]) > 1 else ""
+        ours = [mean_and_deviation(row, name, digits) for name, digits in columns.items()]
+        theirs = [formatted(value, 2 if value and value > 10 else 4) for value in row["paper"].values()]
+        cells.append([label + seeds, *ours, *theirs])
+    noise = {name: seed_noise(results, name) for name in columns}
+    if any(noise.values()):
+        cells.append(["deviation between seeds", *(formatted(noise[name], digits) for name, digits in columns.items()),
+                      *[""] * len(PAPER_COLUMNS)])
+    lines, both = markdown_table(cells), trained_rows(results).values()
+    for what, ours, theirs in (("consistency", "psnr", "PSNR"), ("realism", "KD_I", "KID_I")):
+        rho = spearmanr([seed_mean(row, ours) for row in both], [row["paper"][theirs] for row in both]).statistic
+        lines += ["", f"Spearman correlation of the order by {what} ({ours} here, {theirs} in the paper): {rho:.2f}"]
+    return lines + ["", disagreement(results)]
+
+
+def disagreement(results, most=0.05):
+    """Where the two judges' shares of photos differ by more than `most`, as a line."""
+    pairs = {label: (seed_mean(row, "photo"), seed_mean(row, "photo_2")) for label, row in results.items()}
+    apart = [f"{label} ({a:.2f} and {b:.2f})" for label, (a, b) in pairs.items() if b is not None and abs(a - b) > most]
+    return f"Rows on which the two judges differ by more than {most}: {', '.join(apart) or 'none'}"
+
+
+LEGEND = """psnr, ssim: generated views against their re-rendering (up: consistent); psnr_loo: on surface seen by two
+views, each from the other, and loo_gap: how far that is below perfect photographs and renders, in the row's shares.
+FD, KD x1000: distances of a small network's features to the base model's images (B) and to held-out photographs (I)
+(down: realistic), not on the paper's scale of FID and KID. caption: how surely that network reads category, colour and
+material, material: how often it is right; iou: silhouette against the control's; normals: degrees between the normals
+asked for and those a third network reads off the image; photo, photo_2: share called a photo, by two networks of
+different seeds. +-: deviation over the seeds."""
+
+
+def write_table(out, results, args):
+    """Prints a table and writes it as OUT.md, and realism against consistency as OUT.png, a point a method."""
+    lines = "\n".join(table_lines(results))
+    print(lines)
+    flags = [f"--{name} '{value}'" if " " in str(value) else f"--{name} {value}"
+             for name, value in measured_settings(args).items() if value is not None]
+    write_text(f"{out}.md", f"# {args.table.replace('table', 'Table ')} on the toy world, beside the paper's\n\n"
+               f"{LEGEND}\n\n{lines}\n\n`python -m experiments.tables {args.table} {' '.join(flags)}`; "
+               "a further seed: `--seed 1 --rows ..`\n")
+    ours, theirs, errors, highlight = {}, {}, {}, ("Realiz3D", "8 = 7, shifted")
+    for label, row in trained_rows(results).items():
+        ours[label] = (seed_mean(row, "KD_I"), seed_mean(row, "psnr"))
+        errors[label] = (seed_deviation(row, "KD_I") or 0, seed_deviation(row, "psnr") or 0)
+        theirs[label] = (row["paper"]["KID_I"], row["paper"]["PSNR"])
+    toy = draw_points(ours, "KD_I x1000 (left: realistic)", "the toy: re-rendered PSNR (up: consistent)",
+                      highlight=highlight, errors=errors, best=True)
+    paper = draw_points(theirs, "KID_I (left: realistic)", "the paper: PSNR (up: consistent)", highlight=highlight,
+                        best=True)
+    save_image(f"{out}.png", side_by_side([toy, paper]))
