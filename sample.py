@@ -39,7 +39,7 @@ from support.files import (file_id, load_tensors, locked, read_json, read_metada
 from support.generators import SAMPLES, seeded_generator
 from support.launch import BAR, UsageError, barrier, finite, launch, run_cli
 from support.pictures import save_image, save_picture, to_uint8
-from support.speed import autocast
+from support.speed import CPU_DTYPES, autocast, choose_dtype
 from toy.render import asset_mesh
 from toy.world import WORLD_VERSION, exaggerated, sample_assets, take, tokenize
 
@@ -410,6 +410,7 @@ def parse_args(argv=None):
     add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps")
     add("--seed", type=int, default=0, help="decides the noise")
     add("--threads", type=int, help="CPU threads (default: the fastest in a trial)")
+    add("--dtype", choices=CPU_DTYPES, help="precision of pixels on a CPU (default: the faster in a trial)")
     add("--out", help="picture to write (default runs/PRESET/sample.png)")
     add("--views", metavar="DIR", help="also write every view as its own file, as evaluate.py folders reads them")
     add("--textured", metavar="DIR", help="also texture the object's mesh with the views: GLB, OBJ and a turntable")
@@ -524,7 +525,8 @@ def draw_real_set(args, launched):
         raise UsageError(f"--real_set {args.real_set} must be a .safetensors file that is not there yet, or a real set")
     if not read_metadata(base).get("config", {}).get("vocab_size"):
         raise ValueError(f"{base} is a model of latents: draw its real set with python -m full.real_set")
-    sampling = Sampling(cfg_scale=guidance(args.cfg_scale, latents=False), num_steps=args.num_steps, seed=args.seed)
+    sampling = Sampling(cfg_scale=guidance(args.cfg_scale, latents=False), num_steps=args.num_steps, seed=args.seed,
+                        dtype=args.dtype)
     write_real_set(args.real_set, base, args.num_assets or ASSETS[args.preset], sampling, launched)
     if launched.rank == 0:
         print(f"wrote {args.real_set}")
@@ -540,9 +542,11 @@ def main(argv=None):
     network, task = load_network(path, launched.device, shifters=args.shifters), trained_task(path)
     check_fit(args, path, network, task)
     latents = network.dit.config.latent
-    sampling = chosen_sampling(args, path, latents)
     if launched.rank > 0:
         return
+    sampling = chosen_sampling(args, path, latents)
+    if not latents:
+        sampling = replace(sampling, dtype=args.dtype or choose_dtype(launched.device))
     if latents:
         encoders = Encoders(args.vae, args.text_encoder)
         objects, meshes, decode = latent_objects(encoders, network, args.prompt, args.mesh, args.objects)

@@ -75,13 +75,26 @@ def choose_threads(device):
     counts = thread_counts() if device.type == "cpu" else [MOST_THREADS]
     if len(counts) == 1:
         return counts[0]
+    seconds = time_choices(block_work(), counts)
+    return min(seconds, key=seconds.get)[0]
+
+
+def choose_dtype(device):
+    """In which precision that is fastest, with the threads there are; None where there is no choice, as beside a GPU."""
+    if device.type != "cpu":
+        return None
+    seconds = time_choices(block_work(), [torch.get_num_threads()], CPU_DTYPES)
+    return min(seconds, key=seconds.get)[1]
+
+
+def block_work():
+    """work(), for `time_choices`: a few times what a block does to 16 images of 64 tokens."""
     x, weight = torch.randn(1024, 192), torch.randn(192, 768)
 
     def work():
         for _ in range(30):
             F.gelu(x @ weight) @ weight.T
-    seconds = time_choices(work, counts)
-    return min(seconds, key=seconds.get)[0]
+    return work
 
 
 class Watch:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import support.speed
-from support.speed import Watch, attend, autocast, choose_speed, choose_threads, thread_counts, time_choices
+from support.speed import (Watch, attend, autocast, choose_dtype, choose_speed, choose_threads, thread_counts,
+                           time_choices)
 
 CPU = torch.device("cpu")
 
@@ -59,6 +60,16 @@ def test_threads_for_sampling_are_the_fastest_ones(clock, monkeypatch):
     assert choose_threads(CPU) == 2
     clock({(1, "float32"): 1.0, (2, "float32"): 30.0})
     assert choose_threads(CPU) == 1
+
+
+def test_precision_for_sampling_is_the_faster_one(clock, monkeypatch):
+    monkeypatch.setattr(support.speed, "CPU_DTYPES", ("float32", "bfloat16"))
+    torch.set_num_threads(2)
+    clock({(2, "float32"): 1.0, (2, "bfloat16"): 0.6})
+    assert choose_dtype(CPU) == "bfloat16" and torch.get_num_threads() == 2
+    clock({(2, "float32"): 1.0, (2, "bfloat16"): 1.2})
+    assert choose_dtype(CPU) == "float32"
+    assert choose_dtype(torch.device("cuda")) is None
 
 
 def test_a_watch_calls_after_half_a_minute_of_steps_three_times_slower():
