@@ -395,8 +395,7 @@ def parse_args(argv=None):
     add("--shifters", help="shifters of stage 1, to put into a model without its own")
     add("--preset", choices=PRESETS, default="toy", help="which default model")
     add("--task", choices=("texturing", "text"), help="default: the one the model was trained for")
-    add("--object", type=int, nargs="+", default=list(SHOWN), help="numbers of held-out objects "
-        "(default %(default)s)")
+    add("--object", type=int, nargs="+", help=f"numbers of held-out objects (default {' '.join(map(str, SHOWN))})")
     add("--prompt", nargs="+", help="captions instead of objects: a base model, --task text, or one for --mesh")
     add("--domain", type=domain_word, default="all", help="domain mode: real, syn, shifted, or a number s, 0 for "
         "synthetic to 1 for real and a little outside (default all: the three words)")
@@ -443,6 +442,9 @@ def domain_word(word):
 
 def check_flags(parser, args):
     """Ends with a line of usage at flags that no model makes sense of."""
+    if args.object and args.prompt:
+        parser.error("--object and --prompt both say what to draw: leave one of them out")
+    args.object = args.object or list(SHOWN)
     for number in args.object:
         if not 0 <= number < 10 ** 4:                               # all objects before it are made too
             parser.error(f"--object must lie in [0, {10 ** 4 - 1}], not {number}")

@@ -40,6 +40,8 @@ NUMBERS = [
     (train_stage2, ("--weight_decay", "-0.1"), "--weight_decay"), (train_stage2, ("--threads", "0"), "--threads"),
     (pretrain, ("--num_base_images", "0"), "--num_base_images"), (pretrain, ("--preset", "full"), "preset full"),
     (benchmark, ("--tau_B", "nan"), "--tau_B"), (sample, ("--cfg_scale", "inf"), "--cfg_scale"),
+    (sample, ("--object", "1", "--prompt", "a red wooden mug"), "--object and --prompt both say what to draw"),
+    (tables, ("table1", "--processes", "0"), "--processes"),
     (sample, ("--B_max", "nan"), "--B_max"), (pca_features, ("--cfg_scale", "nan"), "--cfg_scale"),
     (evaluate, ("toy", "--cfg_scale", "nan"), "--cfg_scale"), (shift, ("select", "--max_loss", "nan"), "--max_loss"),
     (evaluate, ("folders", "a", "b", "--elevation", "nan"), "--elevation"),
