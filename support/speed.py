@@ -80,7 +80,7 @@ def choose_threads(device):
 
 
 def choose_dtype(device):
-    """In which precision that is fastest, with the threads there are; None where there is no choice, as beside a GPU."""
+    """In which precision that is fastest, with the threads there are; None where there is no choice (on a GPU)."""
     if device.type != "cpu":
         return None
     seconds = time_choices(block_work(), [torch.get_num_threads()], CPU_DTYPES)
