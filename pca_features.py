@@ -221,8 +221,8 @@ def prompts_of(args, network):
     """What the command line asks for, as `sampled_features` takes it: random objects in random styles, or --prompt."""
     if not network.dit.config.latent:
         if args.prompt or args.text_encoder:
-            raise ValueError("--prompt and --text_encoder are for models of latents; the toy has prompts of its own, as "
-                             "many as --num says")
+            raise ValueError("--prompt and --text_encoder are for models of latents; the toy has prompts of its own, "
+                             "as many as --num says")
         assets, generator = sample_assets(args.num, 100 + args.seed), torch.Generator().manual_seed(args.seed)
         styles = [STYLES[k] for k in torch.randint(len(STYLES), (args.num,), generator=generator).tolist()]
         return {"text": tokenize(asset_captions(assets, styles)), "null": {"text": tokenize([""])}}
