@@ -28,8 +28,13 @@ class Views(NamedTuple):
 
 def camera(azimuth, elevation=ELEVATION):
     """Degrees, numbers or tensors (...,) -> right, up, forward: three unit axes (..., 3) in the object's frame."""
-    a, e = torch.deg2rad(torch.as_tensor(azimuth, dtype=torch.float32)), math.radians(elevation)
-    sin, cos, se, ce = a.sin(), a.cos(), math.sin(e), math.cos(e)
+    a = torch.deg2rad(torch.as_tensor(azimuth, dtype=torch.float32))
+    if torch.is_tensor(elevation):
+        e = torch.deg2rad(elevation)
+        se, ce = e.sin(), e.cos()
+    else:
+        se, ce = math.sin(math.radians(elevation)), math.cos(math.radians(elevation))
+    sin, cos = a.sin(), a.cos()
     right = torch.stack([cos, 0 * a, -sin], dim=-1)
     up = torch.stack([-se * sin, ce + 0 * a, -se * cos], dim=-1)
     return right, up, torch.stack([-ce * sin, -se + 0 * a, -ce * cos], dim=-1)

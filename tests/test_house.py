@@ -16,7 +16,8 @@ MAY_IMPORT = {                          # what a room, or a file, may import of 
     "domain_shifter": ("support", "dit"),
     "geometry": ("support", "geometry"),
     "toy.world": ("support", "geometry"),
-    "toy.render": ("support", "geometry", "toy.world"),
+    "toy.trace": ("support", "geometry"),
+    "toy.render": ("support", "geometry", "toy.world", "toy.trace"),
 }
 
 

@@ -1,5 +1,5 @@
 """
-The toy world drawn: orthographic rays are sphere-traced to the surface, and there shaded (Sec. 5).
+The toy world drawn: where rays hit an object (toy/trace.py) it is shaded (Sec. 5).
 
 A photo (the real domain) shows the material as it grew, the light, the shadow, the grain; a render (the synthetic
 domain) is evenly lit and shows the pattern that an artist painted for the material. With either come the control maps,
@@ -7,106 +7,14 @@ normals and positions. The frame and the cameras are those of geometry/camera.py
 """
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from geometry.camera import AZIMUTHS, ELEVATION, EXTENT, Views, camera
+from geometry.camera import AZIMUTHS, ELEVATION, Views, camera
 from geometry.mesh import surface_mesh
+from toy.trace import Cameras, gradient, nearest, trace
 from toy.world import BACKDROPS, BACKGROUNDS, CATEGORIES, MATERIALS, PALETTE, SHAPES, STYLES, Assets, length, maximum
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The tracer
-
-
-class Rays(NamedTuple):
-    """M rays on their way to an object."""
-    pixel: torch.Tensor                 # (M,)   its place in the flattened (B, size, size) grid
-    point: torch.Tensor                 # (3, M) where the ray is
-    way: torch.Tensor                   # (3, M) unit vector
-    shape: torch.Tensor                 # (3, M) proportions of the object that it looks at
-    run: torch.Tensor                   # (M,)   how far it has come
-    end: torch.Tensor                   # (M,)   where it leaves the cube
-
-    def select(self, index):
-        """The rays with the numbers `index` (K,), in that order."""
-        return Rays(*(field[..., index] for field in self))
-
-    def where(self, which):
-        """The rays for which `which` (M,) is True."""
-        return self.select(which.nonzero()[:, 0])
-
-    def distance(self, shape_distance):
-        """(M,) from each ray's point to its object."""
-        return nearest(shape_distance(self.point.unbind(), *self.shape.unbind()))
-
-
-class Hits(NamedTuple):
-    """The M rays that hit, in the order of their pixels."""
-    pixel: torch.Tensor                 # (M,)   place in the flattened (B, size, size) grid
-    point: torch.Tensor                 # (3, M)
-    normal: torch.Tensor                # (3, M) unit
-    accent: torch.Tensor                # (M,)   bool: an accented part, not the body
-
-
-def trace(distance, shape, azimuth, size, elevation=ELEVATION, steps=64, tolerance=3e-4):
-    """Sphere-trace size x size orthographic rays, one per pixel centre, for each of B views -> Hits.
-
-    distance(p, a, b, c) -> (body, accent or None); shape (B, 3): proportions; azimuth (B,), elevation: degrees.
-    """
-    rays, found = rays_into_the_cube(shape, azimuth, size, elevation), []
-    for _ in range(steps):
-        step = rays.distance(distance)
-        hit = step < tolerance
-        step = step * ~hit                                          # a ray that hit stays, whenever it is taken out
-        rays.point.addcmul_(rays.way, step)
-        rays.run.add_(step)
-        gone = hit | (rays.run > rays.end)
-        if gone.sum() > 0.2 * len(gone):                            # go on with the rays that can still hit, alone
-            found.append(rays.where(hit))
-            rays = rays.where(~gone)
-        if len(rays.pixel) == 0:
-            break
-    else:
-        found.append(rays.where((rays.distance(distance) < 5 * tolerance) & (rays.run <= rays.end)))
-    rays = Rays(*(torch.cat(field, dim=-1) for field in zip(*found)))
-    rays = rays.select(rays.pixel.argsort())
-    way, abc = rays.way, rays.shape
-    p = rays.point + way * rays.distance(distance)
-    normal = gradient(distance, p, abc)
-    normal = normal - way * (normal * way).sum(dim=0).clamp(min=0)  # at an edge the difference may look away
-    body, accent = distance(p.unbind(), *abc.unbind())
-    accented = torch.zeros_like(body, dtype=torch.bool) if accent is None else accent < body
-    return Hits(rays.pixel, p, F.normalize(normal, dim=0), accented)
-
-
-def rays_into_the_cube(shape, azimuth, size, elevation):
-    """The Rays of `trace` that meet the cube, where they enter it."""
-    device = shape.device
-    right, up, forward = [axis.to(device) for axis in camera(azimuth, elevation)]                   # (B, 3)
-    s = ((torch.arange(size, device=device) + 0.5) / size * 2 - 1) * EXTENT
-    origin = right[:, :, None, None] * s - up[:, :, None, None] * s[:, None]                         # (B, 3, S, S)
-    way = forward.where(forward.abs() > 1e-6, torch.tensor(1e-6, device=device))[:, :, None, None]
-    near = ((-0.5 * way.sign() - origin) / way).amax(dim=1).flatten()
-    far = ((0.5 * way.sign() - origin) / way).amin(dim=1).flatten()
-    pixel = (near < far).nonzero()[:, 0]
-    view, near, far = pixel // size**2, near[pixel], far[pixel]
-    way = forward.T[:, view]
-    return Rays(pixel, origin.movedim(1, 0).reshape(3, -1)[:, pixel] + way * near, way, shape.T[:, view], near, far)
-
-
-def nearest(parts):
-    """Distance (M,) to an object from its distances to (body, accent or None)."""
-    return parts[0] if parts[1] is None else torch.minimum(*parts)
-
-
-def gradient(distance, p, abc, h=1e-3):
-    """Unit gradient (3, M) by four differences at the corners of a tetrahedron."""
-    corners = torch.tensor([[1., -1, -1, 1], [-1, -1, 1, 1], [-1, 1, -1, 1]], device=p.device)      # (3, 4)
-    points = (p[:, None] + h * corners[:, :, None]).flatten(1)                                       # (3, 4 M)
-    d = nearest(distance(points.unbind(), *abc.repeat(1, 4).unbind())).view(4, -1)
-    return F.normalize(corners @ d, dim=0)
 
 
 def asset_mesh(assets, resolution=96):
@@ -223,6 +131,7 @@ class Look:
     style: str | list = "photo"         # of LOOKS, one word or a list of N
     background: str | list = "white"    # of BACKGROUNDS, one word or a list of N
     seed: int = 0                       # of the photos' grain: that of object n is a function of seed + n alone
+    frame: torch.Tensor | None = None   # (N, 3), where in the image they stand, see `Cameras`
     supersample: int = 2                # rays a pixel to each side
 
 
@@ -230,8 +139,8 @@ class Look:
 def render(assets, look=Look(), azimuth=AZIMUTHS, size=32, geometry=True, elevation=ELEVATION, device="cpu"):
     """Draw N objects in V views -> Views on the CPU, without normal and position where geometry is False.
 
-    azimuth: V degrees for all or a tensor (N, V); elevation: degrees; size: pixels to a side. Raises ValueError where
-    they do not fit the assets, or for an unknown style or background.
+    azimuth: V degrees for all or a tensor (N, V); elevation: degrees, one number or a tensor (N,); size: pixels to a
+    side. Raises ValueError where they do not fit the assets, or for an unknown style or background.
     """
     n = len(assets.category)
     azimuth = torch.as_tensor(azimuth, dtype=torch.float32)
@@ -253,20 +162,27 @@ def render(assets, look=Look(), azimuth=AZIMUTHS, size=32, geometry=True, elevat
         distance = SHAPES[CATEGORIES[category]]
         for part in torch.tensor(members).split(chunk):
             few = Assets(*(field[part].repeat_interleave(views, dim=0).to(device) for field in assets))     # (B, ...)
-            turn = azimuth[part].flatten().to(device)
+            cameras = Cameras(azimuth[part].flatten().to(device), one_a_view(elevation, part, views, device),
+                              one_a_view(look.frame, part, views, device))
             behind = [background[k] for k in part for _ in range(views)]
-            color, cover = paint(distance, few, replace(look, style=word, background=behind), turn, size, elevation)
+            color, cover = paint(distance, few, replace(look, style=word, background=behind), cameras, size)
             rgb[part] = color.cpu().view(-1, views, 3, size, size)
             mask[part] = cover.cpu().view(-1, views, 1, size, size)
             if geometry:
-                hits = trace(distance, few.shape, turn, size, elevation)
+                hits = trace(distance, few.shape, cameras, size)
                 for maps, values in ((normal, hits.normal), (position, hits.point)):
-                    maps[part] = pixel_grid(values, hits.pixel, len(turn), size).cpu().view(-1, views, 3, size, size)
+                    grid = pixel_grid(values, hits.pixel, len(few.shape), size)
+                    maps[part] = grid.cpu().view(-1, views, 3, size, size)
     for k in range(n):
         if style[k] == "photo":                                         # film grain on what the object covers
             grain = torch.randn(views, 1, size, size, generator=torch.Generator().manual_seed(look.seed + k))
             rgb[k] += 0.010 * mask[k] * grain
     return Views(rgb.clamp_(0, 1), mask, normal, position)
+
+
+def one_a_view(values, part, views, device):
+    """Of values (N, ...), those of the objects `part`, one for each of their views; another value as it is."""
+    return values[part].repeat_interleave(views, dim=0).to(device) if torch.is_tensor(values) else values
 
 
 def one_each(value, n, known, what):
@@ -286,14 +202,15 @@ def pixel_grid(values, pixel, num, size):
     return grid.view(len(values), num, size, size).movedim(1, 0)
 
 
-def paint(distance, assets, look, azimuth, size, elevation):
-    """Colours (B, 3, H, W) and coverage (B, 1, H, W) of B objects of one category, in one view (B,) and a background
-    each and one style."""
-    device, times, fine = azimuth.device, look.supersample, size * look.supersample
-    hits = trace(distance, assets.shape, azimuth, fine, elevation)
-    color = shade(distance, assets, look, hits, camera(azimuth, elevation)[2].to(device), fine)
+def paint(distance, assets, look, cameras, size):
+    """Colours (B, 3, H, W) and coverage (B, 1, H, W) of B objects of one category, with a camera and a background each
+    and one style."""
+    device, times, fine = assets.shape.device, look.supersample, size * look.supersample
+    hits = trace(distance, assets.shape, cameras, fine)
+    forward = camera(cameras.azimuth, cameras.elevation)[2].to(device)
+    color = shade(distance, assets, look, hits, forward, fine)
     flat = torch.cat([color, torch.ones_like(color[:1]), hits.normal, hits.accent[None].float()])
-    grid = pixel_grid(flat, hits.pixel, len(azimuth), fine)
+    grid = pixel_grid(flat, hits.pixel, len(assets.shape), fine)
     image, cover = grid[:, :3], grid[:, 3:4]
     if look.style in ("cartoon", "sketch"):                             # lines where the surface ends or bends
         highest, lowest = [F.max_pool2d(z, 2 * (times // 2) + 1, stride=1, padding=times // 2)

@@ -292,9 +292,14 @@ def sample_assets(num, seed):
     u = uniforms(num, seed, 8)
     category, color, material = [(u[:, column] * len(choices)).long()
                                  for column, choices in enumerate((CATEGORIES, COLORS, MATERIALS))]
-    azimuth, elevation = 2 * math.pi * u[:, 6], torch.deg2rad(35 + 40 * u[:, 7])
+    return Assets(category, color, material, u[:, 3:6].float(), lights(u[:, 6:]).float())
+
+
+def lights(u):
+    """Uniform numbers (N, 2) -> unit vectors towards the light (N, 3), 35 to 75 degrees high."""
+    azimuth, elevation = 2 * math.pi * u[:, 0], torch.deg2rad(35 + 40 * u[:, 1])
     light = [elevation.cos() * azimuth.sin(), elevation.sin(), elevation.cos() * azimuth.cos()]
-    return Assets(category, color, material, u[:, 3:6].float(), torch.stack(light, dim=1).float())
+    return torch.stack(light, dim=1)
 
 
 def exaggerated(assets):

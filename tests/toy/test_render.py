@@ -7,7 +7,8 @@ import torch
 from shapes import one_asset, volume
 
 from geometry.camera import AZIMUTHS, ELEVATION, EXTENT, camera, project
-from toy.render import LOOKS, Look, asset_mesh, nearest, render, trace
+from toy.render import LOOKS, Look, asset_mesh, render
+from toy.trace import Cameras, nearest, trace
 from toy.world import CATEGORIES, MATERIALS, SHAPES, box, sample_assets, sphere, take
 
 
@@ -25,7 +26,7 @@ def grid(size):
 
 def traced(distance, azimuth, elevation=ELEVATION, size=64):
     """Hit (S, S), points (3, S, S) and normals (3, S, S) of a bare distance function."""
-    ray, p, normal, _ = trace(distance, torch.zeros(1, 3), torch.tensor([float(azimuth)]), size, elevation)
+    ray, p, normal, _ = trace(distance, torch.zeros(1, 3), Cameras(torch.tensor([float(azimuth)]), elevation), size)
     hit, points, normals = torch.zeros(size**2, dtype=torch.bool), torch.zeros(3, size**2), torch.zeros(3, size**2)
     hit[ray], points[:, ray], normals[:, ray] = True, p, normal
     return hit.view(size, size), points.view(3, size, size), normals.view(3, size, size)

@@ -1,0 +1,80 @@
+"""Scenes: an object's place, size, light and surroundings, and what its captions leave out."""
+import pytest
+import torch
+
+from data import SEEDS
+from geometry.camera import EXTENT, camera
+from support.pictures import to_pixels
+from toy.render import Look, render
+from toy.scenes import SCENES, SIDES, frames, scene_set
+from toy.trace import Cameras, trace
+from toy.world import BACKGROUNDS, CATEGORIES, VOCAB, exaggerated, sample_assets, sphere
+
+
+def test_a_framed_sphere_is_a_disc_at_its_place():
+    """Closed form: radius r of the frame's size about its middle, in the image's units."""
+    size, r = 64, 0.3
+    x, y, scale = 0.25, -0.4, 0.5
+    hits = trace(lambda p, a, b, c: (sphere(p, r), None), torch.zeros(1, 3),
+                 Cameras(torch.tensor([30.]), torch.tensor([50.]), torch.tensor([[x, y, scale]])), size)
+    s = (torch.arange(size) + 0.5) / size * 2 - 1
+    distance = ((s - x) ** 2 + (-s[:, None] - y) ** 2).sqrt()               # (rows, columns)
+    found = torch.zeros(size ** 2, dtype=torch.bool)
+    found[hits.pixel] = True
+    sure = (distance - scale * r / EXTENT).abs() > 0.01
+    assert torch.equal(found.view(size, size)[sure], (distance < scale * r / EXTENT)[sure]) and found.sum() > 150
+    right, up, forward = camera(30., 50.)
+    row, column = hits.pixel // size, hits.pixel % size
+    assert ((hits.point.T @ right) * scale / EXTENT + x - s[column]).abs().max() < 1e-4
+    assert ((hits.point.T @ up) * scale / EXTENT + y + s[row]).abs().max() < 1e-4
+
+
+def test_elevations_of_their_own_and_the_whole_frame_change_nothing():
+    assets = sample_assets(6, 4)
+    one = render(assets, Look("render"), (0, 130), elevation=35)
+    each = render(assets, Look("render", frame=torch.tensor([[0., 0., 1.]]).expand(6, 3)), (0, 130),
+                  elevation=torch.full((6,), 35.))
+    assert all((a - b).abs().mean() < 1e-3 for a, b in zip(one, each))
+    low = render(assets, Look("render"), (0, 130), elevation=torch.tensor([35., 35, 35, 0, 0, 0]))
+    assert (low.rgb - one.rgb)[:3].abs().mean() < 1e-3 < (low.rgb - one.rgb)[3:].abs().mean()
+
+
+def test_frames_leave_the_object_in_the_image():
+    x, y, scale = frames(torch.rand(500, 3)).T
+    assert scale.min() >= 0.5 and scale.max() <= 1 and 0.6 < scale.mean() < 0.9
+    assert (x.abs() + scale).max() <= 1 + 1e-6 and (y.abs() + scale).max() <= 1 + 1e-6
+    assert x.abs().max() > 0.3 and x.min() < 0 < x.max() and (x - y).abs().max() > 0.3
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_scenes_show_their_asset_and_name_only_its_category(tmp_path, unseen):
+    got = scene_set(5, unseen=unseen, folder=tmp_path)
+    assets, num = exaggerated(sample_assets(5, SEEDS["synthetic"])), 5 * SCENES
+    assert got["image"].shape == (num, 2, 3, 32, 32) and got["references"].shape == (num, 2, 8, 3, 32, 32)
+    words = [[VOCAB[k] for k in row if k > 1] for row in got["text"]]
+    for k, (word, (category, *_)) in enumerate(zip(words, got["labels"])):
+        assert word[:2] == ["a", CATEGORIES[category]] and word[3:] == ["background"] and len(word) == 4
+        assert (word[2] == BACKGROUNDS[1 + k // SCENES % 7]) == unseen          # the one that is kept for later
+    assert torch.equal(got["labels"], torch.stack(assets[:3], dim=1).repeat_interleave(SCENES, 0))
+    sides = render(assets, Look("render"), SIDES)
+    assert (to_pixels(got["references"][::SCENES, 0]) / 2 + .5 - sides.rgb).abs().max() < 0.003
+    on = (got["image"][:, 1] != 255).any(dim=1)                                # (N, H, W), of the point map
+    places = to_pixels(got["image"][:, 1]) / 2                                 # each is a place on the asset's surface
+    assert on.flatten(1).sum(1).min() > 20 and not torch.equal(on[0], on[1])
+    all_sides = to_pixels(got["references"][:, 1]) / 2
+    for k in range(num):
+        seen = all_sides[k].movedim(1, 0).flatten(1).T
+        near = torch.cdist(places[k][:, on[k]].T, seen).min(dim=1).values
+        assert near.median() < 0.05
+    photo = got["image"][:, 0].float()
+    corner = photo[:, :, 0, 0]
+    same = [word[2] for word in words]
+    assert all((corner[i] == corner[j]).all() for i in range(num) for j in range(i) if same[i] == same[j])
+
+
+def test_a_scene_is_the_same_in_any_number_of_them(tmp_path):
+    few, many = scene_set(2, folder=tmp_path), scene_set(5, folder=tmp_path)
+    for name in few:
+        assert (few[name].float() - many[name][:2 * SCENES].float()).abs().max() <= 1
+    other = scene_set(2, unseen=True, folder=tmp_path)
+    assert torch.equal(other["references"], few["references"]) and not torch.equal(other["image"], few["image"])
