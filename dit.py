@@ -123,16 +123,16 @@ def timestep_embedding(t, dim=256, max_period=10000):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def position_embedding(width, size, scale=1.0):
+def position_embedding(width, size, scale=1.0, first_column=0):
     """Fixed 2D sin-cos positions of a size x size grid of tokens, rows first -> (size^2, width).
 
     The first half of the channels encodes the column, the second the row (as PixArt's table does).
     """
-    position = torch.arange(size, dtype=torch.float64) / scale
+    position = torch.arange(size, dtype=torch.float64)
     omega = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = position[:, None] * omega                                                              # (size, width / 4)
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)                                           # (size, width / 2)
-    return torch.cat([axis.repeat(size, 1), axis.repeat_interleave(size, 0)], dim=1)
+    columns, rows = [place[:, None] / scale * omega for place in (position + first_column, position)]   # (size, w / 4)
+    columns, rows = [torch.cat([angles.sin(), angles.cos()], dim=1) for angles in (columns, rows)]      # (size, w / 2)
+    return torch.cat([columns.repeat(size, 1), rows.repeat_interleave(size, 0)], dim=1)
 
 
 def modulate(x, shift, scale):
@@ -321,10 +321,14 @@ class DiT(nn.Module):
                 h = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         shift_out, scale_out = (self.final_table + t_emb[:, None]).unsqueeze(2).unbind(1)
         out = self.unpatchify(self.final_linear(modulate(self.final_norm(h), shift_out, scale_out)), V)
+        return self.noise_in(x, t, out)
+
+    def noise_in(self, x, t, out):
+        """Epsilon (B, V, C, H, W) from what the last layer gives, (B, V, out_channels, H, W)."""
         out = out[:, :, :self.config.channels]                                                      # the epsilon half
         if self.config.output_skip:  # near t = T x0 = (x_t - sigma eps) / signal would amplify errors of a bare eps
             signal, sigma = _signal_and_noise(x.device)
-            out = sigma[t.long()].view(B, 1, 1, 1, 1) * x + signal[t.long()].view(B, 1, 1, 1, 1) * out
+            out = sigma[t.long()].view(-1, 1, 1, 1, 1) * x + signal[t.long()].view(-1, 1, 1, 1, 1) * out
         return out
 
 

@@ -24,6 +24,7 @@ LENGTHS = {
     ("toy", "base"):        (24000,  128),
     ("small", "base"):      (100000, 256),
     ("toy", "selective"):   (300,      4),
+    ("toy", "refany3d"):    (1000,     8),      # RefAny3D (related/): scenes
 }
 #                            lr   warmup  weight decay  EMA
 DEFAULTS = {
@@ -31,6 +32,7 @@ DEFAULTS = {
     ("toy", "stage1"):      (5e-4,    40,          0.0,   0.0),
     ("toy", "stage2"):      (5e-4,    50,         0.01,  0.99),
     ("toy", "selective"):   (5e-4,    20,         0.01,  0.98),     # layer-selective training (A.2)
+    ("toy", "refany3d"):    (1e-3,    50,          0.0,  0.99),
     ("small", "base"):      (3e-4,  1000,         0.01, 0.9999),
     ("small", "stage1"):    (1e-4,   100,          0.0,   0.0),
     ("small", "stage2"):    (1e-4,   200,         0.01, 0.999),

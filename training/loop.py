@@ -43,6 +43,7 @@ class Iteration:
     reassigned_blocks: int = 0  # j of domain reassignment: how many of the first blocks run with e_syn (Sec. 4.2)
     frozen_blocks: int = 0      # i of layer-aware training: how many of the first blocks are frozen (Sec. 4.2)
     frozen_last_blocks: int = 0 # how many of the last blocks are frozen: layer-selective training (A.2)
+    control_dropout: float = 0.0    # how often the maps are lost (black pixels), never together with the caption
     timesteps: tuple = (0, T, 1)    # (first, last, draws): t is the least of so many draws from [first, last)
 
     def domains(self, num_blocks, batch, device):
@@ -74,7 +75,7 @@ def training_step(model, optimizers, batch, iteration, null, args, lap=lambda pa
     for k, (share, part) in enumerate(parts):
         x0, t, noise = part["x0"], part["t"], part["noise"]                                 # (B, V, C, H, W), (B,)
         text = drop_text(part, null, args.text_dropout)
-        control = part["control"] if iteration.control else None                            # None: the empty control
+        control = seen_control(part, iteration)                                             # None: the empty control
         domains = iteration.domains(dit.config.depth, len(x0), x0.device)                   # (N_B, B)
         waits = isinstance(model, DistributedDataParallel) and k + 1 < len(parts)           # for the last part
         with model.no_sync() if waits else nullcontext():
@@ -95,6 +96,16 @@ def training_step(model, optimizers, batch, iteration, null, args, lap=lambda pa
         optimizer.zero_grad(set_to_none=True)
     lap("optimizer")
     return loss, bins
+
+
+def seen_control(batch, iteration):
+    """The maps of a batch, None where the iteration sees none; uint8 maps are black where u >= 1 - control_dropout."""
+    if not iteration.control:
+        return None
+    if not iteration.control_dropout:
+        return batch["control"]
+    lost = batch["u"] >= 1 - iteration.control_dropout
+    return batch["control"].masked_fill(lost.view(-1, *[1] * (batch["control"].dim() - 1)), 0)
 
 
 def drop_text(batch, null, text_dropout):
@@ -218,7 +229,7 @@ def learning_rate(step, args):
 def in_training(network, args, world):
     """The network with the flags --compile and --grad_checkpointing, in DDP where there are several processes."""
     if args.compile:            # four compilations serve all blocks, domains and i: grids, single images with a graph,
-        for block in network.dit.blocks:            # without one, and where the graph begins
+        for block in getattr(network, "blocks", network.dit.blocks):    # without one, and where the graph begins
             block.compile(dynamic=False)
     network.dit.grad_checkpointing = args.grad_checkpointing
     if world == 1:

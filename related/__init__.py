@@ -1,0 +1,1 @@
+"""Two related systems on the same DiT, a file each."""

@@ -1,0 +1,304 @@
+"""RefAny3D (arXiv 2601.22094, ICLR 2026): a picture of *this* asset in a new scene, and with it its point map.
+
+    python -m related.refany3d                                  # trains on the toy world, and shows held-out assets
+    python -m related.refany3d --no_shared_positions            # ablations; also --no_text_agnostic, --no_domain_lora,
+                                                                # --no_points, --num_references 4
+
+A point map colours each pixel with its place on the asset, the same in every view. The frozen base model draws the
+image and its map together, in one attention over their tokens and those of clean colours and maps of V views:
+
+    branch                    timestep   attends to                        text   LoRA
+    image                     t          all                               yes    -
+    the image's point map     t          all                               no     domain
+    colours of view v         0          view v, image and its map         yes    reference
+    point map of view v       0          view v, image and its map         yes    reference and domain
+
+Tokens are (B, G, K, N, d): G = 1 + V groups, of which the first is drawn, and K = 2 kinds, colours and maps.
+"""
+import argparse
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn as nn
+
+from data import SEEDS
+from dit import modulate, position_embedding, timestep_embedding
+from domain_shifter import load_part
+from sample import Sampling, load_network, sample_images
+from support.files import load_strictly, read_metadata
+from support.launch import on_rank_0_first, run_cli
+from support.pictures import save_picture, to_pixels, to_uint8
+from support.speed import attend
+from toy.scenes import SCENES, SIDES, scene_set
+from toy.world import VOCAB, tokenize
+from training.estimate import choose, launch_training
+from training.flags import parse_training, training_arguments
+from training.loop import Iteration, save_trained, train
+from training.sets import base_model
+
+SHOWN = 4                               # held-out assets of the picture
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What trains (Sec. 3: Reference-LoRA, Domain-LoRA, domain switcher)
+
+
+@dataclass(frozen=True)
+class References:
+    """RefAny3D, and what its ablations leave out."""
+    num_references: int = 8             # V
+    points: bool = True                 # whether there are point maps, of the image and of the views
+    shared_positions: bool = True       # whether a map has the positions of its image
+    text_agnostic: bool = True          # whether the image's map is kept from the text
+    domain_lora: bool = True
+    rank: int = 8                       # the paper's 16 of Flux's width 3072 would be 1 of the toy's 192
+
+
+class LowRankMap(nn.Module):
+    """x (..., inputs) -> W_left W_right x (..., outputs): zero before training (Hu et al. 2021)."""
+
+    def __init__(self, inputs, outputs, rank):
+        super().__init__()
+        self.W_right = nn.Parameter(torch.randn(rank, inputs) / inputs ** 0.5)
+        self.W_left = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, x):
+        return x @ self.W_right.T @ self.W_left.T
+
+
+class TwoLoRAs(nn.Module):
+    """Beside a linear map: Reference-LoRA for the tokens of all views, Domain-LoRA for those of all point maps."""
+
+    def __init__(self, inputs, outputs, config):
+        super().__init__()
+        self.reference = LowRankMap(inputs, outputs, config.rank)
+        self.domain = LowRankMap(inputs, outputs, config.rank) if config.domain_lora else None
+
+    def forward(self, out, x):
+        """x, out: (B, G, K, ..), what the linear map took and gave -> out with what the LoRAs add to it."""
+        out = torch.cat([out[:, :1], out[:, 1:] + self.reference(x[:, 1:])], dim=1)
+        if self.domain is None:
+            return out
+        return torch.cat([out[:, :, :1], out[:, :, 1:] + self.domain(x[:, :, 1:])], dim=2)
+
+
+class BranchBlock(nn.Module):
+    """What RefAny3D adds to a block of the base model, and how that block runs with several branches.
+
+    gate: how far the image looks at anything but itself; it starts at zero, where the image is the base model's.
+    """
+
+    def __init__(self, width, config):
+        super().__init__()
+        self.qkv, self.proj = TwoLoRAs(width, 3 * width, config), TwoLoRAs(width, width, config)
+        self.mlp_out = TwoLoRAs(4 * width, width, config)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, block, h, mod, text, text_mask, reads):
+        """h (B, G, K, N, d) -> the same, as `Block.forward`. mod: (B, G, K, 6, 1, d). reads: (G, K, 1, 1), 1 where the
+        text is seen."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (block.scale_shift_table[:, None] + mod).unbind(3)
+        x = modulate(block.norm(h), shift1, scale1)
+        seen = self.attend_branches(block.attn, self.qkv(block.attn.qkv(x), x))
+        h = h + gate1 * self.proj(block.attn.proj(seen), seen)
+        h = h + reads * block.cross_attn(h.flatten(1, 3), text, text_mask).view_as(h)
+        x = block.mlp[:2](modulate(block.norm(h), shift2, scale2))
+        return h + gate2 * self.mlp_out(block.mlp[2](x), x)                                         # (B, G, K, N, d)
+
+    def attend_branches(self, attn, qkv):
+        """The table at the head of this file: qkv (B, G, K, N, 3 d) -> what each token attends to, (B, G, K, N, d)."""
+        _, G, K, N, _ = qkv.shape
+        q, k, v = [attn.split_heads(part.flatten(1, 3)) for part in qkv.chunk(3, -1)]              # (B, h, G K N, d/h)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        drawn = attend(q[:, :, :K * N], k, v)                                   # image and map: to all
+        alone = attend(q[:, :, :N], k[:, :, :N], v[:, :, :N])                   # the image as the base model draws it
+        image = alone + self.gate * (drawn[:, :, :N] - alone)
+        q, k, v = [part.unflatten(2, (G, K * N)).transpose(1, 2) for part in (q, k, v)]            # (B, G, h, K N, d/h)
+        k, v = [torch.cat([part[:, 1:], part[:, :1].expand_as(part[:, 1:])], dim=3) for part in (k, v)]
+        views = attend(q[:, 1:].flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))                    # (B V, h, K N, d/h)
+        views = views.unflatten(0, (-1, G - 1)).transpose(1, 2).flatten(2, 3)
+        seen = torch.cat([image, drawn[:, :, N:], views], dim=2)                                    # (B, h, G K N, d/h)
+        return seen.transpose(1, 2).flatten(2).unflatten(1, (G, K, N))
+
+
+class RefAny3DAdapter(nn.Module):
+    """All that trains."""
+    kind = "refany3d"
+
+    def __init__(self, dit_config, config):
+        super().__init__()
+        d = dit_config.width
+        self.patches = TwoLoRAs(dit_config.channels * dit_config.patch_size ** 2, d, config)
+        self.adaln = TwoLoRAs(d, 6 * d, config)
+        self.blocks = nn.ModuleList(BranchBlock(d, config) for _ in range(dit_config.depth))
+        self.switcher = nn.Sequential(nn.Embedding(2, 256), nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+        nn.init.zeros_(self.switcher[3].weight)
+        nn.init.zeros_(self.switcher[3].bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class RefAny3D(nn.Module):
+    """The frozen base model, beside it RefAny3D's adapter: (noisy image and map, t, text, views) -> epsilon."""
+    shifters = None
+
+    def __init__(self, dit, config=References(), adapter=None):
+        super().__init__()
+        self.dit, self.config = dit.requires_grad_(False), config
+        self.adapter = RefAny3DAdapter(dit.config, config).to(dit.positions.device) if adapter is None else adapter
+        self.blocks = self.adapter.blocks                                       # what --compile compiles
+        self.register_buffer("places", branch_positions(dit, config), persistent=False)             # (2, K, N, d)
+
+    def knows_domains(self):
+        """The domains of Realiz3D are no input here."""
+        return False
+
+    def forward(self, x, t, text, control, text_mask=None, domains=None, frozen_blocks=0):
+        """Predicts the noise in an image and its point map.
+
+        x: (B, K, C, H, W), both noisy. t: (B,). text, text_mask: as in `DiT.forward`. control: views of the asset and
+        their maps, (B, K, V, C, H, W), uint8 pixels or in the model's range; black where there are none. domains,
+        frozen_blocks: Realiz3D's, not used. Returns epsilon like x.
+        """
+        dit, (B, K) = self.dit, x.shape[:2]
+        views = to_pixels(control) if control.dtype == torch.uint8 else control
+        h = self.embed_branches(torch.cat([x[:, None], views.transpose(1, 2).to(x)], dim=1))        # (B, G, K, N, d)
+        G = h.shape[1]
+        t_emb, mod = self.embed_time(t.expand(B), K)
+        mod = torch.cat([mod[:, :1], mod[:, 1:].expand(-1, G - 1, *4 * [-1])], dim=1)              # (B, G, K, 6, 1, d)
+        text, text_mask = dit.embed_text(text, text_mask)
+        reads = torch.ones(G, K, 1, 1, device=x.device)
+        if self.config.text_agnostic:
+            reads[0, 1:] = 0                                                    # the image's map
+        for block, branch_block in zip(dit.blocks, self.blocks):
+            h = branch_block(block, h, mod, text, text_mask, reads)
+        shift, scale = (dit.final_table[:, None, None] + t_emb[:, None, :, None]).unbind(1)         # (B, K, 1, d)
+        out = dit.final_linear(modulate(dit.final_norm(h[:, 0]), shift, scale))                     # (B, K, N, ..)
+        return dit.noise_in(x, t.expand(B), dit.unpatchify(out.flatten(1, 2), K))
+
+    def embed_branches(self, images):
+        """Patches (B, G, K, C, H, W) -> (B, G, K, N, d), each with its position."""
+        p, embedder = self.dit.config.patch_size, self.dit.x_embedder
+        patches = images.unflatten(5, (-1, p)).unflatten(4, (-1, p)).permute(0, 1, 2, 4, 6, 3, 5, 7)
+        patches = patches.flatten(5).flatten(3, 4)                                                 # (B, G, K, N, C p p)
+        h = nn.functional.linear(patches, embedder.weight.flatten(1), embedder.bias)
+        drawn, view = self.places[:, :images.shape[2]]
+        places = torch.cat([drawn[None], view.expand(images.shape[1] - 1, -1, -1, -1)])             # (G, K, N, d)
+        return self.adapter.patches(h, patches) + places
+
+    def embed_time(self, t, K):
+        """t (B,) -> the drawn group's time embedding (B, K, d), and adaLN-single's (B, 2, K, 6, 1, d), of the drawn
+        group, at t, and of the views, at 0. Each kind has its domain's vector in it (domain switcher)."""
+        time = torch.stack([t, torch.zeros_like(t)], dim=1)                                         # (B, 2)
+        embedding = timestep_embedding(time.flatten()).to(self.dit.final_table.dtype)
+        t_emb = self.dit.t_embedder(embedding).unflatten(0, (-1, 2))                                # (B, 2, d)
+        t_emb = t_emb[:, :, None] + self.adapter.switcher(torch.arange(K, device=t.device))         # (B, 2, K, d)
+        activated = self.dit.t_block[0](t_emb)
+        mod = self.adapter.adaln(self.dit.t_block[1](activated), activated)
+        return t_emb[:, 0], mod.unflatten(-1, (6, 1, -1))
+
+
+def branch_positions(dit, config):
+    """Positions of the drawn group and of a view, (2, K, N, d): a map has those of its image, and views lie a width to
+    the left of what is drawn. (Without shared positions the maps lie further out on either side.)"""
+    n = dit.config.image_size // dit.config.patch_size
+    columns = [(0, 0), (-n, -n)] if config.shared_positions else [(0, n), (-n, -2 * n)]
+    columns = [first for kinds in columns for first in kinds[:1 + config.points]]
+    tables = [position_embedding(dit.config.width, n, dit.config.pos_scale, first) for first in columns]
+    return torch.stack(tables).unflatten(0, (2, -1)).to(dit.positions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and sampling
+
+
+def branches(scenes, config):
+    """Scenes (toy/scenes.py) as the network takes them: "image" (N, K, 3, H, W), "control" (N, K, V, 3, H, W), V of the
+    views evenly spaced, "text"."""
+    kinds, step = 1 + config.points, scenes["references"].shape[2] // config.num_references
+    return dict(image=scenes["image"][:, :kinds], text=scenes["text"],
+                control=scenes["references"][:, :kinds, ::step][:, :, :config.num_references])
+
+
+def draw(network, scenes, sampling=Sampling()):
+    """Images and their maps (N, K, 3, H, W) in [-1, 1] of scenes; sampling.cfg_scale: guidance on the views."""
+    inputs = branches(scenes, network.config)
+    control = to_pixels(inputs["control"])
+    inputs = dict(text=inputs["text"], control=control, null={"control": torch.full_like(control[:1], -1)})
+    return sample_images(network, inputs, sampling, views=control.shape[1])
+
+
+def draw_sheet(path, network, scenes, sampling=Sampling()):
+    """Writes a picture: for each scene the views of its asset, the image and the map drawn, and the true ones."""
+    drawn, rows = to_uint8(draw(network, scenes, sampling)), []
+    for k, image in enumerate(drawn):
+        sides, truth = scenes["references"][k], scenes["image"][k]
+        words = " ".join(VOCAB[word] for word in scenes["text"][k] if word > 1)
+        rows.append((words, torch.cat([sides[0], image[:1], truth[:1]])))
+        if len(image) > 1:
+            rows.append(("", torch.cat([sides[1], image[1:], truth[1:]])))
+    titles = [f"{azimuth} degrees" for azimuth in SIDES] + ["drawn", "truth"]
+    save_picture(path, rows, column_titles=titles)
+
+
+def load_refany3d(path, base, device="cpu"):
+    """RefAny3D from its adapter's file, beside the base model's. Raises ValueError where either is another thing."""
+    dit = load_network(base, device).dit
+    _, weights, kind = load_part(path, "adapter", dit.config)
+    made = read_metadata(path).get("settings")
+    if kind != RefAny3DAdapter.kind or not isinstance(made, dict):
+        raise ValueError(f"{path} holds no RefAny3D: train one with python -m related.refany3d")
+    network = RefAny3D(dit, References(**{field.name: made[field.name] for field in fields(References)}))
+    load_strictly(network.adapter, weights, path)
+    return network.to(device).eval()
+
+
+def train_refany3d(args, launched):
+    """Trains the adapter beside the frozen base model -> OUT/NAME.safetensors, and a picture of held-out assets."""
+    config = References(**{field.name: getattr(args, field.name) for field in fields(References)})
+    sets, device = f"{args.out}/sets", launched.device
+    torch.manual_seed(args.seed)
+    network = RefAny3D(base_model(args, device), config)
+    scenes = on_rank_0_first(launched, lambda: scene_set(args.num_assets, folder=sets, device=device))
+    held = on_rank_0_first(launched, lambda: scene_set(SHOWN, SEEDS["evaluation"], folder=sets, device=device))
+    held = {name: value[::SCENES] for name, value in held.items()}              # one scene of each asset
+    args.images_per_grid = 1 + config.points
+
+    def plan(step):
+        return Iteration("syn", step, views=1 + config.points, control=True, control_dropout=0.1)
+
+    def preview(path):
+        draw_sheet(path, network, held, Sampling(num_steps=args.picture_steps))
+    losses = train(network, {"syn": branches(scenes, config)}, {"text": tokenize([""])}, plan, args, launched, preview)
+    return save_trained(f"{args.out}/{args.name}.safetensors", network, args, losses, launched, keep=("adapter",))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_args(argv=None):
+    """The command line of this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training_arguments(parser)
+    add = parser.add_argument
+    add("--num_references", type=int, default=8, choices=(1, 2, 4, 6, 8), help="V, views of the asset (default 8)")
+    add("--rank", type=int, default=8, help="of both LoRAs (default 8)")
+    for name, what in (("points", "point maps, of the image and of the views"),
+                       ("shared_positions", "a map has the positions of its image"),
+                       ("text_agnostic", "the image's map does not see the text"), ("domain_lora", "Domain-LoRA")):
+        add(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"{what} (default: yes)")
+    parser.set_defaults(adapter=None)
+    return parse_training(parser, "-m related.refany3d", argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    launched = launch_training(args, "refany3d", __name__ == "__main__")
+    choose(args, launched, args.name)
+    train_refany3d(args, launched)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,180 @@
+"""RefAny3D: who attends to whom, whose tokens the LoRAs touch, positions and timesteps of the branches, against
+hand-written cases; and a training as a whole."""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY, random_model, refuses, run_main
+
+from dit import PRESETS, save_model, timestep_embedding
+from related import refany3d
+from related.refany3d import RefAny3D, References, TwoLoRAs, branch_positions, branches, draw, load_refany3d
+from sample import Sampling
+from support.files import load_tensors
+from training.loop import Iteration, seen_control
+
+VIEWS = References(num_references=3, rank=2)
+
+
+def network(config=VIEWS, depth=2, seed=0):
+    """RefAny3D on a random model, everything that starts at zero made random."""
+    made = RefAny3D(random_model(replace(TINY, depth=depth), seed, torch.float64), config)
+    for p in made.adapter.double().parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return made
+
+
+def inputs(batch=2, kinds=2, views=3):
+    torch.manual_seed(3)
+    x, control = torch.randn(batch, kinds, 3, 8, 8).double(), torch.rand(batch, kinds, views, 3, 8, 8).double() * 2 - 1
+    return x, torch.tensor([7, 903])[:batch], torch.randint(2, 50, (batch, 14)), control
+
+
+def test_before_training_the_image_is_the_base_models():
+    base = random_model()
+    made = RefAny3D(base, VIEWS)
+    x, t, text, control = (z.float() if z.is_floating_point() else z for z in inputs())
+    assert torch.allclose(made(x, t, text, control)[:, :1], base(x[:, :1], t, text), atol=1e-5)
+    assert {name for name, p in made.named_parameters() if p.requires_grad} == {
+        f"adapter.{name}" for name, _ in made.adapter.named_parameters()}
+    torch.nn.init.ones_(made.adapter.blocks[0].gate)                            # then it looks at the asset
+    assert (made(x, t, text, control)[:, :1] - base(x[:, :1], t, text)).abs().max() > 1e-3
+
+
+def test_each_branch_attends_to_what_the_table_says():
+    """Against softmax over a hand-written mask of all pairs of tokens."""
+    made = network()
+    block, attn, (G, K, N) = made.adapter.blocks[0], made.dit.blocks[0].attn, (4, 2, 4)
+    block.gate.data.fill_(0.3)
+    qkv = torch.randn(2, G, K, N, 3 * TINY.width, dtype=torch.float64)
+    names = [(g, k) for g in range(G) for k in range(K) for _ in range(N)]      # group and kind of each token
+    masks = {}
+    masks["all"] = torch.tensor([[a[0] == 0 or b[0] == 0 or a[0] == b[0] for b in names] for a in names])
+    masks["alone"] = torch.tensor([[a == b == (0, 0) or a[0] > 0 or a == (0, 1) for b in names] for a in names])
+    q, k, v = [attn.split_heads(z.flatten(1, 3)) for z in qkv.chunk(3, -1)]
+    weights = attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) / q.shape[-1] ** 0.5
+    seen = {name: (weights.masked_fill(~mask, -1e30).softmax(-1) @ v).transpose(1, 2).flatten(2)
+            for name, mask in masks.items()}
+    want = seen["all"].clone()
+    want[:, :N] = seen["alone"][:, :N] + 0.3 * (seen["all"] - seen["alone"])[:, :N]
+    assert torch.allclose(block.attend_branches(attn, qkv).flatten(1, 3), want, atol=1e-10)
+
+
+@pytest.mark.parametrize("text_agnostic", [True, False])
+def test_the_images_map_does_not_read_the_text(text_agnostic):
+    """With one block no other branch can tell it what it read."""
+    made = network(replace(VIEWS, text_agnostic=text_agnostic), depth=1)
+    x, t, text, control = inputs()
+    reads = []
+    made.blocks[0].register_forward_pre_hook(lambda module, given: reads.append(given[5].flatten(1).tolist()))
+    changed = (made(x, t, text, control) - made(x, t, text.roll(1, dims=0), control)).abs().amax(dim=(0, 2, 3, 4))
+    assert changed[0] > 1e-3 and (changed[1] > 1e-3) == (not text_agnostic)
+    assert reads[0] == [[1, 1 - text_agnostic], [1, 1], [1, 1], [1, 1]]
+
+
+def test_loras_touch_the_tokens_of_their_branches():
+    two = TwoLoRAs(6, 5, VIEWS)
+    x, out = torch.randn(2, 4, 2, 3, 6), torch.randn(2, 4, 2, 3, 5)
+    assert torch.equal(two(out, x), out)                                        # zero before training
+    for lora in (two.reference, two.domain):
+        torch.nn.init.normal_(lora.W_left)
+    got = two(out, x)
+    for g in range(4):
+        for k in range(2):
+            want = out[:, g, k]
+            for lora, on in ((two.reference, g > 0), (two.domain, k == 1)):
+                want = want + on * torch.einsum("or,ri,bni->bno", lora.W_left, lora.W_right, x[:, g, k])
+            assert torch.allclose(got[:, g, k], want, atol=1e-5)
+    without = TwoLoRAs(6, 5, replace(VIEWS, domain_lora=False))
+    torch.nn.init.normal_(without.reference.W_left)
+    assert torch.equal(without(out, x)[:, 0], out[:, 0]) and without.domain is None
+
+
+def test_positions_of_maps_are_their_images_and_views_lie_a_width_to_the_left():
+    dit, n = random_model(replace(TINY, image_size=16)), 4
+    places = branch_positions(dit, VIEWS)                                       # (2, K, N, d)
+    assert torch.equal(places[0, 0], dit.positions) and torch.equal(places[:, 0], places[:, 1])
+    omega = 10000 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    for token, (row, column) in enumerate((i, j) for i in range(n) for j in range(n)):
+        want = [((column - n) * omega).sin(), ((column - n) * omega).cos(), (row * omega).sin(), (row * omega).cos()]
+        assert torch.allclose(places[1, 0, token], torch.cat(want).float(), atol=1e-6)
+    apart = branch_positions(dit, replace(VIEWS, shared_positions=False)).flatten(0, 2)
+    assert torch.pdist(apart).min() > 0.1                                       # no two tokens coincide
+    assert branch_positions(dit, replace(VIEWS, points=False)).shape[1] == 1
+
+
+def test_views_are_at_timestep_0_and_maps_carry_their_domain():
+    made = network()
+    dit, switcher = made.dit, made.adapter.switcher
+    for lora in (made.adapter.adaln.reference, made.adapter.adaln.domain):
+        torch.nn.init.zeros_(lora.W_left)
+    t_emb, mod = made.embed_time(torch.tensor([7, 903]), 2)
+    for b, t in enumerate((7, 903)):
+        for k in range(2):
+            tag = switcher(torch.tensor([k]))[0]
+            for group, time in ((0, t), (1, 0)):
+                embedded = dit.t_embedder(timestep_embedding(torch.tensor([time])).double())[0] + tag
+                assert torch.allclose(mod[b, group, k].flatten(), dit.t_block(embedded))
+                assert group or torch.allclose(t_emb[b, k], embedded)
+    fresh = RefAny3D(random_model(), VIEWS)
+    assert torch.equal(fresh.adapter.switcher(torch.arange(2)), torch.zeros(2, TINY.width))
+
+
+def test_patches_are_embedded_as_by_the_base_model():
+    made = RefAny3D(random_model(), VIEWS)
+    images = torch.randn(2, 4, 2, 3, 8, 8)
+    want = made.dit.x_embedder(images.flatten(0, 2)).flatten(2).transpose(1, 2).view(2, 4, 2, 4, -1)
+    assert torch.allclose(made.embed_branches(images)[:, 0], want[:, 0] + made.dit.positions, atol=1e-5)
+
+
+def test_views_are_spread_evenly_and_kinds_left_out():
+    scenes = {"image": torch.arange(2).view(1, 2, 1, 1, 1), "text": 0,
+              "references": torch.arange(16).view(1, 2, 8, 1, 1, 1)}
+    for count, sides in ((8, range(8)), (4, (0, 2, 4, 6)), (6, range(6)), (1, (0,))):
+        got = branches(scenes, References(num_references=count))["control"]
+        assert got[0, 0].flatten().tolist() == list(sides) and got[0, 1].flatten().tolist() == [8 + s for s in sides]
+    got = branches(scenes, References(points=False))
+    assert got["image"].flatten().tolist() == [0] and got["control"].shape[1] == 1
+
+
+def test_views_are_dropped_where_the_text_is_not():
+    u, control = torch.tensor([0.05, 0.5, 0.89, 0.91]), torch.full((4, 2, 3, 1, 2, 2), 9, dtype=torch.uint8)
+    got = seen_control(dict(u=u, control=control), Iteration("syn", 0, control=True, control_dropout=0.1))
+    assert got.flatten(1).amax(1).tolist() == [9, 9, 9, 0] and control.min() == 9
+    assert seen_control(dict(u=u, control=control), Iteration("syn", 0)) is None
+    assert seen_control(dict(u=u, control=control), Iteration("syn", 0, control=True)) is control
+
+
+def test_guidance_on_the_views():
+    """Scale 2: twice what the views add to black ones."""
+    made = network().float()
+    torch.manual_seed(0)
+    scenes = dict(image=torch.zeros(2, 2, 3, 8, 8, dtype=torch.uint8), text=torch.randint(2, 50, (2, 14)),
+                  references=torch.randint(256, (2, 2, 3, 3, 8, 8), dtype=torch.uint8))
+    black = scenes | {"references": torch.zeros_like(scenes["references"])}
+    one, two = (draw(made, scenes, Sampling(num_steps=1, cfg_scale=scale)) for scale in (1, 2))
+    none = draw(made, black, Sampling(num_steps=1))
+    free = (one.abs() < 1) & (two.abs() < 1) & (none.abs() < 1)                 # not clipped
+    assert free.sum() > 20 and torch.allclose((two - none)[free], 2 * (one - none)[free], atol=1e-3)
+
+
+def test_trained_and_read_back(tmp_path, monkeypatch):
+    """On a small network: the pictures of the toy's scenes have 32 pixels."""
+    small = replace(TINY, image_size=32, depth=2)
+    monkeypatch.setitem(PRESETS, "toy", small)
+    save_model(str(tmp_path / "base.safetensors"), small, random_model(small))
+    flags = ["--out", tmp_path, "--num_assets", 3, "--steps", 4, "--batch", 2, "--picture_steps", 2, "--threads", 1]
+    run_main(refany3d, *flags, "--num_references", 2)
+    path, base = str(tmp_path / "refany3d.safetensors"), str(tmp_path / "base.safetensors")
+    made = load_refany3d(path, base)
+    assert made.config == References(num_references=2) and (tmp_path / "refany3d.png").exists()
+    tensors, metadata = load_tensors(path)
+    assert tensors and all(name.startswith("adapter.") for name in tensors)
+    assert metadata["adapter_kind"] == "refany3d" and metadata["settings"]["num_references"] == 2
+    assert any(p.abs().max() > 0 for name, p in made.adapter.named_parameters() if name.endswith("W_left"))
+    lines = [json.loads(line) for line in open(tmp_path / "refany3d" / "log.jsonl")]
+    assert lines[-1]["step"] == 4 and lines[-1]["loss"] > 0
+    with pytest.raises(ValueError, match="holds no RefAny3D: train one with python -m related.refany3d"):
+        load_refany3d(base, base)
+    refuses(refany3d, [*flags, "--preset", "small"], 2, "preset small")
