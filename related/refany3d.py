@@ -1,6 +1,7 @@
 """RefAny3D (arXiv 2601.22094, ICLR 2026): a picture of *this* asset in a new scene, and with it its point map.
 
     python -m related.refany3d                                  # trains on the toy world, and shows held-out assets
+    python -m related.refany3d --object 14 --prompt "a duck, sunset background"     # draws with what was trained
     python -m related.refany3d --no_shared_positions            # ablations; also --no_text_agnostic, --no_domain_lora,
                                                                 # --no_points, --num_references 4
 
@@ -26,7 +27,7 @@ from dit import modulate, position_embedding, timestep_embedding
 from domain_shifter import load_part
 from sample import Sampling, load_network, sample_images
 from support.files import load_strictly, read_metadata
-from support.launch import on_rank_0_first, run_cli
+from support.launch import UsageError, finite, launch, on_rank_0_first, run_cli
 from support.pictures import save_picture, to_pixels, to_uint8
 from support.speed import attend
 from toy.scenes import SCENES, SIDES, scene_set
@@ -34,7 +35,7 @@ from toy.world import VOCAB, tokenize
 from training.estimate import choose, launch_training
 from training.flags import parse_training, training_arguments
 from training.loop import Iteration, save_trained, train
-from training.sets import base_model
+from training.sets import base_model, base_path
 
 SHOWN = 4                               # held-out assets of the picture
 
@@ -214,11 +215,12 @@ def branch_positions(dit, config):
 
 
 def branches(scenes, config):
-    """Scenes (toy/scenes.py) as the network takes them: "image" (N, K, 3, H, W), "control" (N, K, V, 3, H, W), V of the
-    views evenly spaced, "text"."""
+    """Scenes (toy/scenes.py) as the network takes them: "control" (N, K, V, 3, H, W), V of the views evenly spaced,
+    "text", and where they have them "image" (N, K, 3, H, W)."""
     kinds, step = 1 + config.points, scenes["references"].shape[2] // config.num_references
-    return dict(image=scenes["image"][:, :kinds], text=scenes["text"],
-                control=scenes["references"][:, :kinds, ::step][:, :, :config.num_references])
+    control = scenes["references"][:, :kinds, ::step][:, :, :config.num_references]
+    images = {"image": scenes["image"][:, :kinds]} if "image" in scenes else {}
+    return images | dict(text=scenes["text"], control=control)
 
 
 def draw(network, scenes, sampling=Sampling()):
@@ -230,16 +232,16 @@ def draw(network, scenes, sampling=Sampling()):
 
 
 def draw_sheet(path, network, scenes, sampling=Sampling()):
-    """Writes a picture: for each scene the views of its asset, the image and the map drawn, and the true ones."""
+    """Writes a picture: for each scene the views of its asset, the image drawn and the true one where the scenes have
+    it ("image"), and below them the point maps."""
     drawn, rows = to_uint8(draw(network, scenes, sampling)), []
     for k, image in enumerate(drawn):
-        sides, truth = scenes["references"][k], scenes["image"][k]
-        words = " ".join(VOCAB[word] for word in scenes["text"][k] if word > 1)
-        rows.append((words, torch.cat([sides[0], image[:1], truth[:1]])))
-        if len(image) > 1:
-            rows.append(("", torch.cat([sides[1], image[1:], truth[1:]])))
-    titles = [f"{azimuth} degrees" for azimuth in SIDES] + ["drawn", "truth"]
-    save_picture(path, rows, column_titles=titles)
+        for kind in range(len(image)):
+            cells = [scenes["references"][k, kind], image[kind, None]]
+            cells += [scenes["image"][k, kind, None]] if "image" in scenes else []
+            words = " ".join(VOCAB[word] for word in scenes["text"][k] if word > 1)
+            rows.append(("" if kind else words, torch.cat(cells)))
+    save_picture(path, rows, column_titles=[f"{azimuth} degrees" for azimuth in SIDES] + ["drawn", "truth"])
 
 
 def load_refany3d(path, base, device="cpu"):
@@ -274,6 +276,21 @@ def train_refany3d(args, launched):
     return save_trained(f"{args.out}/{args.name}.safetensors", network, args, losses, launched, keep=("adapter",))
 
 
+def draw_objects(args):
+    """Draws held-out assets in the scenes of --prompt with what was trained -> OUT/refany3d_drawn.png."""
+    device, last, out = launch(args.threads).device, max(args.object), f"{args.out or 'runs/toy'}/refany3d_drawn.png"
+    if len(args.prompt) not in (1, len(args.object)):
+        raise UsageError(f"--prompt names {len(args.prompt)} scenes, --object {len(args.object)} assets: give one "
+                         "scene for each, or one for all")
+    text = tokenize(args.prompt).expand(len(args.object), -1)
+    network = load_refany3d(f"{args.out or 'runs/toy'}/{args.name or 'refany3d'}.safetensors", base_path(args), device)
+    scenes = scene_set(last + 1, SEEDS["evaluation"], folder=f"{args.out or 'runs/toy'}/sets", device=device)
+    references = scenes["references"][[k * SCENES for k in args.object]]
+    sampling = Sampling(num_steps=args.num_steps, cfg_scale=args.view_scale, seed=args.seed)
+    draw_sheet(out, network, dict(references=references, text=text), sampling)
+    print(f"wrote {out}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
@@ -289,12 +306,18 @@ def parse_args(argv=None):
                        ("shared_positions", "a map has the positions of its image"),
                        ("text_agnostic", "the image's map does not see the text"), ("domain_lora", "Domain-LoRA")):
         add(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"{what} (default: yes)")
+    add("--prompt", nargs="+", help="draw instead of training: captions, as \"a mug, sunset background\"")
+    add("--object", type=int, nargs="+", default=[14], help="numbers of held-out assets to draw (default 14)")
+    add("--num_steps", type=int, default=50, help="DDIM steps for them (default %(default)s)")
+    add("--view_scale", type=finite, default=1.0, help="guidance on the views for them, 1 = none (default 1)")
     parser.set_defaults(adapter=None)
     return parse_training(parser, "-m related.refany3d", argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.prompt:
+        return draw_objects(args)
     launched = launch_training(args, "refany3d", __name__ == "__main__")
     choose(args, launched, args.name)
     train_refany3d(args, launched)

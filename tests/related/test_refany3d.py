@@ -175,6 +175,12 @@ def test_trained_and_read_back(tmp_path, monkeypatch):
     assert any(p.abs().max() > 0 for name, p in made.adapter.named_parameters() if name.endswith("W_left"))
     lines = [json.loads(line) for line in open(tmp_path / "refany3d" / "log.jsonl")]
     assert lines[-1]["step"] == 4 and lines[-1]["loss"] > 0
+    drawing = ["--out", tmp_path, "--num_steps", 2, "--threads", 1]
+    run_main(refany3d, *drawing, "--object", 2, 0, "--prompt", "a mug, sunset background")
+    assert (tmp_path / "refany3d_drawn.png").exists()
+    refuses(refany3d, [*drawing, "--prompt", "a mug, moonlit background"], 1, "unknown word 'moonlit'")
+    refuses(refany3d, [*drawing, "--prompt", "a mug", "a car"], 2, "--prompt names 2 scenes, --object 1 assets")
+    refuses(refany3d, [*drawing, "--name", "other", "--prompt", "a mug"], 1, "no such file")
     with pytest.raises(ValueError, match="holds no RefAny3D: train one with python -m related.refany3d"):
         load_refany3d(base, base)
     refuses(refany3d, [*flags, "--preset", "small"], 2, "preset small")
