@@ -1,8 +1,9 @@
 """Assets and the scenes that they are put into: what RefAny3D (arXiv 2601.22094) is trained on, from the toy world.
 
-An asset is known by renders from eight sides, each with its point map; a scene is a photograph of the same object, seen
-from elsewhere, smaller and off the centre, in another light, before a background, with its own point map. The caption
-names category and background alone, so that colour and material can be learned from the renders only.
+An asset is known by photographs before white from eight sides, as those of a finished, textured mesh, each with its
+point map; a scene is a photograph of the same object, seen from elsewhere, smaller and off the centre, in another
+light, before a background, with its own point map. The caption names category and background alone, so that colour and
+material can be learned from the asset only.
 """
 import torch
 
@@ -11,20 +12,20 @@ from support.pictures import to_uint8
 from toy.render import Look, render
 from toy.world import BACKGROUNDS, CATEGORIES, exaggerated, lights, take, tokenize, uniforms
 
-SIDES = tuple(range(0, 360, 45))        # azimuths of an asset's renders, degrees
+SIDES = tuple(range(0, 360, 45))        # azimuths of an asset's views, degrees
 SCENES = 4                              # of an asset
 
 
 def scene_set(num, seed=SEEDS["synthetic"], unseen=False, size=32, folder="runs/toy/sets", device="cpu"):
     """SCENES scenes of each of num assets -> image uint8 (N, 2, 3, H, W), photograph and point map; references uint8
-    (N, 2, 8, 3, H, W), renders and point maps of SIDES; text int64 (N, L); labels int64 (N, 3) = category, color,
+    (N, 2, 8, 3, H, W), photographs and point maps of SIDES; text int64 (N, L); labels int64 (N, 3) = category, color,
     material; N = num SCENES, the scenes of an asset in a row.
 
     unseen: other scenes of the same assets, before the one background that each asset otherwise never has.
     """
     def draw(assets, first):
         assets = exaggerated(assets)
-        sides = render(assets, Look("render"), SIDES, size, device=device)
+        sides = render(assets, Look("photo", seed=10 ** 6 * seed + first), SIDES, size, device=device)
         references = torch.stack([to_uint8(2 * sides.rgb - 1), point_map(sides)], dim=1)         # (n, 2, 8, 3, H, W)
         repeated = take(assets, torch.arange(len(assets.category)).repeat_interleave(SCENES))
         u = uniforms(len(repeated.category), seed + (3000 if unseen else 2000), 8, SCENES * first).float()

@@ -56,7 +56,7 @@ def test_scenes_show_their_asset_and_name_only_its_category(tmp_path, unseen):
         assert word[:2] == ["a", CATEGORIES[category]] and word[3:] == ["background"] and len(word) == 4
         assert (word[2] == BACKGROUNDS[1 + k // SCENES % 7]) == unseen          # the one that is kept for later
     assert torch.equal(got["labels"], torch.stack(assets[:3], dim=1).repeat_interleave(SCENES, 0))
-    sides = render(assets, Look("render"), SIDES)
+    sides = render(assets, Look("photo", seed=10 ** 6 * SEEDS["synthetic"]), SIDES)
     assert (to_pixels(got["references"][::SCENES, 0]) / 2 + .5 - sides.rgb).abs().max() < 0.003
     on = (got["image"][:, 1] != 255).any(dim=1)                                # (N, H, W), of the point map
     places = to_pixels(got["image"][:, 1]) / 2                                 # each is a place on the asset's surface
