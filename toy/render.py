@@ -217,13 +217,17 @@ def paint(distance, assets, look, cameras, size):
                            for z in (grid[:, 3:], -grid[:, 3:])]
         line = ((highest + lowest).amax(dim=1, keepdim=True) > .7) * cover
         image = image * (1 - line) + line * (.1 if look.style == "cartoon" else .3)
-    colors = torch.tensor([BACKDROPS[word] for word in look.background], device=device)[..., None, None]
-    top, bottom = colors.unbind(dim=1)                                                               # (B, 3, 1, 1)
-    down = torch.linspace(0, 1, fine, device=device)[:, None]
-    image = image * cover + (top + (bottom - top) * down) * (1 - cover)
+    image = image * cover + backdrops(look.background, fine, device) * (1 - cover)
     if look.style == "watercolor":                                      # colours run
         image = F.avg_pool2d(F.pad(image, (times,) * 4, mode="replicate"), 2 * times + 1, stride=1)
     return F.avg_pool2d(image, times), F.avg_pool2d(cover, times)
+
+
+def backdrops(names, size, device="cpu"):
+    """What lies behind the objects: (B, 3, size, 1), from top to bottom, of B BACKGROUNDS."""
+    colors = torch.tensor([BACKDROPS[name] for name in names], device=device)[..., None, None]
+    top, bottom = colors.unbind(dim=1)                                                               # (B, 3, 1, 1)
+    return top + (bottom - top) * torch.linspace(0, 1, size, device=device)[:, None]
 
 
 def shade(distance, assets, look, hits, forward, size):
