@@ -1,5 +1,6 @@
 """How to compute a training on this machine, and how long it should take, from a short trial at its start."""
 import copy
+import math
 import os
 import time
 from glob import glob
@@ -92,11 +93,14 @@ def choose_processes(args, names):
 def trial(config, device, images):
     """(a new model, step(), forward()): a little of what a training does, with so many images of it, in fours."""
     model = DiT(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=device.type != "mps")
     x = torch.randn(images // 4, 4, config.channels, config.image_size, config.image_size, device=device)
     t, text = torch.zeros(len(x), dtype=torch.long, device=device), tokenize([""] * len(x)).to(device)
 
     def step():
         model(x, t, text).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
     def forward():
         with torch.no_grad():
@@ -189,4 +193,4 @@ def announce(args, launched):
         todo["train stage 1"] = steps * args.batch * 4 * pace.step
     todo["train stage 2"] = args.steps * args.batch * 4 * pace.step + pace.compiling
     print(f"to do: {', '.join(f'{what} ({took / 60:.1f} min)' for what, took in todo.items())}; about "
-          f"{sum(todo.values()) / 60:.0f} minutes on this machine", flush=True)
+          f"{math.ceil(sum(todo.values()) / 60)} minutes on this machine", flush=True)
