@@ -241,7 +241,8 @@ def draw_sheet(path, network, scenes, sampling=Sampling()):
             cells += [scenes["image"][k, kind, None]] if "image" in scenes else []
             words = " ".join(VOCAB[word] for word in scenes["text"][k] if word > 1)
             rows.append(("" if kind else words, torch.cat(cells)))
-    save_picture(path, rows, column_titles=[f"{azimuth} degrees" for azimuth in SIDES] + ["drawn", "truth"])
+    titles = [f"{azimuth} degrees" for azimuth in SIDES] + ["drawn"] + ["truth"] * ("image" in scenes)
+    save_picture(path, rows, column_titles=titles)
 
 
 def load_refany3d(path, base, device="cpu"):
@@ -282,6 +283,8 @@ def draw_objects(args):
     if len(args.prompt) not in (1, len(args.object)):
         raise UsageError(f"--prompt names {len(args.prompt)} scenes, --object {len(args.object)} assets: give one "
                          "scene for each, or one for all")
+    if not 0 <= min(args.object) <= last < 10 ** 4:                             # all assets before it are made too
+        raise UsageError(f"--object must lie in [0, {10 ** 4 - 1}], not {args.object}")
     text = tokenize(args.prompt).expand(len(args.object), -1)
     network = load_refany3d(f"{args.out or 'runs/toy'}/{args.name or 'refany3d'}.safetensors", base_path(args), device)
     scenes = scene_set(last + 1, SEEDS["evaluation"], folder=f"{args.out or 'runs/toy'}/sets", device=device)

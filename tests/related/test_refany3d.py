@@ -179,6 +179,7 @@ def test_trained_and_read_back(tmp_path, monkeypatch):
     run_main(refany3d, *drawing, "--object", 2, 0, "--prompt", "a mug, sunset background")
     assert (tmp_path / "refany3d_drawn.png").exists()
     refuses(refany3d, [*drawing, "--prompt", "a mug, moonlit background"], 1, "unknown word 'moonlit'")
+    refuses(refany3d, [*drawing, "--object", -1, "--prompt", "a mug"], 2, "--object must lie in [0, 9999]")
     refuses(refany3d, [*drawing, "--prompt", "a mug", "a car"], 2, "--prompt names 2 scenes, --object 1 assets")
     refuses(refany3d, [*drawing, "--name", "other", "--prompt", "a mug"], 1, "no such file")
     with pytest.raises(ValueError, match="holds no RefAny3D: train one with python -m related.refany3d"):
