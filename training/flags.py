@@ -75,7 +75,7 @@ def training_arguments(parser):
             ("ema", finite, "decay of the weights' running average, 0 = none")):
         add(f"--{flag}", type=kind, help=f"{text} (default by preset and stage)")
     add("--muon", action=argparse.BooleanOptionalAction, help="Muon for the blocks' matrices, at three times --lr, and "
-        "AdamW for the rest (default: for a base model)")
+        "AdamW for the rest (default: at toy and small)")
     add("--loss", choices=("epsilon", "even"), help="plain epsilon loss as in the paper (default at full), or "
         "divided by alpha_bar so that noise levels weigh alike (default at toy and small: few pixels)")
     add("--clip", type=finite, default=1.0, help="largest norm of the gradient")
@@ -118,7 +118,7 @@ def fill_defaults(args, stage, launched):
     if args.name is None:
         args.name = stage1_folder(args.adapter, args.rank) if stage == "stage1" else stage
     if args.muon is None:
-        args.muon = stage == "base"
+        args.muon = args.preset != "full"
     if args.workers is None:
         args.workers = 2 if on_cuda else 0
     args.loss = args.loss or ("even" if config.output_skip else "epsilon")

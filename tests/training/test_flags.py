@@ -108,6 +108,14 @@ def test_every_default_is_one_that_is_allowed():
         filled(pretrain, "base", "--preset", "full")
 
 
+def test_the_blocks_matrices_train_by_muon_at_toy_and_small():
+    for preset in ("toy", "small"):
+        assert filled(train_stage2, "stage2", "--preset", preset).muon
+        assert filled(pretrain, "base", "--preset", preset).muon
+    assert not filled(train_stage2, "stage2", "--preset", "full").muon
+    assert not filled(train_stage2, "stage2", "--no-muon").muon
+
+
 def test_a_named_flag_stays_and_the_name_says_what_is_trained():
     args = filled(train_stage2, "stage2", "--steps", 7, "--lr", 0.5, "--ema", 0, "--no_freezing", "--rank", 4)
     assert (args.steps, args.lr, args.ema) == (7, 0.5, 0)
