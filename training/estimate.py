@@ -17,6 +17,7 @@ from support.speed import CPU_DTYPES, MOST_THREADS, autocast, choose_speed, seco
 from toy.render import render
 from toy.world import sample_assets, tokenize
 from training.flags import fill_defaults, stage1_comes_first, stage1_folder, steps_of_stage
+from training.optimizers import make_optimizers
 from training.sets import check_base, real_set_path
 from training.states import stored_speed
 
@@ -69,17 +70,17 @@ def choose_processes(args, names):
     if before:
         processes = before.get("processes", 1)
         return processes, min(before["threads"], max(1, MOST_THREADS // processes))
-    config, cpu, dtypes = PRESETS[args.preset], torch.device("cpu"), [args.dtype] if args.dtype else CPU_DTYPES
+    cpu, dtypes = torch.device("cpu"), [args.dtype] if args.dtype else CPU_DTYPES
     if MOST_THREADS == 1:
         return 1, 1
-    seconds = time_choices(trial(config, cpu, IMAGES)[1], thread_counts(), dtypes)
+    seconds = time_choices(trial(args, cpu, IMAGES)[1], thread_counts(), dtypes)
     one, several = IMAGES / min(seconds.values()), {}                       # images a second
     for threads, dtype in seconds:
         most = min(MOST_THREADS // threads, MOST_PROCESSES)
         processes = max(count for count in range(1, most + 1) if args.batch % count == 0)
         if processes > 1:
             share = IMAGES // processes
-            took = time_choices(trial(config, cpu, share)[1], [threads], [dtype])
+            took = time_choices(trial(args, cpu, share)[1], [threads], [dtype])
             several[processes, threads, dtype] = processes * share / min(took.values())
     if max(several.values(), default=0) < PROCESSES_PAY * one:
         return 1, MOST_THREADS
@@ -90,17 +91,19 @@ def choose_processes(args, names):
     return processes, threads
 
 
-def trial(config, device, images):
+def trial(args, device, images):
     """(a new model, step(), forward()): a little of what a training does, with so many images of it, in fours."""
+    config = PRESETS[args.preset]
     model = DiT(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=device.type != "mps")
+    optimizers = make_optimizers({f"dit.{name}": p for name, p in model.named_parameters()}, args, device)
     x = torch.randn(images // 4, 4, config.channels, config.image_size, config.image_size, device=device)
     t, text = torch.zeros(len(x), dtype=torch.long, device=device), tokenize([""] * len(x)).to(device)
 
     def step():
         model(x, t, text).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
 
     def forward():
         with torch.no_grad():
@@ -128,7 +131,7 @@ def choose(args, launched, *names):
         args.compile = bool(args.compile)
         return None
     share = max(4, IMAGES // launched.world)
-    model, step, forward = trial(config, device, share)
+    model, step, forward = trial(args, device, share)
     args.dtype, step_seconds, said = choose_speed(step, share, device, threads, args.dtype)
     with autocast(device, args.dtype):
         pace = Pace(step_seconds, min(seconds_of(forward, device) for _ in range(2)) / share)

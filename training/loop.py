@@ -27,6 +27,7 @@ from support.launch import barrier
 from support.speed import Watch, autocast, choose_threads
 from training.batches import read_ahead, read_batch, split_batch, with_noise
 from training.log import Log
+from training.optimizers import make_optimizers
 from training.states import Trained, check_ranks, hold, load_state, made_from, save_state, training_settings
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,24 +192,6 @@ def train(network, sets, null, plan, args, launched, preview=None):
             preview(f"{out}.png")
     del lock
     return log.finish()
-
-
-def make_optimizers(params, args, device):
-    """AdamW for all of {name: parameter}; with --muon, Muon (Jordan et al. 2024) for the blocks' matrices.
-
-    Muon makes each update orthogonal: all directions of a matrix learn alike fast. Its update is as long as AdamW's,
-    and it bears a rate three times as high.
-    """
-    def is_matrix(name):
-        return args.muon and name.startswith("dit.blocks.") and name.endswith("weight") and params[name].ndim == 2
-    matrices = [p for name, p in params.items() if is_matrix(name)]
-    others = [p for name, p in params.items() if not is_matrix(name)]
-    optimizers = [torch.optim.AdamW([dict(params=others, lr_scale=1.0)], lr=args.lr, betas=(0.9, 0.99),
-                                    weight_decay=args.weight_decay, fused=device.type != "mps")]
-    if matrices:
-        optimizers.append(torch.optim.Muon([dict(params=matrices, lr_scale=3.0)], lr=args.lr,
-                                           weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
 
 
 def change_threads(step, log):

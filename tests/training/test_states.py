@@ -64,7 +64,7 @@ def test_a_damaged_state_is_skipped_and_said(tmp_path, capsys):
 
 def test_other_settings_are_not_resumed(tmp_path):
     train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1)
-    with pytest.raises(ValueError, match=r"other settings: lr 0.0005 \(now 0.5\); use another --out or --name"):
+    with pytest.raises(ValueError, match=r"other settings: lr 0.001 \(now 0.5\); use another --out or --name"):
         train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1, "--lr", 0.5)
     train_tiny(tmp_path, "mixed", "--steps", 2, "--batch", 1, "--log_every", 2)  # does not decide the result
     for path in states(tmp_path):  # nor does a setting that there is no more

@@ -1,0 +1,54 @@
+"""AdamW and Muon: which parameter takes which, and Muon beside PyTorch's own."""
+
+import pytest
+import torch
+from conftest import ALONE, random_model, trained_shifters
+from train_worker import tiny_args
+
+from domain_shifter import ShiftedDiT
+from training.optimizers import Muon, make_optimizers, orthogonalized
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tmp_path):
+    """Shifters and all that is no matrix of a block stay with AdamW."""
+    params = dict(ShiftedDiT(random_model(), trained_shifters()).named_parameters())
+    adamw, muon = make_optimizers(params, tiny_args(tmp_path, "--joint", "--muon"), ALONE.device)
+    mine = {name for name in params for p in muon.param_groups[0]["params"] if p is params[name]}
+    ends = ("qkv.weight", "q.weight", "kv.weight", "proj.weight", "mlp.0.weight", "mlp.2.weight")
+    assert mine == {name for name in params if name.startswith("dit.blocks.") and name.endswith(ends)}
+    assert len(adamw.param_groups[0]["params"]) + len(mine) == len(params)
+    assert len(make_optimizers(params, tiny_args(tmp_path, "--no-muon"), ALONE.device)) == 1
+
+
+def test_muon_is_pytorchs_muon():
+    """Several shapes, tall and wide, several steps, one matrix without a gradient now and then."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((16, 16), (16, 16), (16, 48), (16, 48), (64, 16))]
+    ours, theirs = [[torch.nn.Parameter(p.clone()) for p in start] for _ in range(2)]
+    optimizers = (
+        Muon([dict(params=ours, lr_scale=3.0)], lr=0.02, weight_decay=0.1),
+        torch.optim.Muon([dict(params=theirs)], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
+    for step in range(4):
+        for k, (p, q) in enumerate(zip(ours, theirs)):
+            p.grad = None if k == step else torch.randn(p.shape)
+            q.grad = None if p.grad is None else p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, before in zip(ours, theirs, start):
+        moved = (q - before).detach()
+        assert (p - q).abs().max() < 0.01 * moved.abs().max()       # bf16 rounds
+        assert moved.abs().max() > 0.01
+        buffers = [optimizer.state[x]["momentum_buffer"] for optimizer, x in zip(optimizers, (p, q))]
+        assert torch.allclose(*buffers)
+
+
+def test_an_update_has_nearly_equal_singular_values_and_is_as_long_as_adamws():
+    torch.manual_seed(0)
+    gradient = torch.randn(1, 48, 16) * torch.linspace(0.1, 1, 16)
+    values = torch.linalg.svdvals(orthogonalized(gradient)[0].double())
+    assert 0.6 < values.min() and values.max() < 1.3                # of the gradient: ten times from each other
+    p = torch.nn.Parameter(torch.zeros(48, 16))
+    p.grad = gradient[0]
+    Muon([p], lr=1e-3, weight_decay=0).step()
+    assert p.detach().square().mean().sqrt() == pytest.approx(0.2 * 1e-3, rel=0.25)        # Liu et al. 2025
