@@ -113,9 +113,10 @@ def check_stage1(path, network, args):
 
 
 def stage1_flags(args, launched):
-    """The flags of stage 1 on the way to stage 2: those of stage 2, but for what each stage has defaults of."""
+    """The flags of stage 1 on the way to stage 2: those of stage 2, but for what each stage has defaults of; the rate
+    is the same."""
     stage1 = train_stage1.parse_args([])
-    for name in vars(stage1).keys() - {"name", "lr", "warmup", "weight_decay", "ema"}:
+    for name in vars(stage1).keys() - {"name", "warmup", "weight_decay", "ema", "muon"}:
         setattr(stage1, name, getattr(args, name))
     stage1.steps = args.stage1_steps
     return fill_defaults(stage1, "stage1", launched)

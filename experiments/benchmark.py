@@ -19,6 +19,7 @@ from toy.world import TEXT_LENGTH, VOCAB
 from training.batches import read_batch, with_noise
 from training.flags import GRIDS_A_PART, fill_defaults, parse_training, training_arguments
 from training.loop import Iteration, in_training, training_step
+from training.optimizers import make_optimizers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Counted
@@ -109,7 +110,7 @@ def print_counted(args):
 class Bench(NamedTuple):
     """What the timed steps share."""
     network: ShiftedDiT
-    optimizer: torch.optim.Optimizer
+    optimizers: list
     sets: dict                          # {"syn": ..., "real": ...}, as `train` takes them
     null: dict                          # the empty caption
 
@@ -136,9 +137,10 @@ def random_bench(args, device):
     """A Bench of random weights and data; its steps do not move the weights."""
     config = PRESETS[args.preset]
     network = ShiftedDiT(DiT(config), DomainShifters(config, args.rank).requires_grad_(False)).to(device)
-    optimizer = torch.optim.AdamW(network.dit.parameters(), lr=0.0, fused=device.type != "mps")
+    params = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    optimizers = make_optimizers(params, argparse.Namespace(lr=0.0, weight_decay=0.0, muon=args.muon), device)
     sets, null = random_sets(args)
-    return Bench(network, optimizer, sets, {key: value.to(device) for key, value in null.items()})
+    return Bench(network, optimizers, sets, {key: value.to(device) for key, value in null.items()})
 
 
 def time_step(model, bench, iteration, args, launched, parts=None):
@@ -161,7 +163,7 @@ def time_step(model, bench, iteration, args, launched, parts=None):
     wait_for(device)
     start = time.perf_counter()                 # `train` reads while the device computes: not part of the step
     batch = with_noise(batch, iteration, args.seed, 0, 0)
-    training_step(model, [bench.optimizer], batch, iteration, bench.null, args, lap)
+    training_step(model, bench.optimizers, batch, iteration, bench.null, args, lap)
     wait_for(device)
     return time.perf_counter() - start
 

@@ -36,7 +36,7 @@ from support.launch import BAR, launch, run_cli
 from support.networks import load_lpips
 from support.pictures import save_picture, to_pixels, to_uint8
 from toy.judge import load_judges
-from toy.world import WORLD_VERSION, sample_assets, tokenize
+from toy.world import WORLD_VERSION
 from training.estimate import choose, resumed
 from training.flags import fill_defaults, stage1_comes_first, stage1_folder
 
@@ -90,7 +90,8 @@ def row_samples(row, path, task, held, args, device):
     def draw():
         if row.mode == "sdedit":
             drawn = to_pixels(row_samples(row._replace(mode="real"), path, task, held, args, device))
-            images = sdedit(load_toy(base, device), drawn, sdedit_prompts(num), sampling=sampling)
+            prompts = held["text"][:, None].expand(-1, 4, -1)                   # the same for every view
+            images = sdedit(load_toy(base, device), drawn, prompts, sampling=sampling)
             return dict(image=to_uint8(images))
         inputs = held if task == "texturing" else {"text": held["text"]}
         with tqdm(total=4 * num, desc=row.label, unit="image", bar_format=BAR) as progress:
@@ -98,12 +99,6 @@ def row_samples(row, path, task, held, args, device):
                                    progress=progress)
         return dict(image=to_uint8(images))
     return cached(f"{path.removesuffix('.safetensors')}-{row.mode}.samples", key, draw)["image"]
-
-
-def sdedit_prompts(num):
-    """What SDEdit asks the base model for, view by view as for the real set: (num, 4, L) ids."""
-    prompts, _ = data.real_captions(sample_assets(num, data.SEEDS["evaluation"]))
-    return tokenize(prompts).view(num, 4, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -105,13 +105,14 @@ def test_realiz3d_trains_the_backbone_around_shifters_that_stage_1_left(tiny_toy
 
 
 def test_stage_1_on_the_way_takes_the_flags_of_stage_2_but_its_own_defaults():
-    shared = "--seed 7 --clip 0.5 --batch 3 --text_dropout 0.2 --num_assets 9"
-    own = "--lr 0.5 --steps 77 --ema 0.5 --stage1_steps 11"
+    shared = "--seed 7 --clip 0.5 --batch 3 --text_dropout 0.2 --num_assets 9 --lr 0.5"
+    own = "--steps 77 --ema 0.5 --warmup 5 --stage1_steps 11"
     args = fill_defaults(parse_args(f"{shared} {own}".split()), "stage2", ALONE)
     stage1, alone = stage1_flags(args, ALONE), fill_defaults(train_stage1.parse_args([]), "stage1", ALONE)
     assert (stage1.seed, stage1.clip, stage1.batch, stage1.text_dropout, stage1.num_assets) == (7, 0.5, 3, 0.2, 9)
+    assert stage1.lr == 0.5                                     # one rate for all
     assert stage1.steps == 11 and stage1.name == "stage1" and stage1.adapter == "shifters" and stage1.rank == 8
-    for name in ("lr", "warmup", "weight_decay", "ema"):
+    for name in ("warmup", "weight_decay", "ema", "muon"):
         assert getattr(stage1, name) == getattr(alone, name)
 
 
