@@ -40,18 +40,7 @@ def read_mesh(path):
     are left out. Raises FileNotFoundError or ValueError with one line: another format, damaged, empty, compressed, not
     finite, polygons that cannot be cut, or trimesh missing.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no such file: {path}")
-    kind = os.path.splitext(path)[1].lower()
-    if kind not in MESH_KINDS:
-        raise ValueError(f"{path}: meshes are read from {', '.join(MESH_KINDS)} files")
-    try:
-        vertices, faces = read_obj(path) if kind == ".obj" else read_scene(path)
-    except Exception as error:          # trimesh raises whatever the bytes of a damaged file lead it to
-        if isinstance(error, ImportError) and error.name == "trimesh":
-            raise ValueError(f"reading {path} needs trimesh: pip install trimesh") from None
-        reason = " ".join(str(error).split()) if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{path} is not a readable {kind[1:].upper()} file: {reason}") from None
+    vertices, faces = read_checked(path, lambda: read_obj(path) if path.lower().endswith(".obj") else read_scene(path))
     if len(faces) == 0:
         raise ValueError(f"{path} holds no triangles")
     if not vertices[faces].isfinite().all():
@@ -59,31 +48,59 @@ def read_mesh(path):
     vertices, faces = weld(vertices, faces)
     if len(faces) == 0:
         raise ValueError(f"{path} holds only triangles without area")
+    return turned_outwards(Mesh(fitted(vertices, AZIMUTHS), faces))
+
+
+def read_checked(path, read):
+    """read(), a file of one of MESH_KINDS. Raises FileNotFoundError or ValueError with one line that names it."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no such file: {path}")
+    kind = os.path.splitext(path)[1].lower()
+    if kind not in MESH_KINDS:
+        raise ValueError(f"{path}: meshes are read from {', '.join(MESH_KINDS)} files")
+    try:
+        return read()
+    except Exception as error:          # trimesh raises whatever the bytes of a damaged file lead it to
+        if isinstance(error, ImportError) and error.name == "trimesh":
+            raise ValueError(f"reading {path} needs trimesh: pip install trimesh") from None
+        reason = " ".join(str(error).split()) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path} is not a readable {kind[1:].upper()} file: {reason}") from None
+
+
+def fitted(vertices, azimuth):
+    """Vertices (M, 3) centred, and scaled to fit the cube and the views from each azimuth (degrees): float32."""
     low, high = vertices.amin(dim=0), vertices.amax(dim=0)
     vertices = (vertices - (low + high) / 2) / (high - low).max()
-    axes = [axis.double() for turn in AZIMUTHS for axis in camera(turn)[:2]]        # right and up
+    axes = [axis.double() for turn in azimuth for axis in camera(turn)[:2]]         # right and up
     reach = max(float((vertices @ axis).abs().max()) for axis in axes)
-    return turned_outwards(Mesh((vertices * min(1., 0.9 * EXTENT / reach)).float(), faces))
+    return (vertices * min(1., 0.9 * EXTENT / reach)).float()
 
 
 def read_scene(path):
     """Vertices (M, 3) float64 and triangles (F, 3) of all meshes in a file's scene, each moved to its place, by
     trimesh. Raises ImportError where it is missing, ValueError or another error where the file is damaged."""
+    whole = load_scene(path, skip_materials=True).to_mesh()
+    return torch.from_numpy(np.array(whole.vertices, dtype=np.float64)), torch.from_numpy(np.array(whole.faces))
+
+
+def load_scene(path, skip_materials):
+    """A file as a scene of trimesh's, checked for what it would misread. Raises as `read_scene`."""
     import trimesh
     content = Path(path).read_bytes()
     for pattern, reason in UNREADABLE.items():
         if re.search(pattern, content):
             raise ValueError(reason)
-    polygons = re.search(rb"element face (\d+)", content)               # of PLY: how many, triangles among them
-    scene = trimesh.load_scene(path, process=False, skip_materials=True)
-    for part in scene.geometry.values():
-        if isinstance(part, trimesh.Trimesh) and len(part.faces):
-            if part.faces.min() < 0 or part.faces.max() >= len(part.vertices):
-                raise ValueError("it has a face with a corner that is not there")
-            if polygons and int(polygons[1]) < len(part.faces) and is_folded(part):
-                raise ValueError("it has a concave polygon: triangulate on export")
-    whole = scene.to_mesh()
-    return torch.from_numpy(np.array(whole.vertices, dtype=np.float64)), torch.from_numpy(np.array(whole.faces))
+    polygons = [int(number) for number in re.findall(rb"element face (\d+)", content)[:1]]      # PLY's
+    polygons = polygons or [len(re.findall(rb"^f\s", content, re.MULTILINE))]                   # OBJ's
+    scene = trimesh.load_scene(path, process=False, skip_materials=skip_materials)
+    parts = [part for part in scene.geometry.values() if isinstance(part, trimesh.Trimesh) and len(part.faces)]
+    are_cut = 0 < polygons[0] < sum(len(part.faces) for part in parts)          # else all are triangles
+    for part in parts:
+        if part.faces.min() < 0 or part.faces.max() >= len(part.vertices):
+            raise ValueError("it has a face with a corner that is not there")
+        if are_cut and is_folded(part):
+            raise ValueError("it has a concave polygon: triangulate on export")
+    return scene
 
 
 def is_folded(part):

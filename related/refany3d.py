@@ -2,6 +2,7 @@
 
     python -m related.refany3d                                  # trains on the toy world, and shows held-out assets
     python -m related.refany3d --object 14 --prompt "a duck, sunset background"     # draws with what was trained
+    python -m related.refany3d --mesh FILE.glb --prompt "a mug, sunset background"  # a textured mesh of your own
     python -m related.refany3d --no_shared_positions            # ablations; also --no_text_agnostic, --no_domain_lora,
                                                                 # --no_points, --num_references 4
 
@@ -30,7 +31,7 @@ from support.files import load_strictly, read_metadata
 from support.launch import UsageError, finite, launch, on_rank_0_first, run_cli
 from support.pictures import save_picture, to_pixels, to_uint8
 from support.speed import attend
-from toy.scenes import SCENES, SIDES, scene_set
+from toy.scenes import SCENES, SIDES, mesh_references, scene_set
 from toy.world import VOCAB, tokenize
 from training.estimate import choose, launch_training
 from training.flags import parse_training, training_arguments
@@ -278,20 +279,29 @@ def train_refany3d(args, launched):
 
 
 def draw_objects(args):
-    """Draws held-out assets in the scenes of --prompt with what was trained -> OUT/refany3d_drawn.png."""
-    device, last, out = launch(args.threads).device, max(args.object), f"{args.out or 'runs/toy'}/refany3d_drawn.png"
-    if len(args.prompt) not in (1, len(args.object)):
-        raise UsageError(f"--prompt names {len(args.prompt)} scenes, --object {len(args.object)} assets: give one "
-                         "scene for each, or one for all")
-    if not 0 <= min(args.object) <= last < 10 ** 4:                             # all assets before it are made too
+    """Draws held-out assets, or that of --mesh, in the scenes of --prompt with what was trained ->
+    OUT/refany3d_drawn.png."""
+    device, folder = launch(args.threads).device, args.out or "runs/toy"
+    if args.mesh and args.object:
+        raise UsageError("--mesh and --object both name what to draw: give one of them")
+    numbers = args.object or [14]
+    assets = 1 if args.mesh else len(numbers)
+    if assets > 1 and len(args.prompt) not in (1, assets):
+        raise UsageError(f"--prompt names {len(args.prompt)} scenes, --object {assets} assets: give one scene for "
+                         "each, or one for all")
+    if not 0 <= min(numbers) <= max(numbers) < 10 ** 4:                         # all assets before it are made too
         raise UsageError(f"--object must lie in [0, {10 ** 4 - 1}], not {args.object}")
-    text = tokenize(args.prompt).expand(len(args.object), -1)
-    network = load_refany3d(f"{args.out or 'runs/toy'}/{args.name or 'refany3d'}.safetensors", base_path(args), device)
-    scenes = scene_set(last + 1, SEEDS["evaluation"], folder=f"{args.out or 'runs/toy'}/sets", device=device)
-    references = scenes["references"][[k * SCENES for k in args.object]]
+    text = tokenize(args.prompt).expand(max(assets, len(args.prompt)), -1)
+    network = load_refany3d(f"{folder}/{args.name or 'refany3d'}.safetensors", base_path(args), device)
+    if args.mesh:
+        references = mesh_references(args.mesh)
+    else:
+        scenes = scene_set(max(numbers) + 1, SEEDS["evaluation"], folder=f"{folder}/sets", device=device)
+        references = scenes["references"][[k * SCENES for k in numbers]]
     sampling = Sampling(num_steps=args.num_steps, cfg_scale=args.view_scale, seed=args.seed)
-    draw_sheet(out, network, dict(references=references, text=text), sampling)
-    print(f"wrote {out}")
+    references = references.expand(len(text), *references.shape[1:])
+    draw_sheet(f"{folder}/refany3d_drawn.png", network, dict(references=references, text=text), sampling)
+    print(f"wrote {folder}/refany3d_drawn.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,7 +320,9 @@ def parse_args(argv=None):
                        ("text_agnostic", "the image's map does not see the text"), ("domain_lora", "Domain-LoRA")):
         add(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"{what} (default: yes)")
     add("--prompt", nargs="+", help="draw instead of training: captions, as \"a mug, sunset background\"")
-    add("--object", type=int, nargs="+", default=[14], help="numbers of held-out assets to draw (default 14)")
+    add("--object", type=int, nargs="+", help="numbers of held-out assets to draw (default 14)")
+    add("--mesh", help="or the asset to draw: a mesh with its texture or vertex colours (GLB, glTF, OBJ, PLY; needs "
+        "trimesh)")
     add("--num_steps", type=int, default=50, help="DDIM steps for them (default %(default)s)")
     add("--view_scale", type=finite, default=1.0, help="guidance on the views for them, 1 = none (default 1)")
     parser.set_defaults(adapter=None)
@@ -321,6 +333,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.prompt:
         return draw_objects(args)
+    if args.object or args.mesh:
+        raise UsageError("--object and --mesh name what to draw: say in which scene with --prompt")
     launched = launch_training(args, "refany3d", __name__ == "__main__")
     choose(args, launched, args.name)
     train_refany3d(args, launched)

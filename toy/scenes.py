@@ -8,6 +8,8 @@ material can be learned from the asset only.
 import torch
 
 from data import SEEDS, build_set
+from geometry.colors import draw_colors, read_colored_mesh
+from geometry.mesh import mesh_views
 from support.pictures import to_uint8
 from toy.render import Look, render
 from toy.world import BACKGROUNDS, CATEGORIES, exaggerated, lights, take, tokenize, uniforms
@@ -47,6 +49,14 @@ def point_map(views):
     white off the object."""
     off = (views.normal == 0).all(dim=2, keepdim=True)
     return to_uint8((2 * views.position).masked_fill(off, 1))
+
+
+def mesh_references(path, size=32):
+    """A user's textured mesh, unlit, as the "references" of an asset: colours and point maps of SIDES, uint8 (1, 2, 8,
+    3, H, W)."""
+    mesh, paint = read_colored_mesh(path, SIDES)
+    colors = to_uint8(2 * draw_colors(mesh, paint, size, SIDES) - 1)
+    return torch.stack([colors, point_map(mesh_views(mesh, size, SIDES))[0]])[None]
 
 
 def frames(u):

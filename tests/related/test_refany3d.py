@@ -180,7 +180,10 @@ def test_trained_and_read_back(tmp_path, monkeypatch):
     assert (tmp_path / "refany3d_drawn.png").exists()
     refuses(refany3d, [*drawing, "--prompt", "a mug, moonlit background"], 1, "unknown word 'moonlit'")
     refuses(refany3d, [*drawing, "--object", -1, "--prompt", "a mug"], 2, "--object must lie in [0, 9999]")
-    refuses(refany3d, [*drawing, "--prompt", "a mug", "a car"], 2, "--prompt names 2 scenes, --object 1 assets")
+    refuses(refany3d, [*drawing, "--object", 0, 1, 2, "--prompt", "a mug", "a car"], 2, "--prompt names 2 scenes")
+    refuses(refany3d, [*drawing, "--object", 1, "--mesh", "a.glb", "--prompt", "a mug"], 2, "give one of them")
+    refuses(refany3d, [*drawing, "--mesh", "a.glb"], 2, "say in which scene with --prompt")
+    refuses(refany3d, [*drawing, "--mesh", tmp_path / "a.glb", "--prompt", "a mug"], 1, "a.glb")
     refuses(refany3d, [*drawing, "--name", "other", "--prompt", "a mug"], 1, "no such file")
     with pytest.raises(ValueError, match="holds no RefAny3D: train one with python -m related.refany3d"):
         load_refany3d(base, base)

@@ -1,12 +1,14 @@
 """Scenes: an object's place, size, light and surroundings, and what its captions leave out."""
 import pytest
 import torch
+import torch.nn.functional as F
+from shapes import box
 
 from data import SEEDS
 from geometry.camera import EXTENT, camera
 from support.pictures import to_pixels
 from toy.render import Look, render
-from toy.scenes import SCENES, SIDES, frames, scene_set
+from toy.scenes import SCENES, SIDES, frames, mesh_references, scene_set
 from toy.trace import Cameras, trace
 from toy.world import BACKGROUNDS, CATEGORIES, VOCAB, exaggerated, sample_assets, sphere
 
@@ -70,6 +72,22 @@ def test_scenes_show_their_asset_and_name_only_its_category(tmp_path, unseen):
     corner = photo[:, :, 0, 0]
     same = [word[2] for word in words]
     assert all((corner[i] == corner[j]).all() for i in range(num) for j in range(i) if same[i] == same[j])
+
+
+def test_a_mesh_of_ones_own_gives_what_a_scene_gives(tmp_path):
+    """A box of the colours of its places: the point map is the picture."""
+    trimesh = pytest.importorskip("trimesh", reason="meshes with colours are read by trimesh")
+    solid = box(0.3, 0.4, 0.2)
+    corners = solid.vertices.numpy() * 0.9 + 0.5
+    trimesh.Trimesh(solid.vertices.numpy(), solid.faces.numpy(), vertex_colors=corners, process=False).export(
+        tmp_path / "box.ply")
+    got = mesh_references(str(tmp_path / "box.ply"))
+    assert got.shape == (1, 2, 8, 3, 32, 32) and got.dtype == torch.uint8
+    on = (got[0, 1] != 255).any(dim=1, keepdim=True).float()
+    inside = (F.avg_pool2d(on, 3, 1, 1) > 0.99).expand(-1, 3, -1, -1)       # no pixel of the rim
+    colors, places = (to_pixels(got[0]) / 2)[:, inside]
+    scale = colors.abs().max() / places.abs().max()                         # the mesh is scaled to fit
+    assert (colors - scale * places).abs().max() < 0.03 and len(colors) > 1000 and 0.7 < scale < 1.1
 
 
 def test_a_scene_is_the_same_in_any_number_of_them(tmp_path):

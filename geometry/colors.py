@@ -1,0 +1,80 @@
+"""
+Meshes with the colours they come with, drawn from all sides: users' own finished assets.
+
+Read by trimesh (pip install trimesh), whose formats are those of geometry/files.py.
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from geometry.camera import ELEVATION
+from geometry.files import fitted, load_scene, read_checked
+from geometry.mesh import Mesh, rasterize
+
+
+def read_colored_mesh(path, azimuth):
+    """(Mesh, paint) of a file of one of MESH_KINDS, scaled to fit the views from each azimuth (degrees). paint(face,
+    place): colours (P, 3) in [0, 1] at barycentric places (P, 3) of faces (P,); textures, colours of vertices, faces or
+    materials, as they are (unlit); white for parts without any.
+
+    Raises FileNotFoundError or ValueError with one line, as `read_mesh`, or where no part has colours.
+    """
+    def read():
+        parts = [part for part in load_scene(path, skip_materials=False).dump() if len(getattr(part, "faces", ()))]
+        return parts, [part_colors(part) for part in parts]
+    parts, colors = read_checked(path, read)
+    if not parts:
+        raise ValueError(f"{path} holds no triangles")
+    if not any(colors):
+        raise ValueError(f"{path} holds no colours: export the mesh with its texture or its vertex colours")
+    corners = torch.cat([torch.from_numpy(np.array(part.triangles, dtype=np.float64)) for part in parts])
+    if not corners.isfinite().all():
+        raise ValueError(f"{path} holds vertices that are not finite")
+    vertices = corners.flatten(0, 1)                                                                # (3 F, 3)
+    if not (vertices.amax(dim=0) > vertices.amin(dim=0)).any():
+        raise ValueError(f"{path} holds only triangles without area")
+    ends = np.cumsum([len(part.faces) for part in parts])
+
+    def paint(face, place):
+        color = torch.ones(len(face), 3)
+        for of_part, end, part in zip(colors, ends, parts):
+            mine = (face < end) & (face >= end - len(part.faces))
+            if of_part and mine.any():
+                inside = (face[mine] - (end - len(part.faces))).numpy()
+                color[mine] = torch.from_numpy(of_part(inside, place[mine].numpy())).float()
+        return color
+    return Mesh(fitted(vertices, azimuth), torch.arange(len(vertices)).view(-1, 3)), paint
+
+
+def part_colors(part):
+    """colors(face (P,), place (P, 3)) -> (P, 3) in [0, 1] of a trimesh, None where it comes without."""
+    from trimesh.visual.color import uv_to_interpolated_color
+    visual = part.visual
+    if visual.kind == "vertex":
+        at_corner = visual.vertex_colors[part.faces][..., :3] / 255                                 # (F, 3 corners, 3)
+        return lambda face, place: np.einsum("pkc,pk->pc", at_corner[face], place)
+    if visual.kind == "face":
+        return lambda face, place: visual.face_colors[face][:, :3] / 255
+    material = getattr(visual, "material", None)
+    image = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)         # of glTF, of OBJ
+    factor = getattr(material, "baseColorFactor", None)
+    if image is not None and visual.uv is not None:
+        tint = np.ones(3) if factor is None else np.asarray(factor)[:3] / 255
+        uv = np.asarray(visual.uv)[part.faces]                                                      # (F, 3 corners, 2)
+
+        def colors(face, place):
+            at = np.einsum("pkc,pk->pc", uv[face], place)
+            return uv_to_interpolated_color(at, image)[:, :3] / 255 * tint
+        return colors
+    plain = factor if factor is not None else getattr(material, "diffuse", None)
+    if plain is None:
+        return None
+    return lambda face, place: np.broadcast_to(np.asarray(plain)[:3] / 255, (len(face), 3))
+
+
+def draw_colors(mesh, paint, size=32, azimuth=(0,), elevation=ELEVATION, supersample=4):
+    """What `read_colored_mesh` returned, before white from each azimuth (degrees): (V, 3, size, size) in [0, 1]."""
+    face, place = rasterize(mesh, size * supersample, azimuth, elevation)
+    image, there = torch.ones(*face.shape, 3), face >= 0
+    image[there] = paint(face[there], place[there])
+    return F.avg_pool2d(image.permute(0, 3, 1, 2), supersample)

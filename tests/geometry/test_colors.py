@@ -1,0 +1,94 @@
+"""Users' meshes with their colours: textures, vertex, face and material colours, scenes of several parts."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shapes import box, textured_chair
+
+from geometry.camera import ELEVATION
+from geometry.colors import draw_colors, read_colored_mesh
+from geometry.files import write_glb, write_obj
+from geometry.mesh import coverage
+from geometry.texture import turntable
+
+trimesh = pytest.importorskip("trimesh", reason="GLB, glTF, PLY and OBJ with colours are read by trimesh")
+RED, BLUE = (255, 0, 0, 255), (0, 0, 255, 255)
+
+
+def drawn(path, size=32, azimuth=(0, 90, 180, 270)):
+    return draw_colors(*read_colored_mesh(str(path), azimuth), size, azimuth)
+
+
+def cube(**visual):
+    mesh = box(0.4, 0.4, 0.4)
+    return trimesh.Trimesh(mesh.vertices.numpy(), mesh.faces.numpy(), process=False, **visual)
+
+
+@pytest.mark.parametrize("kind, write", [("glb", write_glb), ("obj", write_obj)])
+def test_a_texture_comes_back_as_it_was_written(tmp_path, kind, write):
+    """What `turntable` draws of a textured mesh of ours is what is drawn of its file."""
+    chair = textured_chair()
+    write(str(tmp_path / f"chair.{kind}"), chair.mesh, chair.texture, chair.uv)
+    mesh, _ = read_colored_mesh(str(tmp_path / f"chair.{kind}"), (0, 90))
+    known = turntable(chair.mesh._replace(vertices=mesh.vertices, faces=mesh.faces), chair.texture, chair.uv, 32,
+                      (0, 90), 4) / 255
+    assert (drawn(tmp_path / f"chair.{kind}", azimuth=(0, 90)) - known).abs().mean() < 0.002
+
+
+def test_colors_of_vertices_vary_over_a_face_and_those_of_faces_do_not(tmp_path):
+    corners = np.array(cube().vertices)
+    by_height = np.where(corners[:, 1:2] > 0, RED, BLUE)
+    cube(vertex_colors=by_height).export(tmp_path / "vertices.ply")
+    image = drawn(tmp_path / "vertices.ply", azimuth=(0,))[0]
+    column = image[:, 12:26, 16]                                    # down the front: red above blue
+    assert (column[0].diff() < 0).all() and (column[2].diff() > 0).all() and (column[1] == 0).all()
+    front = np.array(cube().face_normals)[:, 2] > 0.5
+    cube(face_colors=np.where(front[:, None], RED, BLUE)).export(tmp_path / "faces.ply")
+    image = drawn(tmp_path / "faces.ply")
+    assert torch.equal(image[0, :, 18, 16], torch.tensor([1.0, 0, 0]))
+    assert torch.equal(image[2, :, 18, 16], torch.tensor([0, 0, 1.0]))
+
+
+def test_a_scene_keeps_each_parts_place_and_color(tmp_path):
+    """Two materials, one of them moved by its node; a third part without colours is white."""
+    def material(color):
+        pbr = trimesh.visual.material.PBRMaterial(baseColorFactor=color)
+        return trimesh.visual.TextureVisuals(material=pbr)
+    scene = trimesh.Scene()
+    scene.add_geometry(cube(visual=material(RED)))
+    scene.add_geometry(cube(visual=material(BLUE)), transform=trimesh.transformations.translation_matrix((1.2, 0, 0)))
+    scene.add_geometry(cube(), transform=trimesh.transformations.translation_matrix((2.4, 0, 0)))
+    scene.export(tmp_path / "three.glb")
+    image = drawn(tmp_path / "three.glb", 64, azimuth=(0,))[0]
+    middle = image[:, 32]                                           # left to right
+    assert [middle[:, column].tolist() for column in (12, 32, 52)] == [[1, 0, 0], [0, 0, 1], [1, 1, 1]]
+
+
+def test_the_mesh_lies_within_every_view_and_white_around_it(tmp_path):
+    cube(vertex_colors=RED).export(tmp_path / "cube.glb")
+    turns = tuple(range(0, 360, 45))
+    mesh, paint = read_colored_mesh(str(tmp_path / "cube.glb"), turns)
+    image, covered = draw_colors(mesh, paint, 32, turns), coverage(mesh, 32, turns)
+    assert covered[..., 0].max() == covered[..., -1].max() == covered[..., 0, :].max() == 0
+    assert torch.allclose(image[:, 1:2], 1 - covered) and ELEVATION == 20
+
+
+def refused(path, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        read_colored_mesh(str(path), (0,))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_meshes_without_colors_and_damaged_ones_get_one_line(tmp_path):
+    cube().export(tmp_path / "plain.stl")
+    refused(tmp_path / "plain.stl", "holds no colours")
+    cube().export(tmp_path / "plain.obj")
+    refused(tmp_path / "plain.obj", "holds no colours")
+    (tmp_path / "cut.glb").write_bytes(b"glTF\2\0\0\0")
+    refused(tmp_path / "cut.glb", "not a readable GLB file")
+    arrow = ((0, 0), (2, 1), (4, 0), (2, 4))                        # red
+    (tmp_path / "concave.obj").write_text("".join(f"v {x} {y} 0 1 0 0\n" for x, y in arrow) + "f 1 2 3 4\n")
+    refused(tmp_path / "concave.obj", "concave polygon")
+    Image.new("RGB", (2, 2)).save(tmp_path / "no.png")
+    refused(tmp_path / "no.png", "meshes are read from")
