@@ -152,7 +152,8 @@ def read_json(path):
 
 @contextmanager
 def locked(folder):
-    """Within it no other process is within its own `locked(folder)`: they wait. For files that several add to."""
+    """Within it no other process is within its own `locked(folder)`: they wait, and say so. For files that several add
+    to."""
     os.makedirs(folder, exist_ok=True)
     try:
         import fcntl
@@ -161,6 +162,9 @@ def locked(folder):
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"waiting for another process that is at work in {folder}", flush=True)
         fcntl.flock(handle, fcntl.LOCK_EX)
     except OSError:                             # a file system without locks
         pass

@@ -1,12 +1,16 @@
 """Files are whole or not there: what a failed or cut-off write leaves, and what is said of a damaged file."""
 
+import subprocess
+import sys
 import zlib
 
 import pytest
 import torch
+from conftest import ROOT
 
 import support.files
-from support.files import cached, file_id, load_strictly, load_tensors, read_json, save_tensors, up_to_date, write_json
+from support.files import (cached, file_id, load_strictly, load_tensors, locked, read_json, save_tensors, up_to_date,
+                           write_json)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -74,3 +78,13 @@ def test_json_comes_back_and_a_damaged_one_is_named(tmp_path):
         file.write('{"rows": [1')
     with pytest.raises(ValueError, match="a.json is damaged .*: delete it"):
         read_json(path)
+
+
+def test_a_lock_is_waited_for_and_that_is_said(tmp_path):
+    """A second process enters after the first has left."""
+    code = f"from support.files import locked\nwith locked({str(tmp_path / 'shared')!r}): print('inside', flush=True)"
+    with locked(tmp_path / "shared"):
+        other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == f"waiting for another process that is at work in {tmp_path / 'shared'}\n"
+        assert other.poll() is None
+    assert other.communicate(timeout=60)[0] == "inside\n" and other.returncode == 0
