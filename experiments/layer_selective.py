@@ -110,7 +110,7 @@ def layer_selective(args, launched):
     sets = {"syn": on_rank_0_first(launched, lambda: make_set(style="render", seed=6)),
             "real": on_rank_0_first(launched, lambda: make_set(style="photo", seed=7))}
     judge = on_rank_0_first(launched, lambda: train_feature_net(folder, num=3000, steps=1500, size=size,
-                                                                      backgrounds=BACKGROUNDS))
+                                                                world="backgrounds"))
     photos = world_features(judge, folder, device)
     assets = sample_assets(args.num_prompts, SEEDS["evaluation"])
     backgrounds = [OTHERS[k % len(OTHERS)] for k in range(args.num_prompts)]

@@ -1,17 +1,48 @@
-"""Measures of RefAny3D (related/refany3d.py) on the toy world, where the truth is known: is it *this* asset, is the
-point map one of its surface, and is the rest as asked?
+"""RefAny3D (related/refany3d.py) and its ablations on the toy world, where the truth is known: is it *this* asset, is
+the point map one of its surface, and is the rest as asked?
+
+    python -m experiments.references                            # trains what is missing; hours on a CPU; goes on
+    python -m experiments.references --seed 1 --rows RefAny3D "text only"
 
 What the paper has judged by GPT, CLIP and DINO is asked of each pixel here: the point map names a place on the asset,
-and there its colour and its surface are known.
+and there its colour and its surface are known. Half of the cases are assets that no training saw, half are known
+assets before the one background that each was never shown before. Writes results/refany3d.json and .md, and a sheet.
 """
+import argparse
+import os
+
 import torch
 import torch.nn.functional as F
 
-from support.pictures import to_pixels
+from data import SEEDS
+from evaluate import kid, measuring_flags
+from experiments.results import markdown_table, mean_and_deviation
+from related import refany3d
+from related.refany3d import draw, load_refany3d
+from sample import Sampling, default_base, load_network, sample_images
+from support.files import cached, file_id, locked, read_json, write_json, write_text
+from support.launch import launch, run_cli
+from support.pictures import save_picture, to_pixels, to_uint8
+from toy.judge import train_feature_net
 from toy.render import backdrops, texture
+from toy.scenes import SCENES, scene_set
 from toy.trace import gradient, nearest
-from toy.world import BACKGROUNDS, CATEGORIES, PALETTE, SHAPES, VOCAB
+from toy.world import BACKGROUNDS, CATEGORIES, PALETTE, SHAPES, VOCAB, WORLD_VERSION, Assets, exaggerated, sample_assets
 
+ROWS = {                                # what is trained: flags of related.refany3d; None: nothing, the base model
+    "text only":                        None,
+    "one reference, no point maps":     "--num_references 1 --no-points",           # OminiControl's form
+    "RefAny3D":                         "",
+    "without shared positions":         "--no-shared_positions",
+    "without text-agnostic attention":  "--no-text_agnostic",
+    "without Domain-LoRA":              "--no-domain_lora",
+    "without point maps":               "--no-points",
+    "4 views":                          "--num_references 4",
+    "6 views":                          "--num_references 6",
+}
+PERFECT = "perfect scenes"
+COLUMNS = dict(color=2, material=2, hue=1, tone=2, surface=3, pose=2, outline=2, matches=1, category=2, background=2,
+              KD=0, photo=2)
 LEAST = 12                              # pixels of an object below which it counts as not drawn
 
 
@@ -22,26 +53,32 @@ def named_places(maps):
 
 
 def measure_scenes(drawn, scenes, assets):
-    """{measure: mean over N scenes} of what was drawn, uint8 (N, 2, 3, H, W), image and point map.
+    """{measure: mean over N scenes} of what was drawn, uint8 (N, K, 3, H, W), image and (K = 2) point map.
 
-    scenes: as from `scene_set`, one of each of the N Assets. drawn: share of the scenes in which map and image show an
-    object at all; the other measures are of these.
+    scenes: as from `scene_set`, one of each of the N Assets. matches: how many patches of the image are found again in
+    the references, see `matched_patches`.
+    drawn: share of the scenes in which map and image show an object at all; the measures that need the map are of
+    these.
     surface: how far the named places lie off the asset's surface, in its units; pose: how far, in pixels, the map is
     from a picture that an orthographic camera takes; outline: IoU of the map's silhouette with the image's.
     hue: degrees between the image's chroma and the asset's at the place that is named; tone: correlation of
     brightness, over the object, with the asset's pattern there.
     background: share of the scenes whose background is nearest to the one asked for.
     """
-    images, (places, on) = drawn[:, 0] / 255, named_places(drawn[:, 1])
+    images = drawn[:, 0] / 255
+    places, on = named_places(drawn[:, -1])
     asked = [BACKGROUNDS.index(name) for name in background_names(scenes["text"])]
     far = background_distances(images)                                                              # (N, 8, H, W)
     shown = far[torch.arange(len(far)), asked] > 0.12                                               # (N, H, W)
     rows = []
     for k in range(len(drawn)):
-        off = ~on[k] & ~shown[k] if (~on[k] & ~shown[k]).sum() >= LEAST else ~on[k]
-        row = dict(background=float(far[k][:, off].mean(dim=1).argmin() == asked[k]),
-                   drawn=float(min(on[k].sum(), shown[k].sum()) >= LEAST))
-        if row["drawn"]:
+        rim = torch.ones_like(shown[k])
+        rim[3:-3, 3:-3] = False                                         # where objects seldom are
+        row = dict(background=float(far[k][:, rim].median(dim=1).values.argmin() == asked[k]),
+                   matches=matched_patches(images[k], shown[k], scenes["references"][k, 0]))
+        if drawn.shape[1] == 2:
+            row["drawn"] = float(min(on[k].sum(), shown[k].sum()) >= LEAST)
+        if row.get("drawn"):
             point = places[k][:, on[k]]                                                             # (3, M)
             row |= surface_measures(point, on[k], assets, k)
             row["outline"] = float((on[k] & shown[k]).sum() / (on[k] | shown[k]).sum())
@@ -95,3 +132,139 @@ def color_measures(color, point, assets, k):
     varies = brightness[1].std() > 0.03                                                     # else there is no pattern
     tone = torch.corrcoef(brightness)[0, 1] if varies else torch.tensor(float("nan"))
     return dict(hue=float(hue), tone=float(tone))
+
+
+def matched_patches(image, shown, references, size=5, least=0.8):
+    """How many of an object's patches are found again in the references: mutual nearest neighbours of correlation
+    above `least`, a toy form of the paper's count of matches (GIM).
+
+    image: (3, H, W) in [0, 1]; shown: (H, W), where the object is; references: uint8 (V, 3, H, W) before white.
+    """
+    def patches(images, where):                                         # (n, 3, H, W), (n, H, W) -> (P, 3 size size)
+        cut = F.unfold(F.pad(images, 4 * [size // 2], mode="replicate"), size)                      # (n, 3 size^2, H W)
+        cut = cut.transpose(1, 2).flatten(0, 1)[where.flatten()]
+        return F.normalize(cut - cut.mean(dim=1, keepdim=True), dim=1)
+    references = references / 255
+    ours, theirs = patches(image[None], shown[None]), patches(references, references.amin(dim=1) < 0.95)
+    if not len(ours) or not len(theirs):
+        return 0.0
+    alike = ours @ theirs.T
+    best, back = alike.max(dim=1), alike.argmax(dim=0)
+    mutual = back[best.indices] == torch.arange(len(ours))
+    return float((mutual & (best.values > least)).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cases, rows, the table
+
+
+def evaluation_cases(num, folder):
+    """(scenes of num cases, their Assets): the first half of assets that no training saw, the others of known ones
+    before the background that each was never shown before."""
+    new, known = num - num // 2, num // 2
+    parts = [(scene_set(new, SEEDS["evaluation"], folder=folder), sample_assets(new, SEEDS["evaluation"])),
+             (scene_set(known, SEEDS["synthetic"], True, folder=folder), sample_assets(known, SEEDS["synthetic"]))]
+    scenes = {name: torch.cat([scenes[name][::SCENES] for scenes, _ in parts]) for name in parts[0][0]}
+    return scenes, exaggerated(Assets(*(torch.cat(fields) for fields in zip(*(assets for _, assets in parts)))))
+
+
+def judged(images, labels, judge, photos):
+    """What the judge of scenes reads off images (N, 3, H, W) in [0, 1]: the share of category, colour and material read
+    right, the share called a photograph, KD x1000 to the features `photos` of true scenes."""
+    with torch.no_grad():
+        heads = judge(images)
+    row = {name: (heads[name].argmax(1) == truth).double().mean().item()
+           for name, truth in zip(("category", "color", "material"), labels.T)}
+    photo = (judge.photo_probability(images) > 0.5).double().mean().item()
+    return row | dict(photo=photo, KD=1000 * kid(photos, judge.features(images)))
+
+
+def drawn_row(label, scenes, args, device):
+    """What a row draws of the cases, uint8 (N, K, 3, H, W), kept in the run folder; trained first where it must be."""
+    base, name = default_base("toy", args.folder), "refany3d-" + label.replace(" ", "_").replace(",", "")
+    out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
+    path, sampling = f"{out}/{name}.safetensors", Sampling(num_steps=args.num_steps, seed=args.seed, batch=16)
+    if ROWS[label] is None:
+        path = base
+    elif not os.path.isfile(path):
+        flags = ["--out", out, "--base", base, "--name", name, "--seed", str(args.seed), *args.train_flags.split()]
+        flags += ["--threads", str(args.threads)] if args.threads else []
+        with locked(f"{out}/{name}"):
+            torch.compiler.reset()      # what was compiled for the last model counts against this one's limit
+            refany3d.main(flags + ROWS[label].split())
+
+    def sample():
+        if ROWS[label] is None:
+            return dict(image=to_uint8(sample_images(load_network(base, device), {"text": scenes["text"]}, sampling)))
+        return dict(image=to_uint8(draw(load_refany3d(path, base, device), scenes, sampling)))
+    key = dict(model=file_id(path), num=args.num, steps=args.num_steps, seed=args.seed, version=WORLD_VERSION)
+    return cached(f"{out}/{name}.samples", key, sample)["image"]
+
+
+def run_rows(args):
+    """Trains what is missing, draws and measures every row, and writes the table."""
+    device, sets = launch(args.threads).device, f"{args.folder}/sets"
+    scenes, assets = evaluation_cases(args.num, sets)
+    judge = train_feature_net(sets, num=4000, steps=3000, world="scenes")
+    photos = judge.features(scene_set(250, SEEDS["photos"], folder=sets)["image"][:, 0] / 255)
+    path, todo = f"{args.results}/refany3d.json", args.rows or list(ROWS)
+    print(f"{len(todo)} rows of {args.num} cases, seed {args.seed}, into {path}; a missing model is trained first, "
+          "half an hour on one core", flush=True)
+
+    def keep(label, drawn):
+        row = measure_scenes(drawn, scenes, assets) | judged(drawn[:, 0] / 255, scenes["labels"], judge, photos)
+        with locked(args.results):
+            rows = read_json(path) if os.path.isfile(path) else {}
+            rows.setdefault(label, {"toy": {}})["toy"][str(args.seed)] = row
+            write_json(path, rows)
+        return rows
+    sheet = {PERFECT: scenes["image"]}
+    rows = keep(PERFECT, scenes["image"])
+    for label in todo:
+        sheet[label] = drawn_row(label, scenes, args, device)
+        rows = keep(label, sheet[label])
+    write_rows(rows, args)
+    shown = [0, 3, 5, args.num // 2 + 1, args.num // 2 + 2, args.num // 2 + 4]              # new assets, known ones
+    pictures = [("a reference", scenes["references"][shown, 0, 1])]
+    pictures += [(label, drawn[shown, 0]) for label, drawn in sheet.items()]
+    pictures += [("RefAny3D's point map", drawn[shown, 1]) for label, drawn in sheet.items() if label == "RefAny3D"]
+    save_picture(f"{args.results}/refany3d_sheet.png", pictures)
+    print(f"wrote {path}, refany3d.md and refany3d_sheet.png")
+
+
+def write_rows(rows, args):
+    """Prints the table, means and deviations over the seeds, and writes it."""
+    cells = [["", *COLUMNS]]
+    for label in (PERFECT, *ROWS):
+        if label in rows:
+            cells.append([label, *(mean_and_deviation(rows[label], name, digits) for name, digits in COLUMNS.items())])
+    lines = "\n".join(markdown_table(cells))
+    print(lines)
+    write_text(f"{args.results}/refany3d.md", f"# RefAny3D and its ablations on the toy world\n\n{lines}\n\n`python -m "
+               f"experiments.references --num {args.num} --num_steps {args.num_steps}`; a further seed: `--seed 1`\n")
+
+
+def parse_args(argv=None):
+    """The command line of this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    measuring_flags(parser, "num", "num_steps", "threads")
+    parser.set_defaults(num=60)
+    add("--seed", type=int, default=0, help="decides the training and the noise (default %(default)s)")
+    add("--rows", nargs="+", choices=ROWS, metavar="LABEL", help="only these rows (default: all)")
+    add("--results", default="results", help="where the table and its picture go (default %(default)s)")
+    add("--folder", default="runs/toy", help="run folder: sets, models, samples (default %(default)s)")
+    add("--train_flags", default="--dtype bfloat16", help="more flags for related.refany3d, as "
+        "--train_flags='%(default)s', the default")
+    args = parser.parse_args(argv)
+    if args.num < 12:
+        parser.error(f"--num must be at least 12, not {args.num}")
+    return args
+
+
+def main(argv=None):
+    run_rows(parse_args(argv))
+
+
+if __name__ == "__main__":
+    run_cli(main)

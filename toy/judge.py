@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from geometry.camera import AZIMUTHS, camera
+from geometry.camera import AZIMUTHS, ELEVATION, camera
 from support.files import cached, up_to_date
 from support.launch import run_cli
 from toy.render import Look, render
-from toy.world import CATEGORIES, COLORS, MATERIALS, WORLD_VERSION, sample_assets
+from toy.scenes import frames
+from toy.world import (BACKGROUNDS, CATEGORIES, COLORS, MATERIALS, WORLD_VERSION, exaggerated, sample_assets,
+                       uniforms)
 
 SECOND = 13                             # seed of the second judge
 SHIPPED = Path(__file__).parent.parent / "weights" / "judges"
@@ -81,15 +83,19 @@ def disturb(images, generator, shift=True):
     return (1 - (1 - images) * draw(.9, 1.1) + noise).clamp(0, 1)
 
 
-def domain_examples(num, size, seed, backgrounds):
-    """num objects as renders and then as photographs, one view each, before these backgrounds in turn.
+def domain_examples(num, size, seed, backgrounds, in_scenes=False):
+    """num objects as renders and then as photographs, one view each, before these backgrounds in turn; in_scenes: as
+    assets are put into scenes (toy/scenes.py), smaller, off the centre and from anywhere.
 
     Returns images (2 num, 3, size, size) in [0, 1] and labels (2 num, 4): category, colour, material, domain.
     """
     assets = sample_assets(num, seed)
-    azimuth = 90. * torch.arange(num)[:, None].remainder(4)
+    azimuth, elevation, frame = 90. * torch.arange(num)[:, None].remainder(4), ELEVATION, None
+    if in_scenes:
+        u = uniforms(num, seed + 1000, 5).float()
+        assets, azimuth, elevation, frame = exaggerated(assets), 360 * u[:, :1], 45 * u[:, 1], frames(u[:, 2:])
     behind = [backgrounds[k // 4 % len(backgrounds)] for k in range(num)]           # the azimuth turns with k % 4
-    images = torch.cat([render(assets, Look(style, behind, seed), azimuth, size, geometry=False).rgb[:, 0]
+    images = torch.cat([render(assets, Look(style, behind, seed, frame), azimuth, size, False, elevation).rgb[:, 0]
                         for style in ("render", "photo")])
     domain = torch.arange(2).repeat_interleave(num)
     return images, torch.stack([*(field.repeat(2) for field in assets[:3]), domain], dim=1)
@@ -115,15 +121,15 @@ def fit_feature_net(images, labels, steps, seed):
     return net
 
 
-def train_feature_net(folder="runs/toy/sets", num=8000, steps=5000, size=32, seed=11, backgrounds=("white",)):
-    """FeatureNet trained on photos and renders of num objects before these backgrounds, shipped, or else kept in
-    folder (some twenty minutes on one core). It is ready to judge: in eval mode, without gradients."""
-    name = f"features_{num}_{steps}_{size}_{seed}"
-    if len(backgrounds) > 1:
-        name = f"{name}_backgrounds"
+def train_feature_net(folder="runs/toy/sets", num=8000, steps=5000, size=32, seed=11, world="white"):
+    """FeatureNet trained on photos and renders of num objects, shipped, or else kept in folder (some twenty minutes on
+    one core). It is ready to judge: in eval mode, without gradients. world: where the objects are: "white", before it;
+    "backgrounds", before any; "scenes", see `domain_examples`, before any."""
+    name = f"features_{num}_{steps}_{size}_{seed}" + (f"_{world}" if world != "white" else "")
+    backgrounds = BACKGROUNDS if world != "white" else ("white",)
 
     def build():
-        return fit_feature_net(*domain_examples(num, size, seed, backgrounds), steps, seed)
+        return fit_feature_net(*domain_examples(num, size, seed, backgrounds, world == "scenes"), steps, seed)
     return kept_net(folder, name, FeatureNet(), build)
 
 
