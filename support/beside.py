@@ -1,4 +1,5 @@
 """Several processes where one was started: the script starts itself again and joins the others, as under torchrun."""
+import atexit
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ BESIDE = "REALIZ3D_BESIDE"              # environment variable: number of the pr
 
 def with_others(count, threads):
     """Starts this script count - 1 times more, on the same machine, and joins them as torchrun would, with so many
-    threads each; returns Launched, of rank 0. The others say nothing, and end when this one does."""
+    threads each; returns Launched, of rank 0. The others end when this one does, and say nothing but why they fail."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -36,16 +37,30 @@ def with_others(count, threads):
         while not joined.wait(0.2):
             for other, said in others:
                 if other.poll() is not None:
-                    said.seek(0)
-                    last = said.read().strip().split("\n")[-1]
-                    print(f"error: a second process did not start ({last}): train in one, with --threads",
+                    print(f"error: a second process did not start ({last_line(said)}): train in one, with --threads",
                           file=sys.stderr)
                     os._exit(1)
+
+    def tell():
+        for other, said in others:
+            try:
+                failed = other.wait(timeout=2) not in (0, 130, 143)           # the last two: stopped like this one
+            except subprocess.TimeoutExpired:
+                continue
+            if failed:
+                print(f"the process beside this one ended with: {last_line(said) or other.returncode}", file=sys.stderr)
     threading.Thread(target=watch, daemon=True).start()
+    atexit.register(tell)
     os.environ.update(RANK="0", LOCAL_RANK="0")
     launched = launch(threads)
     joined.set()
     return launched
+
+
+def last_line(file):
+    """The last line of an open file."""
+    file.seek(0)
+    return file.read().strip().split("\n")[-1]
 
 
 def end_beside():

@@ -31,6 +31,8 @@ def main():
     print(launched.device, launched.world, int(total), args.threads, int(pids[1]), flush=True)
     if second and args.ends == "late":
         os._exit(9)
+    if second and args.ends == "full":
+        raise OSError("cannot write state: no space left")
     if args.ends == "waits":
         time.sleep(60)
     torch.distributed.barrier()
@@ -47,6 +49,8 @@ def start(tmp_path, ends):
 
 @pytest.mark.parametrize("ends, code, said", [
     ("not", 0, ""), ("late", 1, "another process has ended"),
+    ("late", 1, "the process beside this one ended with: 9"),
+    ("full", 1, "the process beside this one ended with: error: cannot write state: no space left"),
     ("early", 1, "a second process did not start (error: no room): train in one, with --threads")])
 def test_a_script_starts_itself_again_and_joins(tmp_path, ends, code, said):
     """Rank 1 is silent and in the sum; where it ends, rank 0 ends in one line."""
