@@ -4,11 +4,14 @@ Two threads of which one shares its core with another program can be a hundred t
 several times faster on some processors and slower on others, so neither has a good default.
 """
 import math
+import os
 import time
 
 import torch
 import torch.nn.functional as F
 
+# read when something is first compiled: tanh by the exponential, a compiled step takes 5 % less
+os.environ.setdefault("TORCHINDUCTOR_CPP_USE_DECOMPOSE_TANH", "1")
 CPU_DTYPES = ("float32", "bfloat16")
 MOST_THREADS = torch.get_num_threads()      # that PyTorch would take: OMP_NUM_THREADS, torchrun's 1, or all cores
 HOPELESS = 3            # a first call so many times slower than the best is not repeated, nor are as many threads
