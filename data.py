@@ -174,11 +174,13 @@ def data_indices(num, first, count, *key):
 def contact_sheet(out, size=32, seed=0):
     """Draws one object of each category, four views of each in every look, and prints the views drawn a second."""
     assets = sample_assets(400, seed)
+    many = take(assets, slice(max(1, 400 * 32 ** 2 // size ** 2)))     # as many pixels at any size, as a set has many
+    start = time.time()
+    views = len(render(many, size=size).rgb) * 4
+    print(f"{views / (time.time() - start):.0f} photo views/s with maps, {torch.get_num_threads()} thread(s)")
     first = [int((assets.category == k).nonzero()[0]) for k in range(len(CATEGORIES))]       # one of each category
     assets = take(assets, torch.tensor(first))
-    start = time.time()
     photo = render(assets, size=size)
-    print(f"{len(first) * 4 / (time.time() - start):.0f} photo views/s with maps, {torch.get_num_threads()} thread(s)")
     columns = [render(assets, Look("render"), size=size, geometry=False).rgb, photo.rgb, photo.normal / 2 + .5,
                photo.position + .5]
     for look in (Look("cartoon"), Look("sketch"), Look("watercolor"), Look("photo", "sunset")):
