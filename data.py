@@ -22,7 +22,7 @@ from tqdm import tqdm
 from geometry.camera import VIEWS
 from support.files import cached
 from support.generators import ORDER, seeded_generator
-from support.launch import run_cli
+from support.launch import a_seed, check_out, run_cli, within
 from support.pictures import save_image, to_uint8
 from toy.render import Look, render
 from toy.world import (CATEGORIES, WORLD_VERSION, Assets, asset_captions, exaggerated, sample_assets, take, tokenize,
@@ -193,11 +193,10 @@ def contact_sheet(out, size=32, seed=0):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="runs/toy/world.png", help="the picture to write (default %(default)s)")
-    parser.add_argument("--size", type=int, default=32, help="its pixels a view (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="its objects (default %(default)s)")
+    parser.add_argument("--size", type=within(1, 1024), default=32, help="its pixels a view (default %(default)s)")
+    parser.add_argument("--seed", type=a_seed, default=0, help="its objects (default %(default)s)")
     args = parser.parse_args(argv)
-    if not 1 <= args.size <= 1024:
-        parser.error(f"--size must lie in [1, 1024], not {args.size}")
+    check_out(args.out)
     contact_sheet(args.out, args.size, args.seed)
 
 

@@ -25,10 +25,11 @@ from tqdm import tqdm
 import data
 from geometry.camera import AZIMUTHS, ELEVATION, EXTENT, VIEWS, bilinear, camera, project
 from geometry.hull import silhouette, visual_hull
-from sample import CFG_SCALE, Sampling, default_base, default_model, load_network, sample_images, selected_shift
+from sample import (CFG_SCALE, Sampling, default_base, default_model, load_network, sample_images, selected_shift,
+                    trained_task)
 from support.files import cached, file_id, write_json
 from support.folders import find_images, in_batches, read_caption, read_image, read_views
-from support.launch import BAR, finite, launch, run_cli
+from support.launch import BAR, a_seed, check_out, finite, launch, run_cli, some_steps, some_threads, within
 from support.networks import LPIPS_LAYERS, load_clip, load_inception, load_lpips
 from support.pictures import save_picture, to_uint8
 from toy.judge import load_judges, read, train_feature_net
@@ -463,10 +464,13 @@ def load_toy(path, device):
 def toy_table(args):
     """Samples the held-out objects with syn_only and with realiz3d in each mode, prints the table beside the rows of
     the oracle and of the base model, which knows no control, and writes it with a picture."""
+    check_out(args.out)
     device = launch(args.threads).device
     realiz3d = args.model or default_model("toy", "texturing")
     syn_only = args.syn_only or default_model("toy", "texturing", "syn_only")
     network, plain = load_toy(realiz3d, device), load_toy(syn_only, device)
+    if network.shifters is None or {trained_task(realiz3d), trained_task(syn_only)} != {"texturing"}:
+        raise ValueError(f"{realiz3d} must be a texturing model with Domain Shifters, and {syn_only} one of texturing")
     held, judges = data.evaluation_set(args.num, folder=args.folder, device=device), load_judges(args.folder, device)
     B_max, t_max = selected_shift(realiz3d)
     sampling = replace(asked_sampling(args), B_max=B_max, t_max=t_max)
@@ -514,12 +518,12 @@ def formatted(value, digits):
 # Command line
 
 FLAGS = {                                                               # that several commands share
-    "num": dict(type=int, default=40, help="objects (default %(default)s)"),
+    "num": dict(type=within(1, 10 ** 5), default=40, help="objects (default %(default)s)"),
     "model": dict(help="realiz3d checkpoint (default: the run folder's, else the shipped one)"),
-    "num_steps": dict(type=int, default=50, help="DDIM steps (default %(default)s)"),
+    "num_steps": dict(type=some_steps, default=50, help="DDIM steps (default %(default)s)"),
     "cfg_scale": dict(type=finite, default=CFG_SCALE, help="guidance on the text, 1 = none (default %(default)s)"),
-    "seed": dict(type=int, default=0, help="decides the noise (default %(default)s)"),
-    "threads": dict(type=int, help="CPU threads (default: the fastest in a trial)"),
+    "seed": dict(type=a_seed, default=0, help="decides the noise (default %(default)s)"),
+    "threads": dict(type=some_threads, help="CPU threads (default: the fastest in a trial)"),
     "folder": dict(default="runs/toy/sets", help="where the toy's sets are kept (default %(default)s)"),
     "lpips": dict(metavar="FILE", help="state_dict of lpips.LPIPS(net='alex'), to measure LPIPS too (default: not)"),
 }

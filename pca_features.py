@@ -22,7 +22,7 @@ from full.encoders import encode_captions, load_text_encoder
 from geometry.camera import AZIMUTHS, camera
 from sample import (CFG_SCALE, LATENT_CFG_SCALE, Sampling, ddim_sample, ddim_timesteps, default_base, domain_mode,
                     guidance, guided_noise, initial_noise, load_network)
-from support.launch import finite, launch, run_cli
+from support.launch import a_seed, check_out, finite, launch, run_cli, some_steps, some_threads, within
 from support.pictures import draw_plot, save_image, save_picture, side_by_side
 from toy.render import Look, render
 from toy.world import STYLES, asset_captions, sample_assets, tokenize
@@ -237,23 +237,24 @@ def main(argv=None):
     add = parser.add_argument
     add("--model", "--base", help="checkpoint, ours or PixArt-alpha's .pth or safetensors (default: the base model of "
         "the toy's run folder, else the shipped one)")
-    add("--num", type=int, default=60, help="prompts, all of them in the PCA (default %(default)s)")
-    add("--num_objects", type=int, default=800, help="objects that the readings are fitted and tested on (default "
-        "%(default)s)")
+    add("--num", type=within(1, 10 ** 5), default=60, help="prompts, all of them in the PCA (default %(default)s)")
+    add("--num_objects", type=within(1, 10 ** 5), default=800, help="objects that readings are fitted and tested "
+        "on (default %(default)s)")
     add("--prompt", nargs="+", help="full: captions of many objects in many styles")
     add("--text_encoder", metavar="DIR", help="full: PixArt's text_encoder folder (needs transformers)")
-    add("--num_steps", type=int, default=20, help="DDIM steps (default %(default)s)")
+    add("--num_steps", type=some_steps, default=20, help="DDIM steps (default %(default)s)")
     add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps "
         "(default %(default)s)")
     add("--cfg_scale", type=finite, help=f"guidance on the text, 1 = none (default {CFG_SCALE:g}; full: "
         f"{LATENT_CFG_SCALE})")
-    add("--seed", type=int, default=0, help="decides prompts and noise (default %(default)s)")
-    add("--threads", type=int, help="CPU threads (default: the fastest in a trial)")
+    add("--seed", type=a_seed, default=0, help="decides prompts and noise (default %(default)s)")
+    add("--threads", type=some_threads, help="CPU threads (default: the fastest in a trial)")
     add("--out", default="runs/toy/pca.png", help="the figure; the plot gets _readable before .png (default "
         "%(default)s)")
     args = parser.parse_args(argv)
     if min(args.num_objects, args.num) < 10:
         parser.error("--num and --num_objects must be at least 10")
+    check_out(args.out)
     network = load_network(args.model or default_base("toy"), launch(args.threads).device)
     pixels = not network.dit.config.latent
     sampling = Sampling(cfg_scale=guidance(args.cfg_scale, latents=not pixels), num_steps=args.num_steps,

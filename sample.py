@@ -37,7 +37,8 @@ from geometry.texture import save_meshes
 from support.files import (file_id, load_tensors, locked, read_json, read_metadata, save_tensors, up_to_date,
                            write_json)
 from support.generators import SAMPLES, seeded_generator
-from support.launch import BAR, UsageError, barrier, finite, launch, run_cli
+from support.launch import (BAR, UsageError, a_seed, barrier, check_out, finite, launch, run_cli, some_steps,
+                            some_threads, within)
 from support.pictures import save_image, save_picture, to_uint8
 from support.speed import CPU_DTYPES, autocast, choose_dtype
 from toy.render import asset_mesh
@@ -399,16 +400,16 @@ def parse_args(argv=None):
     add("--prompt", nargs="+", help="captions instead of objects: a base model, --task text, or one for --mesh")
     add("--domain", type=domain_word, default="all", help="domain mode: real, syn, shifted, or a number s, 0 for "
         "synthetic to 1 for real and a little outside (default all: the three words)")
-    add("--B_max", type=finite, help="layer shift: share of the blocks that run in synthetic mode (default: what "
-        "python -m experiments.shift select found for this model, else 0.3)")
-    add("--t_max", type=int, help="time shift: steps t >= t_max run in synthetic mode; 1000 = none (default: likewise, "
-        "else 950)")
+    add("--B_max", type=within(0, 1, float), help="layer shift: share of the blocks that run in synthetic mode "
+        "(default: what python -m experiments.shift select found for this model, else 0.3)")
+    add("--t_max", type=within(0, T), help="time shift: steps t >= t_max run in synthetic mode; 1000 = none (default: "
+        "likewise, else 950)")
     add("--cfg_scale", type=finite, help=f"guidance on the text, 1 = none (default {CFG_SCALE:g}; full: "
         f"{LATENT_CFG_SCALE})")
-    add("--num_steps", type=int, default=50, help="DDIM steps")
+    add("--num_steps", type=some_steps, default=50, help="DDIM steps")
     add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps")
-    add("--seed", type=int, default=0, help="decides the noise")
-    add("--threads", type=int, help="CPU threads (default: the fastest in a trial)")
+    add("--seed", type=a_seed, default=0, help="decides the noise")
+    add("--threads", type=some_threads, help="CPU threads (default: the fastest in a trial)")
     add("--dtype", choices=CPU_DTYPES, help="precision of pixels on a CPU (default: the faster in a trial)")
     add("--out", help="picture to write (default runs/PRESET/sample.png)")
     add("--views", metavar="DIR", help="also write every view as its own file, as evaluate.py folders reads them")
@@ -417,13 +418,14 @@ def parse_args(argv=None):
         "GLB, glTF, PLY, STL with pip install trimesh")
     add("--beside", nargs="+", default=[], metavar="MODEL", help="what other models draw of the same, above "
         "it; NAME=MODEL names the row")
-    add("--texture_size", type=int, default=1024, help="--textured: texels to a side")
+    add("--texture_size", type=within(8, 2 ** 14), help="--textured: texels to a side (default 1024)")
     add("--objects", nargs="+", metavar="DIR", help="full: folders of rendered objects, in place of --object")
     add("--vae", metavar="DIR", help="full: PixArt's vae folder (needs diffusers)")
     add("--text_encoder", metavar="DIR", help="full: PixArt's text_encoder folder (needs transformers)")
     add("--real_set", metavar="FILE", help="draw the toy's real set of stages 1 and 2 with the base model, instead (as "
         "training does with --num_steps 10; full: python -m full.real_set)")
-    add("--num_assets", type=int, help=f"real set: assets, four images each (default by preset: {ASSETS})")
+    add("--num_assets", type=within(1, 10 ** 6), help="real set: assets, four images each (default by preset: "
+        f"{ASSETS})")
     return parser, parser.parse_args(argv)
 
 
@@ -444,19 +446,27 @@ def check_flags(parser, args):
     """Ends with a line of usage at flags that no model makes sense of."""
     if args.object and args.prompt:
         parser.error("--object and --prompt both say what to draw: leave one of them out")
+    if args.real_set and (args.object or args.prompt or args.mesh or args.beside):
+        parser.error("--real_set draws its own captions: leave out --object, --prompt, --mesh and --beside")
+    for flag, needed in (("texture_size", "textured"), ("num_assets", "real_set")):
+        if getattr(args, flag) and not getattr(args, needed):
+            parser.error(f"--{flag} is of --{needed}, which is not there")
+    if {args.B_max, args.t_max} != {None} and args.domain not in ("all", "shifted"):
+        parser.error(f"--B_max and --t_max are of --domain shifted, not of {args.domain}")
     args.object = args.object or list(SHOWN)
     for number in args.object:
         if not 0 <= number < 10 ** 4:                               # all objects before it are made too
             parser.error(f"--object must lie in [0, {10 ** 4 - 1}], not {number}")
-    if not 1 <= args.texture_size <= 2 ** 14:
-        parser.error(f"--texture_size must lie in [1, {2 ** 14}], not {args.texture_size}")
-    if args.out and os.path.isdir(args.out):
-        parser.error(f"--out {args.out} is a folder, it must be the picture's name")
+    if args.out is not None:
+        check_out(args.out)
+    for flag, path in (("views", args.views), ("textured", args.textured)):
+        if path and os.path.isfile(path):
+            parser.error(f"--{flag} {path} is a file, it must be a folder")
     if args.prompt and not args.text_encoder:                       # then it is in words of the toy world
         try:
             tokenize(args.prompt)
         except ValueError as error:
-            parser.error(str(error))
+            parser.error(f"--prompt: {error}")
 
 
 def check_fit(args, path, network, task):
@@ -516,6 +526,18 @@ def chosen_objects(args, size, task):
     return {key: value[list(meshes)] for key, value in held.items()}, meshes
 
 
+def models_beside(words, modes, device):
+    """{name of the row: (network, its (B_max, t_max))} of --beside [NAME=]MODEL .., no name twice or one of modes."""
+    others = {}
+    for word in words:
+        name, _, file = word.rpartition("=")
+        name = name or Path(file).name.removesuffix(".safetensors")
+        if name in others or name in modes:
+            raise UsageError(f"--beside {word}: there is a row called {name} already, give it another as NAME=MODEL")
+        others[name] = load_network(file, device), selected_shift(file)
+    return others
+
+
 def draw_real_set(args, launched):
     """The real set of stages 1 and 2, in pixels of the toy world."""
     base = args.model or default_base(args.preset)
@@ -525,7 +547,8 @@ def draw_real_set(args, launched):
         is_set = isinstance(made, dict) and "base" in made
     if not is_set:
         raise UsageError(f"--real_set {args.real_set} must be a .safetensors file that is not there yet, or a real set")
-    if not read_metadata(base).get("config", {}).get("vocab_size"):
+    config = read_metadata(base).get("config")
+    if not isinstance(config, dict) or not config.get("vocab_size"):
         raise ValueError(f"{base} is a model of latents: draw its real set with python -m full.real_set")
     sampling = Sampling(cfg_scale=guidance(args.cfg_scale, latents=False), num_steps=args.num_steps, seed=args.seed,
                         dtype=args.dtype)
@@ -536,10 +559,10 @@ def draw_real_set(args, launched):
 
 def main(argv=None):
     parser, args = parse_args(argv)
+    check_flags(parser, args)
     launched = launch(args.threads)
     if args.real_set:
         return draw_real_set(args, launched)
-    check_flags(parser, args)
     path = args.model or default_model(args.preset, args.task or "texturing")
     network, task = load_network(path, launched.device, shifters=args.shifters), trained_task(path)
     check_fit(args, path, network, task)
@@ -557,20 +580,19 @@ def main(argv=None):
         decode = as_they_are
     out = args.out or f"runs/{args.preset}/sample.png"
     modes = ("syn", "real", "shifted") if args.domain == "all" else (args.domain,)
+    others = models_beside(args.beside, modes, launched.device)
     images = sample_modes(network, objects, task, modes, sampling, decode)
-    for other in args.beside:
-        name, _, file = other.rpartition("=")
-        network, (B_max, t_max) = load_network(file, launched.device), selected_shift(file)
+    for name, (network, (B_max, t_max)) in others.items():
         mode = "real" if network.shifters is None else "shifted"
         drawn = sample_modes(network, objects, task, (mode,), replace(sampling, B_max=B_max, t_max=t_max), decode)
-        images = {name or Path(file).name.removesuffix(".safetensors"): drawn[mode]} | images
+        images = {name: drawn[mode]} | images
     write_sheet(out, images, objects, task)
     print(f"{path} -> {out}")
     if args.views:
         save_views(args.views, images, objects, list(meshes))
         print(f"the single views are in {args.views}")
     if args.textured:
-        save_meshes(args.textured, meshes, images, args.texture_size)
+        save_meshes(args.textured, meshes, images, args.texture_size or 1024)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from support.launch import run_cli
 from support.pictures import save_picture, to_uint8
 from toy.world import asset_captions, sample_assets, tokenize
 from training.estimate import choose, launch_training
-from training.flags import parse_training, stage1_file, training_arguments
+from training.flags import parse_training, stage1_file, stage1_folder, training_arguments
 from training.loop import Iteration, save_trained, train
 from training.sets import base_model, null_caption, training_sets
 
@@ -35,7 +35,7 @@ def run_stage1(args, launched):
     """Stage 1: the whole backbone frozen, the shifters learn both domains -> OUT/shifters.safetensors.
 
     The four views of an asset, without their maps, are four images. A baseline's --adapter is fitted in the same way,
-    LoRA and linear ones to renders alone -> OUT/ADAPTER_RANK.safetensors.
+    LoRA and linear ones to renders alone -> OUT/ADAPTER_RANK.safetensors. With a --name: OUT/NAME.safetensors.
     """
     base = base_model(args, launched.device).requires_grad_(False)
     network = new_network(base, args.adapter, args.rank, args.seed)
@@ -43,7 +43,9 @@ def run_stage1(args, launched):
     sets = training_sets(args, launched, views=1, needs_real="real" in domains)
     losses = train(network, sets, null_caption(base, sets["syn"]), stage1_plan(domains), args, launched,
                    domain_preview(network, args))
-    return save_trained(stage1_file(args), network, args, losses, launched, keep=("shifters", "adapter"))
+    is_default = args.name == stage1_folder(args.adapter, args.rank)
+    path = stage1_file(args) if is_default else f"{args.out}/{args.name}.safetensors"
+    return save_trained(path, network, args, losses, launched, keep=("shifters", "adapter"))
 
 
 def domain_preview(network, args):

@@ -13,7 +13,7 @@ import torch
 
 from dit import PRESETS, DiT
 from domain_shifter import TAU_B, DomainShifters, ShiftedDiT, block_count
-from support.launch import UsageError, finite, launch, peak_memory, run_cli
+from support.launch import UsageError, finite, launch, peak_memory, run_cli, within
 from support.speed import seconds_of, wait_for
 from toy.world import TEXT_LENGTH, VOCAB
 from training.batches import read_batch, with_noise
@@ -254,7 +254,7 @@ def parse_args(argv=None):
     """The command line of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     training_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=15, help="how often each kind of iteration is timed (default "
+    parser.add_argument("--rounds", type=within(1, 10 ** 4), default=15, help="how often each kind is timed (default "
                         "%(default)s)")
     parser.add_argument("--tau_B", type=finite, default=TAU_B, help="how many of the first blocks are frozen at most, "
                         "as a share of N_B (default %(default)s)")
@@ -271,8 +271,6 @@ def main(argv=None):
     launched = launch(args.threads)
     fill_defaults(args, "stage2", launched)
     args.dtype = args.dtype or ("bfloat16" if launched.device.type == "cuda" else "float32")
-    if args.rounds < 1:
-        raise UsageError(f"--rounds must be at least 1, not {args.rounds}")
     if args.accumulate > 1:
         raise UsageError("--benchmark times whole batches: leave out --accumulate, or take a smaller --batch")
     benchmark(args, launched)

@@ -11,7 +11,7 @@ from scipy.linalg import sqrtm
 
 from evaluate import fid
 from geometry.mesh import rasterize, surface_mesh
-from support.launch import run_cli
+from support.launch import run_cli, within
 
 
 def fid_by_root(a, b):
@@ -51,12 +51,11 @@ def benchmark_rasterizer():
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num", type=int, default=1000, help="images a set (default %(default)s)")
-    parser.add_argument("--width", type=int, default=2048, help="features an image (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is timed (default %(default)s)")
+    add = parser.add_argument
+    add("--num", type=within(2, 10 ** 5), default=1000, help="images a set (default %(default)s)")
+    add("--width", type=within(1, 10 ** 5), default=2048, help="features an image (default %(default)s)")
+    add("--rounds", type=within(1, 10 ** 4), default=3, help="how often each is timed (default %(default)s)")
     args = parser.parse_args(argv)
-    if args.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, not {args.rounds}")
     benchmark_fid(args.num, args.width, args.rounds)
     benchmark_rasterizer()
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluate import DIGITS
-from experiments.results import seed_mean, seed_noise, trained_rows
-from support.files import read_json, write_text
+from experiments.results import seed_mean, seed_noise, stored_table, trained_rows
+from support.files import write_text
 from support.launch import run_cli
 
 
@@ -50,7 +50,7 @@ def read_tables(folder):
     for name in ("table1", "table2", "table3"):
         path = f"{folder}/{name}.json"
         if os.path.isfile(path):
-            tables[name] = read_json(path)["rows"]
+            _, tables[name] = stored_table(path)
         elif name != "table3":
             raise FileNotFoundError(f"no {path} yet: python -m experiments.tables {name} makes it")
     return tables
@@ -75,7 +75,7 @@ def finding_line(finding, rows):
     """A claim with the toy's numbers as a line of Markdown. Raises ValueError where the table lacks a row or seeds."""
     claim, name, what, low, high = finding
     digits = DIGITS[what]
-    a, b = seed_mean(rows[low], what), seed_mean(rows[high], what)
+    a, b = [seed_mean(rows[label], what) if label in rows else None for label in (low, high)]
     if a is None or b is None or seed_noise(rows, what) is None:
         raise ValueError(f"{name} lacks '{low}', '{high}' or a row of two seeds: run python -m experiments.tables "
                          f"{name}, and again with --seed 1 (and --rows for some)")
@@ -91,6 +91,9 @@ def baselines_line(name, rows):
         raise ValueError(f"{name} lacks 'Realiz3D': python -m experiments.tables {name} goes on with it")
     beyond, within = [], []
     for label in rows:
+        if None in (seed_mean(rows[label], "KD_I"), seed_mean(rows[label], "psnr")):
+            raise ValueError(f"{name} lacks KD_I or psnr of '{label}': python -m experiments.tables {name} --rows "
+                             f"'{label}' makes them")
         gains = []                                                      # over Realiz3D, in units of their noise
         for what, sign in (("KD_I", -1), ("psnr", 1)):
             gain = sign * (seed_mean(rows[label], what) - seed_mean(rows["Realiz3D"], what))

@@ -17,7 +17,7 @@ from dit import PRESETS, T
 from evaluate import fid, kid, measured_settings
 from sample import Sampling, sample_images
 from support.files import write_json
-from support.launch import UsageError, launch, on_rank_0_first, run_cli
+from support.launch import launch, on_rank_0_first, run_cli, within
 from support.pictures import save_picture, to_uint8
 from support.speed import MOST_THREADS
 from toy.judge import train_feature_net, world_features
@@ -164,8 +164,9 @@ def parse_args(argv=None):
     """The command line of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     training_arguments(parser)
-    parser.add_argument("--seeds", type=int, default=1, help="how many times each variant is trained (default 1)")
-    parser.add_argument("--num_prompts", type=int, default=64, help="images a variant is measured on (default 64)")
+    add = parser.add_argument
+    add("--seeds", type=within(1, 1000), default=1, help="how many times each variant is trained (default 1)")
+    add("--num_prompts", type=within(2, 10 ** 5), default=64, help="images a variant is measured on (default 64)")
     parser.set_defaults(adapter=None, rank=None)
     return parse_training(parser, "-m experiments.layer_selective", argv)
 
@@ -174,8 +175,6 @@ def main(argv=None):
     args = parse_args(argv)
     launched = launch(args.threads or MOST_THREADS)         # until the trial
     fill_defaults(args, "selective", launched)
-    if args.seeds < 1 or args.num_prompts < 2:
-        raise UsageError(f"--seeds must be at least 1 and --num_prompts 2, not {args.seeds} and {args.num_prompts}")
     layer_selective(args, launched)
 
 

@@ -21,7 +21,7 @@ from related import refany3d
 from related.refany3d import draw, load_refany3d
 from sample import Sampling, default_base, load_network, sample_images
 from support.files import cached, file_id, locked, read_json, write_json, write_text
-from support.launch import launch, run_cli
+from support.launch import a_seed, launch, run_cli
 from support.pictures import save_picture, to_pixels, to_uint8
 from toy.judge import train_feature_net
 from toy.render import backdrops, texture
@@ -250,7 +250,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     measuring_flags(parser, "num", "num_steps", "threads")
     parser.set_defaults(num=60)
-    add("--seed", type=int, default=0, help="decides the training and the noise (default %(default)s)")
+    add("--seed", type=a_seed, default=0, help="decides the training and the noise (default %(default)s)")
     add("--rows", nargs="+", choices=ROWS, metavar="LABEL", help="only these rows (default: all)")
     add("--results", default="results", help="where the table and its picture go (default %(default)s)")
     add("--folder", default="runs/toy", help="run folder: sets, models, samples (default %(default)s)")

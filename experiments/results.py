@@ -7,14 +7,43 @@ from scipy.stats import spearmanr
 
 from evaluate import DIGITS, formatted, measured_settings
 from experiments.paper import PAPER_COLUMNS
-from support.files import write_text
+from support.files import read_json, write_text
 from support.pictures import draw_points, save_image, side_by_side
 
 ORACLE = "perfect photos (oracle)"                                      # a row of every table: the best there is
 
 
+def stored_table(path):
+    """(settings, rows) of a results file. Raises ValueError where it is none."""
+    stored = read_json(path)
+    if not is_table(stored):
+        raise ValueError(f"{path} is no file of results: delete it, or name another folder with --results")
+    return stored["settings"], stored["rows"]
+
+
+def is_table(stored):
+    """Whether this is {"settings": {..}, "rows": {label: {"toy": {seed: {measure: number or None}}, ..}}}."""
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(part), dict) for part in ("settings", "rows")):
+        return False
+    for row in stored["rows"].values():
+        seeds = row.get("toy") if isinstance(row, dict) else None
+        if not isinstance(seeds, dict) or not all(isinstance(measures, dict) for measures in seeds.values()):
+            return False
+        values = [value for measures in seeds.values() for name, value in measures.items() if name in DIGITS]
+        if not all(value is None or isinstance(value, (int, float)) and np.isfinite(value) for value in values):
+            return False
+    return True
+
+
 def table_rows(rows, stored):
-    """The rows of a results file before this run: {label: dict of what makes it, the paper's numbers, the toy's}."""
+    """The rows of a results file before this run: {label: dict of what makes it, the paper's numbers, the toy's}.
+
+    Raises ValueError where it holds a row of another table or version, which would be lost.
+    """
+    unknown = stored.keys() - {row.label for row in rows} - {ORACLE}
+    if unknown:
+        raise ValueError(f"the results hold rows that the table has not: {', '.join(sorted(unknown))}; name another "
+                         "folder with --results")
     results = {row.label: dict(paper=dict(zip(PAPER_COLUMNS, row.paper)), flags=row.flags, mode=row.mode,
                                toy=stored.get(row.label, {}).get("toy", {})) for row in rows}
     results[ORACLE] = dict(paper=dict.fromkeys(PAPER_COLUMNS), flags=None, mode="",

@@ -17,7 +17,7 @@ from evaluate import (DIGITS, SAMPLING_FLAGS, add_command, asked_sampling, forma
 from geometry.camera import VIEWS
 from sample import default_model, sample_images, trained_task
 from support.files import file_id, write_json
-from support.launch import BAR, finite, launch, run_cli
+from support.launch import BAR, check_out, finite, launch, run_cli
 from support.pictures import draw_plot, draw_points, save_image, save_picture, to_uint8
 from toy.judge import load_judges
 
@@ -97,6 +97,7 @@ def some_measures(row, names):
 def turn_dial(args):
     """Turns s from render to photograph in e(s) = (1 - s) e_syn + s e_real: the same objects, control and noise at
     seven settings, and below them the share called a photo and how well the silhouette follows the control."""
+    check_out(args.out)
     device = launch(args.threads).device
     path = args.model or default_model("toy", "texturing")
     network = load_toy(path, device)

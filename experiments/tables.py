@@ -12,11 +12,13 @@ stands in TABLE.json is not made again, so that another machine, without the run
 makes it anew.
 """
 import argparse
+import io
 import json
+import math
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 
@@ -28,17 +30,21 @@ import train_stage2
 from baselines.sdedit import sdedit
 from evaluate import asked_sampling, base_images, load_toy, measure, measured_settings, measuring_flags
 from experiments.paper import TABLES
-from experiments.results import ORACLE, table_rows, write_table
+from experiments.results import ORACLE, stored_table, table_rows, write_table
 from geometry.camera import VIEWS
 from sample import default_base, sample_images
-from support.files import cached, file_id, load_tensors, locked, read_json, read_metadata, save_tensors, write_json
-from support.launch import BAR, launch, run_cli
+from support.files import cached, file_id, load_tensors, locked, read_metadata, save_tensors, write_json
+from support.launch import BAR, a_seed, launch, run_cli, within
 from support.networks import load_lpips
 from support.pictures import save_picture, to_pixels, to_uint8
 from toy.judge import load_judges
 from toy.world import WORLD_VERSION
 from training.estimate import choose, resumed
 from training.flags import fill_defaults, stage1_comes_first, stage1_folder
+
+# flags of train_stage2.py that the rows, or flags of this command, decide
+OF_THE_ROWS = {"--out", "--name", "--base", "--task", "--seed", "--threads", "--method", "--joint", "--rank",
+               "--no_real_data", "--no_freezing", "--no_reassignment", "--layer_selective", "--benchmark", "--preset"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One row: its model, its images
@@ -168,6 +174,7 @@ def run_apart(rows, args):
 def keep_row(label, images, toy, out, args):
     """Adds a row's measures to OUT.json, and of seed 0 its shown objects to OUT.samples; returns all rows, with those
     that other processes, of other rows or seeds, have added meanwhile."""
+    toy = {name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in toy.items()}
     with locked(args.results):
         if args.seed == 0:                      # before the row counts as done
             samples = f"{out}.samples"
@@ -192,15 +199,13 @@ def read_results(path, args):
     """The rows of a results file, {} where there is none. Raises ValueError if it was made with other settings."""
     if not os.path.isfile(path):
         return {}
-    stored = read_json(path)
-    if not isinstance(stored, dict) or not all(isinstance(stored.get(part), dict) for part in ("settings", "rows")):
-        raise ValueError(f"{path} is no file of results: delete it, or name another folder with --results")
+    settings, rows = stored_table(path)
     now = json.loads(json.dumps(table_settings(args)))
-    other = [f"--{name} {stored['settings'].get(name)} (now {value})" for name, value in now.items()
-             if stored["settings"].get(name) != value]
+    other = [f"--{name} {settings.get(name)} (now {value})" for name, value in now.items()
+             if settings.get(name) != value]
     if other:
         raise ValueError(f"{path} was made with {', '.join(other)}: name another folder with --results")
-    return stored["rows"]
+    return rows
 
 
 def current_commit():
@@ -219,17 +224,33 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("table", choices=TABLES, metavar="TABLE", help=f"which of the paper's: {', '.join(TABLES)}")
     measuring_flags(parser, "num", "num_steps", "cfg_scale", "threads", "lpips")
-    add("--seed", type=int, default=0, help="decides the training and the noise (default %(default)s)")
+    add("--seed", type=a_seed, default=0, help="decides the training and the noise (default %(default)s)")
     add("--results", default="results", help="where the tables and their pictures go (default %(default)s)")
     add("--folder", default="runs/toy", help="run folder: sets, models, samples (default %(default)s)")
     add("--rows", nargs="+", metavar="LABEL", help="only these rows (default: all)")
-    add("--processes", type=int, default=1, help="rows at a time, each in a process of one thread (default 1)")
+    add("--processes", type=within(1, 64), default=1, help="rows at a time, each in a process of one thread (default "
+        "%(default)s)")
     add("--train_flags", default="--dtype bfloat16", help="more flags for train_stage2.py, as "
         "--train_flags='%(default)s', the default")
     args = parser.parse_args(argv)
-    if args.processes < 1:
-        parser.error(f"--processes must be at least 1, not {args.processes}")
+    if args.processes > 1 and args.threads:
+        parser.error("--processes gives each of them one thread: leave out --threads")
+    check_train_flags(parser, args.train_flags)
     return args
+
+
+def check_train_flags(parser, train_flags):
+    """Ends with a line of usage at --train_flags that a row has of its own, or that train_stage2.py does not know."""
+    words, said = train_flags.split(), io.StringIO()
+    own = OF_THE_ROWS & {word.partition("=")[0] for word in words}
+    if own:
+        parser.error(f"--train_flags must not name {', '.join(sorted(own))}: the rows and this command's flags do")
+    try:
+        with redirect_stderr(said), redirect_stdout(said):
+            train_stage2.parse_args(words)
+    except (SystemExit, ValueError) as error:
+        reason = said.getvalue().strip().split("error: ")[-1] or error
+        parser.error(f"--train_flags '{train_flags}': {reason}")
 
 
 def main(argv=None):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from evaluate import clip_score, measured_settings
 from support.files import write_json
 from support.folders import find_images, in_batches, read_image
-from support.launch import launch, run_cli
+from support.launch import UsageError, launch, run_cli, some_threads, within
 from support.networks import load_clip
 from support.pictures import save_image, save_picture
 
@@ -97,10 +97,8 @@ def write_chosen(chosen, args):
 
 def curate(args):
     """Picks the best photographs of each class and writes them, their scores and a sheet of them."""
-    if args.k < 1 or (args.size is not None and args.size < 1):
-        raise ValueError(f"--k and --size must be at least 1, not {args.k} and {args.size}")
     if "{}" not in args.prompt:
-        raise ValueError(f"--prompt wants {{}} where the class goes, as 'a photo of a {{}}', not '{args.prompt}'")
+        raise UsageError(f"--prompt wants {{}} where the class goes, as 'a photo of a {{}}', not '{args.prompt}'")
     device, out = launch(args.threads).device, Path(args.out)
     for folder in filter(None, (args.source, args.masks)):
         if out.resolve().is_relative_to(Path(folder).resolve()):
@@ -123,13 +121,13 @@ def parse_args(argv=None):
     add("source", metavar="FOLDER", help="folder of images per class: FOLDER/coffee_mug/..")
     add("out", metavar="OUT", help="folder to write to: OUT/coffee_mug/NAME.png, OUT.json, OUT.png")
     add("--clip", metavar="DIR", required=True, help="CLIP model as Hugging Face has it")
-    add("--k", type=int, default=4, help="images to take of each class (default %(default)s)")
+    add("--k", type=within(1, 10 ** 6), default=4, help="images to take of each class (default %(default)s)")
     add("--masks", metavar="DIR", help="grey masks DIR/coffee_mug/NAME.png of the images' own size, 255 = object: what "
         "is around it becomes white (default: the images as they are)")
     add("--prompt", default="a photo of a {}", help="caption that images are scored against, {} being the class "
         "(default '%(default)s')")
-    add("--size", type=int, metavar="N", help="centre-crop and resize to N x N (default: as they are)")
-    add("--threads", type=int, help="CPU threads (default: the fastest in a trial)")
+    add("--size", type=within(1, 2 ** 12), metavar="N", help="centre-crop and resize to N x N (default: as they are)")
+    add("--threads", type=some_threads, help="CPU threads (default: the fastest in a trial)")
     args = parser.parse_args(argv)
     args.out = str(Path(args.out))                      # OUT/ as OUT: files are written beside it
     return args

@@ -27,7 +27,7 @@ from dit import PRESETS
 from full.encoders import Encoders, encoder_id, load_text_encoder, load_vae, padded
 from full.objects import object_folders, read_object
 from support.files import read_metadata, save_tensors
-from support.launch import barrier, launch, run_cli
+from support.launch import barrier, launch, run_cli, within
 
 MAPS = ("color", "normal", "position")
 WRITERS = "python -m full.latents encode or python -m full.real_set"
@@ -91,10 +91,11 @@ def left_to_write(shards, launched):
 
 def shard_header(path):
     """(key, captions) of a shard: how it was made, and {object ID: caption}. Raises ValueError if it is none."""
-    header = read_metadata(str(path)).get("shard") or {}
-    if not header.get("key") or not header.get("captions"):
+    header = read_metadata(str(path)).get("shard")
+    parts = [header.get(part) for part in ("key", "captions")] if isinstance(header, dict) else [None]
+    if not all(parts) or not all(isinstance(part, dict) for part in parts) or "scale" not in parts[0]:
         raise ValueError(f"{path} is no shard of {WRITERS}")
-    return header["key"], header["captions"]
+    return parts
 
 
 def check_shard(path, key, ids):
@@ -227,11 +228,11 @@ def parse_args(argv=None):
     sub.add_argument("--vae", required=True, metavar="DIR", help="PixArt's vae folder (needs diffusers)")
     sub.add_argument("--text_encoder", required=True, metavar="DIR", help="PixArt's text_encoder folder, with "
                      "tokenizer beside it (needs transformers)")
-    sub.add_argument("--size", type=int, default=512, help="pixels to a side of the views")
-    sub.add_argument("--shard", type=int, default=64, help="objects a file")
+    sub.add_argument("--size", type=within(8, 2 ** 12), default=512, help="pixels to a side of the views")
+    sub.add_argument("--shard", type=within(1, 10 ** 6), default=64, help="objects a file")
     sub = commands.add_parser("read", help="time the reading of shards for --preset full")
     sub.add_argument("folder", help="of shards; if it is not there, it is made, of random numbers (120 MB)")
-    sub.add_argument("--workers", type=int, default=2, help="threads")
+    sub.add_argument("--workers", type=within(1, 256), default=2, help="threads")
     args = parser.parse_args(argv)
     for name in ("size", "shard", "workers"):
         if getattr(args, name, 1) < 1:

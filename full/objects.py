@@ -34,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from geometry.camera import AZIMUTHS, ELEVATION, EXTENT, Views, camera, project
-from support.launch import run_cli
+from support.launch import a_seed, run_cli, within
 from toy.render import Look, render
 from toy.world import asset_captions, exaggerated, sample_assets, take
 
@@ -314,9 +314,9 @@ def write_toy_objects(out, num, size=512, seed=0):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="folder to write a folder for each object to")
-    parser.add_argument("--num", type=int, default=8, help="how many objects")
-    parser.add_argument("--size", type=int, default=512, help="pixels to a side")
-    parser.add_argument("--seed", type=int, default=0, help="which objects")
+    parser.add_argument("--num", type=within(1, 10 ** 6), default=8, help="how many objects")
+    parser.add_argument("--size", type=within(1, 2 ** 12), default=512, help="pixels to a side")
+    parser.add_argument("--seed", type=a_seed, default=0, help="which objects")
     args = parser.parse_args(argv)
     for name in ("num", "size"):
         if getattr(args, name) < 1:

@@ -84,6 +84,8 @@ def convert_pixart(source, path="the state_dict"):
 
     Raises ValueError naming tensors that are missing or left over.
     """
+    if not all(isinstance(name, str) for name in source):
+        raise ValueError(f"{path} is no checkpoint of this project, nor PixArt-alpha's: its tensors have no names")
     source = {name: tensor for name, tensor in source.items() if name not in POSITION_TABLES}
     null_text = None
     for name in EMPTY_CAPTIONS:

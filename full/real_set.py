@@ -19,7 +19,7 @@ from full.encoders import encode_captions, encoder_id, load_text_encoder
 from full.latents import check_shard, left_to_write, shard_header
 from sample import LATENT_CFG_SCALE, Sampling, load_network, sample_images
 from support.files import file_id, read_metadata, save_tensors
-from support.launch import BAR, barrier, finite, launch, run_cli
+from support.launch import BAR, a_seed, barrier, finite, launch, run_cli, some_steps, some_threads
 
 
 def write_latent_real_set(out, base, synthetic, text_encoder, sampling, launched):
@@ -30,7 +30,8 @@ def write_latent_real_set(out, base, synthetic, text_encoder, sampling, launched
     on. Each image is a function of its caption, its view phrase and the seed, whatever the number of ranks. Raises
     ValueError where `out` holds shards made otherwise.
     """
-    if read_metadata(base).get("config", {}).get("vocab_size"):
+    config = read_metadata(base).get("config")
+    if isinstance(config, dict) and config.get("vocab_size"):
         raise ValueError(f"{base} is of the toy world: python sample.py --real_set draws its real set")
     key = dict(base=file_id(base), text_encoder=encoder_id(text_encoder), seed=sampling.seed,
                num_steps=sampling.num_steps, cfg_scale=sampling.cfg_scale, scale=LATENT_SCALE)
@@ -90,10 +91,10 @@ def parse_args(argv=None):
         "drawn")
     add("--text_encoder", required=True, metavar="DIR", help="PixArt's text_encoder folder, with tokenizer beside it "
         "(needs transformers)")
-    add("--num_steps", type=int, default=20, help="DDIM steps")
+    add("--num_steps", type=some_steps, default=20, help="DDIM steps")
     add("--cfg_scale", type=finite, default=LATENT_CFG_SCALE, help="guidance on the text, 1 = none")
-    add("--seed", type=int, default=0, help="decides the noise")
-    add("--threads", type=int, help="CPU threads (default: the fastest in a trial)")
+    add("--seed", type=a_seed, default=0, help="decides the noise")
+    add("--threads", type=some_threads, help="CPU threads (default: the fastest in a trial)")
     return parser.parse_args(argv)
 
 

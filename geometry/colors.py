@@ -3,13 +3,16 @@ Meshes with the colours they come with, drawn from all sides: users' own finishe
 
 Read by trimesh (pip install trimesh), whose formats are those of geometry/files.py.
 """
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from geometry.camera import ELEVATION
-from geometry.files import fitted, load_scene, read_checked
-from geometry.mesh import Mesh, rasterize
+from geometry.files import FARTHEST, fitted, load_scene, read_checked
+from geometry.mesh import Mesh, face_areas, rasterize
 
 
 def read_colored_mesh(path, azimuth):
@@ -20,18 +23,22 @@ def read_colored_mesh(path, azimuth):
     Raises FileNotFoundError or ValueError with one line, as `read_mesh`, or where no part has colours.
     """
     def read():
+        if path.lower().endswith(".obj"):
+            check_textures(path)
         parts = [part for part in load_scene(path, skip_materials=False).dump() if len(getattr(part, "faces", ()))]
         return parts, [part_colors(part) for part in parts]
     parts, colors = read_checked(path, read)
     if not parts:
         raise ValueError(f"{path} holds no triangles")
     if not any(colors):
-        raise ValueError(f"{path} holds no colours: export the mesh with its texture or its vertex colours")
+        raise ValueError(f"{path} holds no colours that can be read: export the mesh with its texture (PNG, JPEG) or "
+                         "with its vertex colours")
     corners = torch.cat([torch.from_numpy(np.array(part.triangles, dtype=np.float64)) for part in parts])
-    if not corners.isfinite().all():
-        raise ValueError(f"{path} holds vertices that are not finite")
+    if not (corners.abs() < FARTHEST).all():
+        raise ValueError(f"{path} holds vertices that are not finite, or farther than {FARTHEST:g}")
     vertices = corners.flatten(0, 1)                                                                # (3 F, 3)
-    if not (vertices.amax(dim=0) > vertices.amin(dim=0)).any():
+    faces = torch.arange(len(vertices)).view(-1, 3)
+    if not face_areas(Mesh(vertices, faces)).norm(dim=1).any():
         raise ValueError(f"{path} holds only triangles without area")
     ends = np.cumsum([len(part.faces) for part in parts])
 
@@ -43,12 +50,32 @@ def read_colored_mesh(path, azimuth):
                 inside = (face[mine] - (end - len(part.faces))).numpy()
                 color[mine] = torch.from_numpy(of_part(inside, place[mine].numpy())).float()
         return color
-    return Mesh(fitted(vertices, azimuth), torch.arange(len(vertices)).view(-1, 3)), paint
+    return Mesh(fitted(vertices, azimuth), faces), paint
+
+
+def check_textures(path):
+    """Raises ValueError where an OBJ names materials or textures that cannot be read, which trimesh passes over."""
+    folder = Path(path).parent
+    for line in Path(path).read_text(errors="replace").splitlines():
+        if not line.startswith("mtllib "):
+            continue
+        library = folder / line.split(maxsplit=1)[1].strip()
+        if not library.is_file():
+            raise ValueError(f"its materials are not there: {library}")
+        for setting in library.read_text(errors="replace").splitlines():
+            if setting.lower().split()[:1] == ["map_kd"]:
+                texture = folder / setting.split(maxsplit=1)[-1].strip()
+                try:
+                    Image.open(texture).load()
+                except Exception as error:          # Pillow raises whatever the bytes lead it to
+                    raise ValueError(f"its texture cannot be read: {texture} ({error!r:.60})") from None
 
 
 def part_colors(part):
-    """colors(face (P,), place (P, 3)) -> (P, 3) in [0, 1] of a trimesh, None where it comes without."""
+    """colors(face (P,), place (P, 3)) -> (P, 3) in [0, 1] of a trimesh, None where it comes without. Raises ValueError
+    where they are damaged."""
     from trimesh.visual.color import uv_to_interpolated_color
+    from trimesh.visual.material import SimpleMaterial
     visual = part.visual
     if visual.kind == "vertex":
         at_corner = visual.vertex_colors[part.faces][..., :3] / 255                                 # (F, 3 corners, 3)
@@ -56,9 +83,16 @@ def part_colors(part):
     if visual.kind == "face":
         return lambda face, place: visual.face_colors[face][:, :3] / 255
     material = getattr(visual, "material", None)
-    image = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)         # of glTF, of OBJ
-    factor = getattr(material, "baseColorFactor", None)
+    image, factor = getattr(material, "baseColorTexture", None), getattr(material, "baseColorFactor", None)     # glTF
+    if isinstance(material, SimpleMaterial):                                    # OBJ; without either, trimesh's is grey
+        image = material.image if "file_path" in getattr(material.image, "info", {}) else None
+        factor = np.array(material.kwargs["kd"]) * 255 if "kd" in material.kwargs else None
+        factor = None if image is not None else factor                          # Kd beside a texture is often 0
+    if factor is not None and (np.shape(factor) not in ((3,), (4,)) or not np.isfinite(factor).all()):
+        raise ValueError(f"a material has the colour {factor}")
     if image is not None and visual.uv is not None:
+        if image.mode.startswith("I") or not np.isfinite(visual.uv).all() or np.abs(visual.uv).max() > 1e6:
+            raise ValueError("its texture has 16 bits a colour, or places on it that are not finite")
         tint = np.ones(3) if factor is None else np.asarray(factor)[:3] / 255
         uv = np.asarray(visual.uv)[part.faces]                                                      # (F, 3 corners, 2)
 
@@ -66,10 +100,9 @@ def part_colors(part):
             at = np.einsum("pkc,pk->pc", uv[face], place)
             return uv_to_interpolated_color(at, image)[:, :3] / 255 * tint
         return colors
-    plain = factor if factor is not None else getattr(material, "diffuse", None)
-    if plain is None:
+    if factor is None:
         return None
-    return lambda face, place: np.broadcast_to(np.asarray(plain)[:3] / 255, (len(face), 3))
+    return lambda face, place: np.tile(np.asarray(factor)[:3] / 255, (len(face), 1))
 
 
 def draw_colors(mesh, paint, size=32, azimuth=(0,), elevation=ELEVATION, supersample=4):

@@ -20,11 +20,18 @@ from geometry.mesh import Mesh, corner_normals, turned_outwards, weld
 from support.files import write_bytes
 from support.pictures import save_image
 
+FARTHEST = 1e30                         # that a vertex may lie: more cannot be scaled
 MESH_KINDS = (".glb", ".gltf", ".obj", ".ply", ".stl")
 UNREADABLE = {                          # in a file, what trimesh would misread or leave out without a word
     rb"KHR_draco_mesh_compression|EXT_meshopt_compression|KHR_mesh_quantization":
         "it is compressed: export it without mesh compression",
     rb'"mode"\s*:\s*6\b': "it holds fans of triangles: export it as triangles",
+}
+
+UNREADABLE_COLORS = {                   # likewise, where colours matter
+    rb"KHR_texture_transform": "its texture is scaled or moved by KHR_texture_transform: bake it on export",
+    rb"KHR_materials_pbrSpecularGlossiness": "its colours are of KHR_materials_pbrSpecularGlossiness: export others",
+    rb"property (ushort|short|int|uint|u?int16|u?int32) (diffuse_)?red": "its colours are not in 8 bits",
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,8 +50,8 @@ def read_mesh(path):
     vertices, faces = read_checked(path, lambda: read_obj(path) if path.lower().endswith(".obj") else read_scene(path))
     if len(faces) == 0:
         raise ValueError(f"{path} holds no triangles")
-    if not vertices[faces].isfinite().all():
-        raise ValueError(f"{path} holds vertices that are not finite")
+    if not (vertices[faces].abs() < FARTHEST).all():
+        raise ValueError(f"{path} holds vertices that are not finite, or farther than {FARTHEST:g}")
     vertices, faces = weld(vertices, faces)
     if len(faces) == 0:
         raise ValueError(f"{path} holds only triangles without area")
@@ -63,6 +70,8 @@ def read_checked(path, read):
     except Exception as error:          # trimesh raises whatever the bytes of a damaged file lead it to
         if isinstance(error, ImportError) and error.name == "trimesh":
             raise ValueError(f"reading {path} needs trimesh: pip install trimesh") from None
+        if isinstance(error, ImportError) and error.name == "charset_normalizer":
+            error = ValueError("its text is not UTF-8")
         reason = " ".join(str(error).split()) if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"{path} is not a readable {kind[1:].upper()} file: {reason}") from None
 
@@ -87,7 +96,7 @@ def load_scene(path, skip_materials):
     """A file as a scene of trimesh's, checked for what it would misread. Raises as `read_scene`."""
     import trimesh
     content = Path(path).read_bytes()
-    for pattern, reason in UNREADABLE.items():
+    for pattern, reason in (UNREADABLE if skip_materials else UNREADABLE | UNREADABLE_COLORS).items():
         if re.search(pattern, content):
             raise ValueError(reason)
     polygons = [int(number) for number in re.findall(rb"element face (\d+)", content)[:1]]      # PLY's

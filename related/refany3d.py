@@ -28,17 +28,18 @@ from dit import modulate, position_embedding, timestep_embedding
 from domain_shifter import load_part
 from sample import Sampling, load_network, sample_images
 from support.files import load_strictly, read_metadata
-from support.launch import UsageError, finite, launch, on_rank_0_first, run_cli
+from support.launch import UsageError, finite, launch, on_rank_0_first, run_cli, some_steps, within
 from support.pictures import save_picture, to_pixels, to_uint8
 from support.speed import attend
 from toy.scenes import SCENES, SIDES, mesh_references, scene_set
 from toy.world import VOCAB, tokenize
 from training.estimate import choose, launch_training
-from training.flags import parse_training, training_arguments
+from training.flags import MOST, parse_training, training_arguments
 from training.loop import Iteration, save_trained, train
 from training.sets import base_model, base_path
 
 SHOWN = 4                               # held-out assets of the picture
+VIEW_COUNTS = (1, 2, 4, 6, 8)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What trains (Sec. 3: Reference-LoRA, Domain-LoRA, domain switcher)
@@ -251,9 +252,12 @@ def load_refany3d(path, base, device="cpu"):
     dit = load_network(base, device).dit
     _, weights, kind = load_part(path, "adapter", dit.config)
     made = read_metadata(path).get("settings")
-    if kind != RefAny3DAdapter.kind or not isinstance(made, dict):
+    config = {field.name: made.get(field.name) for field in fields(References)} if isinstance(made, dict) else {}
+    known = all(type(value) is type(getattr(References(), name)) for name, value in config.items())
+    if kind != RefAny3DAdapter.kind or not config or not known or config["num_references"] not in VIEW_COUNTS \
+            or not 1 <= config["rank"] <= MOST["rank"]:
         raise ValueError(f"{path} holds no RefAny3D: train one with python -m related.refany3d")
-    network = RefAny3D(dit, References(**{field.name: made[field.name] for field in fields(References)}))
+    network = RefAny3D(dit, References(**config))
     load_strictly(network.adapter, weights, path)
     return network.to(device).eval()
 
@@ -282,18 +286,16 @@ def draw_objects(args):
     """Draws held-out assets, or that of --mesh, in the scenes of --prompt with what was trained ->
     OUT/refany3d_drawn.png."""
     device, folder = launch(args.threads).device, args.out or "runs/toy"
-    if args.mesh and args.object:
+    if args.mesh is not None and args.object:
         raise UsageError("--mesh and --object both name what to draw: give one of them")
     numbers = args.object or [14]
-    assets = 1 if args.mesh else len(numbers)
+    assets = 1 if args.mesh is not None else len(numbers)
     if assets > 1 and len(args.prompt) not in (1, assets):
         raise UsageError(f"--prompt names {len(args.prompt)} scenes, --object {assets} assets: give one scene for "
                          "each, or one for all")
-    if not 0 <= min(numbers) <= max(numbers) < 10 ** 4:                         # all assets before it are made too
-        raise UsageError(f"--object must lie in [0, {10 ** 4 - 1}], not {args.object}")
     text = tokenize(args.prompt).expand(max(assets, len(args.prompt)), -1)
     network = load_refany3d(f"{folder}/{args.name or 'refany3d'}.safetensors", base_path(args), device)
-    if args.mesh:
+    if args.mesh is not None:
         references = mesh_references(args.mesh)
     else:
         scenes = scene_set(max(numbers) + 1, SEEDS["evaluation"], folder=f"{folder}/sets", device=device)
@@ -313,17 +315,17 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     training_arguments(parser)
     add = parser.add_argument
-    add("--num_references", type=int, default=8, choices=(1, 2, 4, 6, 8), help="V, views of the asset (default 8)")
+    add("--num_references", type=int, default=8, choices=VIEW_COUNTS, help="V, views of the asset (default 8)")
     add("--rank", type=int, default=8, help="of both LoRAs (default 8)")
     for name, what in (("points", "point maps, of the image and of the views"),
                        ("shared_positions", "a map has the positions of its image"),
                        ("text_agnostic", "the image's map does not see the text"), ("domain_lora", "Domain-LoRA")):
         add(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"{what} (default: yes)")
     add("--prompt", nargs="+", help="draw instead of training: captions, as \"a mug, sunset background\"")
-    add("--object", type=int, nargs="+", help="numbers of held-out assets to draw (default 14)")
+    add("--object", type=within(0, 10 ** 4 - 1), nargs="+", help="numbers of held-out assets to draw (default 14)")
     add("--mesh", help="or the asset to draw: a mesh with its texture or vertex colours (GLB, glTF, OBJ, PLY; needs "
         "trimesh)")
-    add("--num_steps", type=int, default=50, help="DDIM steps for them (default %(default)s)")
+    add("--num_steps", type=some_steps, default=50, help="DDIM steps for them (default %(default)s)")
     add("--view_scale", type=finite, default=1.0, help="guidance on the views for them, 1 = none (default 1)")
     parser.set_defaults(adapter=None)
     return parse_training(parser, "-m related.refany3d", argv)
@@ -333,7 +335,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.prompt:
         return draw_objects(args)
-    if args.object or args.mesh:
+    if args.object or args.mesh is not None:
         raise UsageError("--object and --mesh name what to draw: say in which scene with --prompt")
     launched = launch_training(args, "refany3d", __name__ == "__main__")
     choose(args, launched, args.name)

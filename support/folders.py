@@ -16,7 +16,7 @@ def find_images(folder, pattern="*"):
     """Paths of the images under a folder whose names fit, relative to it and sorted. Raises where there are none."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {folder}")
-    if os.path.isabs(pattern) or not pattern:
+    if os.path.isabs(pattern) or ".." in Path(pattern).parts or not pattern:
         raise ValueError(f"the pattern {pattern!r} must be a name as color_*, below {folder}")
     paths = [path for path in Path(folder).rglob(pattern) if path.suffix.lower() in ENDINGS]
     if not paths:

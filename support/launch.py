@@ -28,12 +28,15 @@ def launch(threads=None):
     RANK decides who writes, LOCAL_RANK which GPU is used, so that several nodes work. threads: of the CPU, None = the
     fastest in a short trial.
     """
-    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = [os.environ.get(name, first) for name, first in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))]
+    if not all(word.isdecimal() for word in ranks):
+        raise ValueError("RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers: they are torchrun's to set, unset "
+                         "them to run alone")
+    rank, local, world = map(int, ranks)
     if not 0 <= rank < world:
         raise ValueError(f"RANK is {rank} and WORLD_SIZE {world}: both are torchrun's to set, unset them to run alone")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads must be at least 1, not {threads}")
+    if threads is not None and not 1 <= threads <= 2 ** 10:
+        raise UsageError(f"--threads must lie in [1, {2 ** 10}], not {threads}")
     # under bf16 autocast RMSNorm keeps its weight in fp32, which is what we want, and says so at length
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     # the word for it that torch 2.13 wants is not known to torch 2.11
@@ -65,8 +68,31 @@ def finite(text):
     return number
 
 
+def within(low, high, kind=int):
+    """The type of a flag that takes a number in [low, high]."""
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} does not lie in [{low}, {high}]")
+        return value
+    number.__name__ = kind.__name__             # what argparse calls it where it is no number at all
+    return number
+
+
+a_seed, some_threads, some_steps = within(0, 2 ** 63 - 1), within(1, 2 ** 10), within(1, 1000)
+
+
 class UsageError(ValueError):
     """A flag's value that is not allowed."""
+
+
+def check_out(path, flag="--out"):
+    """Raises UsageError where no file can be written at path, a flag's value: a folder, or below a file."""
+    parent = os.path.dirname(path) or "."
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent) or "."
+    if not path or os.path.isdir(path) or not os.path.isdir(parent):
+        raise UsageError(f"{flag} '{path}' must be the name of a file, and is none, a folder or below a file")
 
 
 def run_cli(main):

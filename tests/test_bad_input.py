@@ -20,6 +20,7 @@ from baselines.adapters import ADAPTERS
 from dit import save_model
 from domain_shifter import DomainShifters
 from experiments import benchmark, shift, tables
+from related import refany3d
 from support.files import save_tensors
 from support.folders import find_images, read_caption, read_image, read_views
 from support.networks import load_inception
@@ -48,6 +49,23 @@ NUMBERS = [
     (evaluate, ("folders", "a", "b", "--extent", "nan"), "--extent"),
     (evaluate, ("folders", "a", "b", "--extent", "0"), "--extent"),
     (evaluate, ("folders", "a", "b", "--azimuths", "nan", "0"), "--azimuths"),
+    (sample, ("--num_steps", "0"), "--num_steps"), (sample, ("--t_max", "1001"), "--t_max"),
+    (sample, ("--seed", "-1"), "--seed"), (sample, ("--B_max", "1.5"), "--B_max"),
+    (sample, ("--threads", 10 ** 9), "--threads"), (evaluate, ("toy", "--num", "0"), "--num"),
+    (evaluate, ("toy", "--num_steps", "1001"), "--num_steps"), (data, ("--seed", "-1"), "--seed"),
+    (pca_features, ("--seed", "-1"), "--seed"), (tables, ("table1", "--num_steps", "0"), "--num_steps"),
+    (refany3d, ("--prompt", "a mug", "--num_steps", "0"), "--num_steps"),
+    (train_stage2, ("--threads", 10 ** 9), "--threads"), (benchmark, ("--rounds", 10 ** 9), "--rounds"),
+    # flags that would do nothing, and files that cannot be written
+    (sample, ("--texture_size", "64"), "--texture_size is of --textured"),
+    (sample, ("--num_assets", "3"), "--num_assets is of --real_set"),
+    (sample, ("--real_set", "r.safetensors", "--object", "3"), "--real_set draws its own captions"),
+    (sample, ("--B_max", "0.2", "--domain", "real"), "--B_max and --t_max are of --domain shifted"),
+    (tables, ("table1", "--processes", "2", "--threads", "2"), "--processes gives each of them one thread"),
+    (tables, ("table1", "--train_flags=--bogus 1"), "--train_flags '--bogus 1': unrecognized arguments"),
+    (tables, ("table1", "--train_flags=--out elsewhere"), "--train_flags must not name --out"),
+    (data, ("--out", "."), "--out"), (pca_features, ("--out", "."), "--out"), (evaluate, ("toy", "--out", ""), "--out"),
+    (refany3d, ("--mesh", "", "--object", "3", "--prompt", "a mug"), "--mesh and --object both name what to draw"),
 ]
 NAMES = ["base", "shifters", "stage1", "lora_5", "shifters_4", "sets", "sets/real_4", "../elsewhere", ".", ".."]
 
@@ -102,6 +120,26 @@ def test_weights_that_are_not_finite_are_refused_by_whatever_reads_them(number, 
 def test_a_rank_without_a_world_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     refuses(train_stage2, ("--threads", 1), 1, "RANK is 1 and WORLD_SIZE 1")
+    monkeypatch.setenv("RANK", "abc")
+    refuses(train_stage2, ("--threads", 1), 1, "RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers")
+
+
+def test_two_rows_of_a_picture_have_two_names(tiny_toy):
+    out, _ = tiny_toy
+    base = f"{out}/base.safetensors"
+    refuses(sample, ("--model", base, "--prompt", "a mug", "--beside", f"a={base}", f"a={base}"), 2, "called a already")
+    refuses(sample, ("--model", base, "--prompt", "<end> mug"), 2, "--prompt: unknown word '<end>'")
+
+
+def test_another_name_leaves_the_default_one_in_peace(tiny_toy):
+    """Stage 1 and base models: what a stage finds by itself is not replaced by a training of another name."""
+    out, _ = tiny_toy
+    base = (out / "base.safetensors").read_bytes()
+    small = ("--num_assets", 4, "--real_steps", 2, "--picture_steps", 1, "--threads", 1, "--steps", 1, "--batch", 1)
+    run_main(train_stage1, "--out", out, "--name", "mine", *small)
+    assert (out / "mine.safetensors").exists() and not (out / "shifters.safetensors").exists()
+    run_main(pretrain, "--out", out, "--name", "another", "--num_base_images", 4, *small)
+    assert (out / "another.safetensors").exists() and (out / "base.safetensors").read_bytes() == base
 
 
 def test_the_real_set_replaces_no_other_file(tiny_toy):
@@ -147,7 +185,12 @@ def test_a_shift_that_cannot_be_read_is_named(stored, tmp_path):
         sample.selected_shift(path)
 
 
-@pytest.mark.parametrize("stored", ["[]", "{}", '{"settings": {}}'])
+ROWS_THAT_ARE_NONE = ("null", '{"toy": null}', '{"toy": {"0": null}}', '{"toy": {"0": {"psnr": "3"}}}',
+                      '{"toy": {"0": {"psnr": NaN}}}')
+
+
+@pytest.mark.parametrize("stored", ["[]", "{}", '{"settings": {}}', *(
+    '{"settings": {}, "rows": {"syn only": %s}}' % row for row in ROWS_THAT_ARE_NONE)])
 def test_results_that_are_none_are_named(stored, tmp_path):
     (tmp_path / "table1.json").write_text(stored)
     with pytest.raises(ValueError, match="table1.json is no file of results"):
@@ -201,7 +244,7 @@ def test_an_image_too_large_to_open_is_named(tmp_path, monkeypatch):
 
 def test_a_pattern_that_leaves_the_folder_is_refused(tmp_path):
     views_and_maps(tmp_path)
-    for pattern in ("/etc/*", ""):
+    for pattern in ("/etc/*", "", "../*"):
         with pytest.raises(ValueError, match="pattern"):
             find_images(tmp_path, pattern)
 

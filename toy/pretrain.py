@@ -61,7 +61,8 @@ def base_iteration(step):
 
 
 def train_base(args, launched):
-    """Pretrains the base model, or trains --base on -> OUT/base.safetensors; returns the path."""
+    """Pretrains the base model, or trains --base on -> OUT/NAME.safetensors, by default OUT/base.safetensors, which the
+    stages find; returns the path."""
     device, config = launched.device, PRESETS[args.preset]
     images = on_rank_0_first(launched, lambda: base_set(args.num_base_images, size=config.image_size,
                                                         folder=f"{args.out}/sets", device=device))
@@ -75,7 +76,7 @@ def train_base(args, launched):
         drawn = to_uint8(sample_images(network, {"text": text}, Sampling(num_steps=args.picture_steps)))[:, 0]
         save_picture(path, list(zip(PREVIEWS, drawn.unflatten(0, (-1, 6)))))
     losses = train(network, {"base": images}, {"text": tokenize([""])}, base_iteration, args, launched, preview)
-    return save_trained(f"{args.out}/base.safetensors", network, args, losses, launched)
+    return save_trained(f"{args.out}/{args.name}.safetensors", network, args, losses, launched)
 
 
 def parse_args(argv=None):

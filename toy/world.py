@@ -255,7 +255,7 @@ def tokenize(captions):
     for row, text in zip(tokens, captions):
         words = text.lower().replace(",", " ").split()
         for word in words:
-            if word not in WORDS:
+            if word not in VOCAB[2:]:
                 near = difflib.get_close_matches(word, VOCAB[2:], n=3, cutoff=0.5)
                 hint = f"did you mean {' or '.join(near)}?" if near else f"known words: {' '.join(VOCAB[2:])}"
                 raise ValueError(f"unknown word '{word}' in caption '{text}'; {hint}")

@@ -3,7 +3,7 @@ import copy
 import math
 import os
 import time
-from glob import glob
+from glob import escape, glob
 from typing import NamedTuple
 
 import torch
@@ -187,7 +187,7 @@ def announce(args, launched):
     stage1 = stage1_comes_first(args)
     needs_real = not args.no_real_data or stage1 and sees_both_domains(args.adapter)
     todo = {}
-    if not (args.synthetic or glob(f"{args.out}/sets/synthetic_{args.num_assets}_*")):
+    if not (args.synthetic or glob(f"{escape(args.out)}/sets/synthetic_{args.num_assets}_*")):
         todo["render the assets"] = args.num_assets * rendering
     if needs_real and not (args.real or os.path.isfile(real_set_path(args))):
         todo["draw the real set"] = args.num_assets * 4 * args.real_steps * pace.forward / launched.world

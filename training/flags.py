@@ -46,9 +46,9 @@ LEAST = dict(batch=1, rank=1, log_every=1, save_every=1, sample_every=1, picture
              num_base_images=1, stage1_steps=1, accumulate=1, threads=1, workers=0, warmup=0, real_warmup=0, seed=0,
              lr=0, clip=0, weight_decay=0, ema=0, text_dropout=0, p_B=0, tau_B=0,
              steps=1)                                                           # last, as it follows from the others
-MOST = dict(batch=2 ** 16, rank=2 ** 13, picture_steps=T, real_steps=T, num_assets=10 ** 8, num_base_images=10 ** 8,
-            stage1_steps=10 ** 8, workers=2 ** 8, seed=2 ** 63 - 1, ema=1, text_dropout=1, p_B=1, tau_B=1,
-            steps=10 ** 8)
+MOST = dict(threads=2 ** 10, batch=2 ** 16, rank=2 ** 13, picture_steps=T, real_steps=T, num_assets=10 ** 8,
+            num_base_images=10 ** 8, stage1_steps=10 ** 8, workers=2 ** 8, seed=2 ** 63 - 1, ema=1, text_dropout=1,
+            p_B=1, tau_B=1, steps=10 ** 8)
 
 
 def training_arguments(parser):

@@ -20,7 +20,7 @@ class Log:
         self.path, self.pending, self.images, self.clock = f"{out}/log.jsonl", [], 0, time.time()
         self.lines = []
         if os.path.exists(self.path):       # lines after the state that training resumes from are written again
-            with open(self.path) as file:
+            with open(self.path, errors="replace") as file:
                 self.lines = [line for line in map(parse_json, file) if line["step"] <= start]
         if launched.rank == 0:
             os.makedirs(out, exist_ok=True)
@@ -86,8 +86,9 @@ def parse_json(line):
     try:
         value = json.loads(line)
         is_note = "domain" not in value
-        if isinstance(value["step"], int) and (is_note or isinstance(value["loss"], float)):
+        is_loss = isinstance(value.get("domain"), str) and isinstance(value.get("loss"), float)
+        if isinstance(value["step"], int) and (is_note or is_loss):
             return value
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         pass
     return dict(step=math.inf)

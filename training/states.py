@@ -3,7 +3,7 @@ import json
 import os
 import sys
 import zlib
-from glob import glob
+from glob import escape, glob
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,9 @@ from support.files import checksum, load_tensors, read_metadata, save_tensors
 NOT_SETTINGS = ("out", "log_every", "save_every", "sample_every", "picture_steps", "compile", "grad_checkpointing",
                 "accumulate", "workers", "threads", "images_per_grid", "command", "layer_selective", "benchmark",
                 "seeds", "num_prompts", "rounds", "base", "shifters", "synthetic", "real")
+
+
+WRITTEN = dict(step=int, settings=dict, made_from=dict, checksum=int)          # beside the tensors of a state
 
 
 class Trained(NamedTuple):
@@ -61,9 +64,14 @@ def hold(out):
         raise ValueError(f"another process trains into {out}: let it end, or use another --out or --name") from None
     except OSError:                                     # a file system without locks
         pass
-    for left in glob(f"{out}/*.tmp"):
+    for left in glob(f"{escape(out)}/*.tmp"):
         os.remove(left)
     return file
+
+
+def states_in(out):
+    """The paths of the states in a run folder, the oldest first."""
+    return sorted(glob(f"{escape(out)}/state_*.safetensors"))
 
 
 def save_state(out, step, trained, args, world, made):
@@ -78,8 +86,8 @@ def save_state(out, step, trained, args, world, made):
     path = f"{out}/state_{step:08d}.safetensors"
     save_tensors(path, tensors, step=step, made_from=made, speed=speed, checksum=checksum(tensors),
                  settings=training_settings(args) | {"batch": args.batch * world})
-    kept = [other for other in sorted(glob(f"{out}/state_*.safetensors")) if other <= path][-2:]
-    for other in glob(f"{out}/state_*.safetensors"):        # later ones are damaged, or training had gone on from them
+    kept = [other for other in states_in(out) if other <= path][-2:]
+    for other in states_in(out):            # later ones are damaged, or training had gone on from them
         if other not in kept:
             os.remove(other)
 
@@ -90,13 +98,13 @@ def load_state(out, trained, args, world, made):
     Raises ValueError if that state was made with other settings, from other files, or with another batch over all
     processes; their number may be another one, it changes how sums are rounded.
     """
-    for path in sorted(glob(f"{out}/state_*.safetensors"), reverse=True):
+    for path in reversed(states_in(out)):
         try:
             tensors, metadata = load_tensors(path)
         except ValueError as error:
             print(f"skipping a damaged state: {error}", file=sys.stderr)
             continue
-        if not {"step", "settings", "made_from", "checksum"} <= metadata.keys():
+        if not all(isinstance(metadata.get(name), kind) for name, kind in WRITTEN.items()):
             raise ValueError(f"{path} is no state of this version of the code: use another --out or --name, or delete "
                              f"{out}")
         if metadata["checksum"] != checksum(tensors):           # a disk may flip bits
@@ -109,15 +117,28 @@ def load_state(out, trained, args, world, made):
         if other:
             raise ValueError(f"{path} was made with other settings: {', '.join(other)}; use another --out or --name, "
                              f"or delete {out}")
+        if not fits(trained, tensors) or metadata["step"] not in range(1, args.steps + 1):
+            raise ValueError(f"{path} does not fit this training: use another --out or --name, or delete {out}")
         restore(trained, tensors)
         return metadata["step"]
     return 0
 
 
+def fits(trained, tensors):
+    """Whether a state's tensors are those of this training: every weight and average, in its shape and finite, and
+    moments of nothing else."""
+    params, ema, _ = trained
+    expected = {f"param.{name}": p for name, p in params.items()} | {f"ema.{name}": p for name, p in ema.items()}
+    for name, p in expected.items():
+        if name not in tensors or tensors[name].shape != p.shape or not tensors[name].isfinite().all():
+            return False
+    return all(name.partition(".")[2] in params for name in tensors)
+
+
 def stored_speed(folders):
     """How the run computed whose states are in the first of `folders` that has any, {"dtype": .., "threads": ..,
     "compile": .., "processes": ..}: another way rounds otherwise. {} if there is no state."""
-    for path in (path for out in folders for path in sorted(glob(f"{out}/state_*.safetensors"), reverse=True)):
+    for path in (path for out in folders for path in reversed(states_in(out))):
         try:
             return read_metadata(path).get("speed", {})
         except ValueError:

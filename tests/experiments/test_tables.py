@@ -69,7 +69,7 @@ def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, quick_j
 
 def test_rows_in_processes_of_their_own(tmp_path, tiny_run):
     """Two rows that train the same stage 1, and one that fails: the others are kept, the error names it."""
-    flags = " ".join(map(str, TINY_STAGE2)) + " --no-compile --seed 3"      # another folder's stage 1
+    flags = " ".join(map(str, TINY_STAGE2)) + " --no-compile"
     command = ["table2", *"--num 2 --num_steps 2 --seed 3 --processes 3".split(), f"--train_flags={flags}"]
     command += ["--results", str(tmp_path), "--folder", str(tiny_run)]
     (tiny_run / "seed3").mkdir()

@@ -146,7 +146,7 @@ def test_the_programs_refuse_bad_input_in_one_line(tmp_path, capsys):
         full.latents.main(encode)
     with pytest.raises(SystemExit):
         full.latents.main([*encode, "--shard", "0"])
-    assert "--shard must be at least 1" in capsys.readouterr().err
+    assert "--shard: 0 does not lie in [1, 1000000]" in capsys.readouterr().err
     toy = ROOT / "weights" / "toy_base.safetensors"
     done = script("-m", "full.real_set", tmp_path, "--base", toy, "--synthetic", nowhere, "--text_encoder", tmp_path)
     one_line_error(done, 1, "toy_base.safetensors is of the toy world")

@@ -92,3 +92,19 @@ def test_meshes_without_colors_and_damaged_ones_get_one_line(tmp_path):
     refused(tmp_path / "concave.obj", "concave polygon")
     Image.new("RGB", (2, 2)).save(tmp_path / "no.png")
     refused(tmp_path / "no.png", "meshes are read from")
+    triangle = "mtllib {0}\nusemtl a\n" + "v 0 0 0\nv {1} 0 0\nv 0 1 0\nvt 0 0\nvt {2} 0\nvt 0 1\nf 1/1 2/2 3/3\n"
+    Image.new("I;16", (2, 2)).save(tmp_path / "deep.png")
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    for name in ("no", "deep", "broken", "missing"):
+        (tmp_path / f"{name}.mtl").write_text(f"newmtl a\nmap_Kd {name}.png\n")
+    (tmp_path / "red.mtl").write_text("newmtl a\nKd 1 0 0\n")
+    (tmp_path / "nan.mtl").write_text("newmtl a\nKd 1 0 nan\n")
+    cases = [("gone.mtl", "1", "1", "materials are not there"), ("missing.mtl", "1", "1", "texture cannot be read"),
+             ("broken.mtl", "1", "1", "texture cannot be read"), ("deep.mtl", "1", "1", "16 bits"),
+             ("no.mtl", "1", "nan", "not finite"), ("no.mtl", "1e308", "1", "farther than"),
+             ("no.mtl", "0", "1", "without area"), ("nan.mtl", "1", "1", "has the colour")]
+    for k, (library, x, u, words) in enumerate(cases):
+        (tmp_path / f"{k}.obj").write_text(triangle.format(library, x, u))
+        refused(tmp_path / f"{k}.obj", words)
+    (tmp_path / "red.obj").write_text(triangle.format("red.mtl", "1", "1"))
+    assert torch.equal(drawn(tmp_path / "red.obj", azimuth=(0,))[0, :, 17, 12], torch.tensor([1.0, 0, 0]))

@@ -179,7 +179,7 @@ def test_trained_and_read_back(tmp_path, monkeypatch):
     run_main(refany3d, *drawing, "--object", 2, 0, "--prompt", "a mug, sunset background")
     assert (tmp_path / "refany3d_drawn.png").exists()
     refuses(refany3d, [*drawing, "--prompt", "a mug, moonlit background"], 1, "unknown word 'moonlit'")
-    refuses(refany3d, [*drawing, "--object", -1, "--prompt", "a mug"], 2, "--object must lie in [0, 9999]")
+    refuses(refany3d, [*drawing, "--object", -1, "--prompt", "a mug"], 2, "--object: -1 does not lie in [0, 9999]")
     refuses(refany3d, [*drawing, "--object", 0, 1, 2, "--prompt", "a mug", "a car"], 2, "--prompt names 2 scenes")
     refuses(refany3d, [*drawing, "--object", 1, "--mesh", "a.glb", "--prompt", "a mug"], 2, "give one of them")
     refuses(refany3d, [*drawing, "--mesh", "a.glb"], 2, "say in which scene with --prompt")

@@ -13,7 +13,7 @@ import train_worker
 from conftest import ROOT, random_model
 from train_worker import tiny_args, train_tiny
 
-from support.files import load_tensors, save_tensors
+from support.files import checksum, load_tensors, save_tensors
 from training.states import Trained, check_ranks, hold, save_state, training_settings
 
 WORKER = "tests/training/train_worker.py"
@@ -148,3 +148,23 @@ def test_processes_that_found_different_states_are_refused(monkeypatch):
                 check_ranks(4, "runs", 2)
         else:
             check_ranks(4, "runs", 2)
+
+
+@pytest.mark.parametrize("change", [
+    lambda tensors, made: tensors.pop(next(name for name in tensors if name.startswith("ema."))),
+    lambda tensors, made: tensors.update({"exp_avg.dit.nothing": torch.zeros(1)}),
+    lambda tensors, made: tensors.update({"nothing": torch.zeros(1)}),
+    lambda tensors, made: tensors.update({name: torch.full_like(tensors[name], float("nan")) for name in tensors
+                                          if name.startswith("param.")}),
+    lambda tensors, made: made.update(step=10 ** 9), lambda tensors, made: made.update(step="a"),
+    lambda tensors, made: made.update(settings=[]), lambda tensors, made: made.update(made_from=None)])
+def test_a_state_that_does_not_fit_is_named(change, tmp_path):
+    """Whose checksum is right, so that it is no damage of a disk."""
+    flags = ("mixed", "--steps", 2, "--batch", 1, "--ema", 0.5)
+    train_tiny(tmp_path, *flags)
+    path = str(tmp_path / "tiny" / "state_00000002.safetensors")
+    tensors, made = load_tensors(path)
+    change(tensors, made)
+    save_tensors(path, tensors, **made | dict(checksum=checksum(tensors)))
+    with pytest.raises(ValueError, match="state_00000002.safetensors (does not fit|is no state of)"):
+        train_tiny(tmp_path, *flags)
