@@ -31,7 +31,7 @@ DEFAULTS = {
     ("toy", "base"):        (1e-3,   200,         0.01, 0.999),
     ("toy", "stage1"):      (1e-3,    40,          0.0,   0.0),
     ("toy", "stage2"):      (1e-3,    50,         0.01,  0.99),
-    ("toy", "selective"):   (1e-3,    20,         0.01,  0.98),     # layer-selective training (A.2)
+    ("toy", "selective"):   (2e-4,    20,         0.01,  0.98),     # layer-selective training (A.2): docs/toy.md
     ("toy", "refany3d"):    (1e-3,    50,          0.0,  0.99),
     ("small", "base"):      (3e-4,  1000,         0.01, 0.9999),
     ("small", "stage1"):    (1e-4,   100,          0.0,   0.0),

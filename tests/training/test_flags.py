@@ -86,7 +86,7 @@ def test_a_smaller_batch_takes_more_steps_so_that_the_epochs_stay():
 
 
 def test_a_preset_has_one_learning_rate():
-    others = ("base", "refany3d")
+    others = ("base", "refany3d", "selective")
     rates = {preset: {values[0] for (name, stage), values in DEFAULTS.items() if name == preset and stage not in others}
              for preset in ASSETS_AND_GRIDS}
     assert rates == {"toy": {1e-3}, "small": {1e-4}, "full": {5e-5}}
