@@ -186,6 +186,10 @@ def parse_args(argv=None):
             parser.error(f"--{flag} says where stage 1 comes in, and --method {args.method} has none")
     if args.joint and args.shifters:
         parser.error("--joint trains new shifters with the model, so it takes no --shifters")
+    if args.rank is not None and args.adapter in (None, "switcher"):
+        parser.error(f"--rank would do nothing with --method {args.method}")
+    if args.no_reassignment and args.p_B != P_B:
+        parser.error("--p_B would do nothing with --no_reassignment")
     if args.method != "realiz3d":                       # layer-aware training and reassignment are Realiz3D's
         args.no_freezing = args.no_reassignment = True
     return args

@@ -64,6 +64,8 @@ NUMBERS = [
     (tables, ("table1", "--processes", "2", "--threads", "2"), "--processes gives each of them one thread"),
     (tables, ("table1", "--train_flags=--bogus 1"), "--train_flags '--bogus 1': unrecognized arguments"),
     (tables, ("table1", "--train_flags=--out elsewhere"), "--train_flags must not name --out"),
+    (train_stage2, ("--method", "domain_switcher", "--rank", "5"), "--rank would do nothing"),
+    (train_stage2, ("--no_reassignment", "--p_B", "0.3"), "--p_B would do nothing"),
     (data, ("--out", "."), "--out"), (pca_features, ("--out", "."), "--out"), (evaluate, ("toy", "--out", ""), "--out"),
     (refany3d, ("--mesh", "", "--object", "3", "--prompt", "a mug"), "--mesh and --object both name what to draw"),
 ]
