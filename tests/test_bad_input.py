@@ -133,6 +133,13 @@ def test_two_rows_of_a_picture_have_two_names(tiny_toy):
     refuses(sample, ("--model", base, "--prompt", "<end> mug"), 2, "--prompt: unknown word '<end>'")
 
 
+def test_a_model_of_stage_2_is_no_base_model(tiny_toy):
+    out, _ = tiny_toy
+    save_model(f"{out}/trained.safetensors", TINY, random_model(), settings=dict(task="texturing"))
+    for program in (train_stage1, train_stage2):
+        refuses(program, ("--out", out, "--base", f"{out}/trained.safetensors"), 1, "trained.safetensors", "stage 2")
+
+
 def test_another_name_leaves_the_default_one_in_peace(tiny_toy):
     """Stage 1 and base models: what a stage finds by itself is not replaced by a training of another name."""
     out, _ = tiny_toy

@@ -7,7 +7,7 @@ from data import synthetic_set
 from dit import PRESETS, read_config, require_config
 from full.latents import LatentSet
 from full.pixart import load_base
-from sample import Sampling, default_base, write_real_set
+from sample import Sampling, default_base, trained_task, write_real_set
 from support.files import load_tensors, read_metadata
 from support.launch import on_rank_0_first
 from toy.world import TEXT_LENGTH, VOCAB, tokenize
@@ -21,9 +21,11 @@ def base_path(args):
 
 
 def check_base(args):
-    """Raises, before any work, where the base model is missing, damaged or of another configuration."""
+    """Raises, before any work, where the base model is missing, damaged, of another configuration, or no base model."""
     path = base_path(args)
     metadata = read_metadata(path)
+    if trained_task(path):
+        raise ValueError(f"--base {path} is what stage 2 made of a base model: name the base model itself")
     if "config" in metadata:                                # PixArt-alpha's weights have none
         require_config(path, read_config(path, metadata), PRESETS[args.preset])
 
