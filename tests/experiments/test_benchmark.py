@@ -186,5 +186,5 @@ def test_running_out_of_memory_is_one_clear_line(run_benchmark, monkeypatch):
 
 
 def test_what_cannot_be_timed_is_refused(run_benchmark):
-    refuses(benchmark, ("--rounds", 0), 2, "--rounds must be at least 1")
+    refuses(benchmark, ("--rounds", 0), 2, "--rounds: 0 does not lie in [1, 10000]")
     refuses(benchmark, ("--accumulate", 2), 2, "times whole batches: leave out --accumulate")

@@ -64,4 +64,4 @@ def test_layer_selective_experiment_as_a_command(tmp_path, monkeypatch, capsys):
         f"selective_{variant}_{seed}" for variant in ("renders", "layers", "timesteps") for seed in (0, 1)
     )
     assert "+-" in capsys.readouterr().out and (tmp_path / "base.safetensors").read_bytes() == before
-    refuses(layer_selective, ("--seeds", 0), 2, "--seeds must be at least 1")
+    refuses(layer_selective, ("--seeds", 0), 2, "--seeds: 0 does not lie in [1, 1000]")

@@ -299,7 +299,7 @@ def test_toy_objects_through_the_command(tmp_path):
         assert caption == asset_captions(assets)[k] and views.rgb.shape == (1, 4, 3, 24, 24)
     write_toy_objects(tmp_path / "toy", 2, 24, 5)
     assert times == [path.stat().st_mtime_ns for folder in folders for path in sorted(folder.iterdir())]
-    one_line_error(script(*command[:3], "--num", 0), 2, "--num must be at least 1")
+    one_line_error(script(*command[:3], "--num", 0), 2, "--num: 0 does not lie in [1, 1000000]")
 
 
 # ---- Objaverse-Ortho10View

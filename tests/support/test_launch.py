@@ -7,7 +7,7 @@ from support.launch import Launched, launch, on_rank_0_first, run_cli
 
 
 def test_launch_names_a_process_without_a_gpu_and_a_thread_count_of_none(monkeypatch):
-    with pytest.raises(ValueError, match="--threads must be at least 1, not -1"):
+    with pytest.raises(ValueError, match="--threads must lie in .1, 1024., not -1"):
         launch(-1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
