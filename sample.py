@@ -451,7 +451,7 @@ def check_flags(parser, args):
     for flag, needed in (("texture_size", "textured"), ("num_assets", "real_set")):
         if getattr(args, flag) and not getattr(args, needed):
             parser.error(f"--{flag} is of --{needed}, which is not there")
-    if {args.B_max, args.t_max} != {None} and args.domain not in ("all", "shifted"):
+    if (args.B_max is not None or args.t_max is not None) and args.domain not in ("all", "shifted"):
         parser.error(f"--B_max and --t_max are of --domain shifted, not of {args.domain}")
     args.object = args.object or list(SHOWN)
     for number in args.object:

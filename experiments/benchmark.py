@@ -99,6 +99,8 @@ def print_counted(args):
     for part in kept:
         print(f"{part:20}{kept[part] / 2 ** 30:18.3f}{recomputed[part] / 2 ** 30:24.3f}")
     print(f"{'sum':20}{sum(kept.values()) / 2 ** 30:18.3f}{sum(recomputed.values()) / 2 ** 30:24.3f}")
+    if args.muon:
+        print("(counted as if AdamW had all; Muon keeps one moment of the blocks' matrices, not two)")
     print(f"TFLOP an iteration: synthetic {tera_operations(args, 4):.4g}, real {tera_operations(args, 1):.4g} (no "
           "freezing, nothing recomputed)", flush=True)
 

@@ -91,8 +91,10 @@ def part_colors(part):
     if factor is not None and (np.shape(factor) not in ((3,), (4,)) or not np.isfinite(factor).all()):
         raise ValueError(f"a material has the colour {factor}")
     if image is not None and visual.uv is not None:
-        if image.mode.startswith("I") or not np.isfinite(visual.uv).all() or np.abs(visual.uv).max() > 1e6:
-            raise ValueError("its texture has 16 bits a colour, or places on it that are not finite")
+        if image.mode.startswith("I"):
+            raise ValueError("its texture has 16 bits a colour: save it with 8")
+        if not (np.abs(visual.uv) < 1e6).all():
+            raise ValueError("its places on the texture are not finite, or far off it")
         tint = np.ones(3) if factor is None else np.asarray(factor)[:3] / 255
         uv = np.asarray(visual.uv)[part.faces]                                                      # (F, 3 corners, 2)
 

@@ -79,6 +79,7 @@ def within(low, high, kind=int):
     return number
 
 
+# of --seed, --threads and --num_steps, everywhere
 a_seed, some_threads, some_steps = within(0, 2 ** 63 - 1), within(1, 2 ** 10), within(1, 1000)
 
 

@@ -12,7 +12,7 @@ from dit import PRESETS, T
 from support.launch import UsageError, finite
 from support.speed import CPU_DTYPES
 
-# The paper's protocol (C.2), at every size: one learning rate for all that is trained on a base model; EPOCHS of the
+# The paper's protocol (C.2), at every size: one learning rate for both stages and all methods; EPOCHS of the
 # assets; GRIDS_A_STEP grids of V = 4 views a step, over all processes (a real grid: four single images).
 EPOCHS = {"stage1": 3, "stage2": 10}        # what is trained alone; models
 GRIDS_A_STEP = {"toy": 4, "small": 16, "full": 512}         # 64 GPUs at batch 8
@@ -31,7 +31,7 @@ DEFAULTS = {
     ("toy", "base"):        (1e-3,   200,         0.01, 0.999),
     ("toy", "stage1"):      (1e-3,    40,          0.0,   0.0),
     ("toy", "stage2"):      (1e-3,    50,         0.01,  0.99),
-    ("toy", "selective"):   (2e-4,    20,         0.01,  0.98),     # layer-selective training (A.2): docs/toy.md
+    ("toy", "selective"):   (2e-4,    20,         0.01,  0.98),     # layer-selective training (A.2)
     ("toy", "refany3d"):    (1e-3,    50,          0.0,  0.99),
     ("small", "base"):      (3e-4,  1000,         0.01, 0.9999),
     ("small", "stage1"):    (1e-4,   100,          0.0,   0.0),
@@ -75,7 +75,7 @@ def training_arguments(parser):
             ("ema", finite, "decay of the weights' running average, 0 = none")):
         add(f"--{flag}", type=kind, help=f"{text} (default by preset and stage)")
     add("--muon", action=argparse.BooleanOptionalAction, help="Muon for the blocks' matrices, at three times --lr, and "
-        "AdamW for the rest (default: at toy and small)")
+        "AdamW for the rest (default: at toy and small, where the blocks train)")
     add("--loss", choices=("epsilon", "even"), help="plain epsilon loss as in the paper (default at full), or "
         "divided by alpha_bar so that noise levels weigh alike (default at toy and small: few pixels)")
     add("--clip", type=finite, default=1.0, help="largest norm of the gradient")

@@ -96,7 +96,7 @@ def load_state(out, trained, args, world, made):
     """Restores the newest readable state in `out` and returns its step, 0 if there is none.
 
     Raises ValueError if that state was made with other settings, from other files, or with another batch over all
-    processes; their number may be another one, it changes how sums are rounded.
+    processes (their number may be another one, it changes how sums are rounded), or where its tensors do not fit.
     """
     for path in reversed(states_in(out)):
         try:
