@@ -18,7 +18,7 @@ from support.launch import run_cli
 from support.pictures import save_picture, to_uint8
 from toy.world import asset_captions, sample_assets, tokenize
 from training.estimate import choose, launch_training
-from training.flags import parse_training, stage1_file, stage1_folder, training_arguments
+from training.flags import parse_training, refuse_unread, stage1_file, stage1_folder, training_arguments
 from training.loop import Iteration, save_trained, train
 from training.sets import base_model, null_caption, training_sets
 
@@ -70,7 +70,12 @@ def parse_args(argv=None):
                         "Domain Shifters, or a baseline's adapter")
     parser.add_argument("--rank", type=int, help="r of the Domain Shifters (default 8) or the adapter (32 at full)")
     training_arguments(parser)
-    return parse_training(parser, "train_stage1.py", argv)
+    args = parse_training(parser, "train_stage1.py", argv)
+    if args.adapter == "switcher":
+        refuse_unread(parser, args, ["rank"], "with --adapter switcher, which is of no rank")
+    if not sees_both_domains(args.adapter):
+        refuse_unread(parser, args, ["real", "real_steps"], f"with --adapter {args.adapter}, which sees renders alone")
+    return args
 
 
 def main(argv=None):

@@ -36,7 +36,7 @@ from support.files import read_metadata
 from support.generators import DRAWS, seeded_generator
 from support.launch import finite, run_cli
 from training.estimate import announce, launch_training
-from training.flags import fill_defaults, parse_training, stage1_file, training_arguments
+from training.flags import fill_defaults, parse_training, refuse_unread, stage1_file, training_arguments
 from training.loop import Iteration, save_trained, train
 from training.sets import base_model, null_caption, training_sets
 
@@ -186,13 +186,25 @@ def parse_args(argv=None):
             parser.error(f"--{flag} says where stage 1 comes in, and --method {args.method} has none")
     if args.joint and args.shifters:
         parser.error("--joint trains new shifters with the model, so it takes no --shifters")
-    if args.rank is not None and args.adapter in (None, "switcher"):
-        parser.error(f"--rank would do nothing with --method {args.method}")
-    if args.no_reassignment and args.p_B != P_B:
-        parser.error("--p_B would do nothing with --no_reassignment")
     if args.method != "realiz3d":                       # layer-aware training and reassignment are Realiz3D's
         args.no_freezing = args.no_reassignment = True
+    refuse_unread(parser, args, unread_flags(args), f"in what --name {args.name} trains")
     return args
+
+
+def unread_flags(args):
+    """Names of the flags that the others leave nothing to decide."""
+    trains_stage1 = METHODS[args.method].stage1 and not args.joint and not args.shifters
+    unread = [] if trains_stage1 else ["stage1_steps"]
+    if args.adapter in (None, "switcher"):
+        unread += ["rank"]
+    if args.no_real_data:
+        unread += ["real", "real_steps", "real_warmup"]
+    if args.no_real_data or args.no_reassignment:
+        unread += ["p_B"]
+    if args.no_real_data or args.no_reassignment and args.no_freezing:
+        unread += ["tau_B"]
+    return unread
 
 
 def main(argv=None):

@@ -17,7 +17,8 @@ from support.launch import UsageError, finite, launch, peak_memory, run_cli, wit
 from support.speed import seconds_of, wait_for
 from toy.world import TEXT_LENGTH, VOCAB
 from training.batches import read_batch, with_noise
-from training.flags import GRIDS_A_PART, fill_defaults, parse_training, training_arguments
+from training.flags import GRIDS_A_PART, fill_defaults, parse_training, refuse_unread, \
+    training_arguments
 from training.loop import Iteration, in_training, training_step
 from training.optimizers import make_optimizers
 
@@ -262,7 +263,11 @@ def parse_args(argv=None):
                         "as a share of N_B (default %(default)s)")
     parser.add_argument("--rank", type=int, help="r of the Domain Shifters (default 8)")
     parser.set_defaults(adapter="shifters", no_real_data=False, real_warmup=0)
-    return parse_training(parser, "-m experiments.benchmark", argv)
+    args = parse_training(parser, "-m experiments.benchmark", argv)
+    read = {"preset", "batch", "dtype", "compile", "accumulate", "grad_checkpointing", "muon", "loss", "clip", "seed",
+            "text_dropout", "threads", "rounds", "tau_B", "rank", "command"}
+    refuse_unread(parser, args, sorted(vars(args).keys() - read), "in a benchmark, which keeps nothing")
+    return args
 
 
 def main(argv=None):

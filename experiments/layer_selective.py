@@ -24,7 +24,7 @@ from toy.judge import train_feature_net, world_features
 from toy.render import Look, render
 from toy.world import BACKGROUNDS, asset_captions, exaggerated, sample_assets, tokenize, uniforms
 from training.estimate import choose
-from training.flags import fill_defaults, parse_training, training_arguments
+from training.flags import fill_defaults, parse_training, refuse_unread, training_arguments
 from training.loop import Iteration, train
 from training.sets import base_model
 
@@ -168,7 +168,9 @@ def parse_args(argv=None):
     add("--seeds", type=within(1, 1000), default=1, help="how many times each variant is trained (default 1)")
     add("--num_prompts", type=within(2, 10 ** 5), default=64, help="images a variant is measured on (default 64)")
     parser.set_defaults(adapter=None, rank=None)
-    return parse_training(parser, "-m experiments.layer_selective", argv)
+    args = parse_training(parser, "-m experiments.layer_selective", argv)
+    refuse_unread(parser, args, ["synthetic", "real", "real_steps"], "in this experiment, which draws its own sets")
+    return args
 
 
 def main(argv=None):

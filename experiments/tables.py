@@ -62,7 +62,7 @@ def trained_row(row, task, args, launched):
         if args.seed and not os.path.exists(f"{out}/sets"):
             os.symlink(os.path.abspath(f"{args.folder}/sets"), f"{out}/sets")
     path = f"{out}/{name}.safetensors"
-    flags = ["--task", task, *row.flags.split(), "--name", name, "--seed", str(args.seed), *args.train_flags.split()]
+    flags = ["--task", task, *row.flags.split(), "--name", name, "--seed", str(args.seed), *flags_for(row, args)]
     more = ["--out", out, "--base", default_base("toy", args.folder), "--sample_every", "1000000"]
     more += ["--threads", str(args.threads)] if args.threads else []
     more += ["--compile"] if launched.device.type == "cpu" else []
@@ -83,6 +83,14 @@ def trained_row(row, task, args, launched):
         raise ValueError(f"{path} was trained by '{' '.join(made)}', without {' '.join(missing)}: name another "
                          "--folder, or delete it")
     return path
+
+
+def flags_for(row, args):
+    """The words of --train_flags, without those that would do nothing for this row."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for flag in train_stage2.unread_flags(train_stage2.parse_args(row.flags.split())):
+        parser.add_argument(f"--{flag}")
+    return parser.parse_known_args(args.train_flags.split())[1]
 
 
 def row_samples(row, path, task, held, args, device):

@@ -34,7 +34,7 @@ from support.speed import attend
 from toy.scenes import SCENES, SIDES, mesh_references, scene_set
 from toy.world import VOCAB, tokenize
 from training.estimate import choose, launch_training
-from training.flags import MOST, parse_training, training_arguments
+from training.flags import MOST, parse_training, refuse_unread, training_arguments
 from training.loop import Iteration, save_trained, train
 from training.sets import base_model, base_path
 
@@ -328,15 +328,19 @@ def parse_args(argv=None):
     add("--num_steps", type=some_steps, default=50, help="DDIM steps for them (default %(default)s)")
     add("--view_scale", type=finite, default=1.0, help="guidance on the views for them, 1 = none (default 1)")
     parser.set_defaults(adapter=None)
-    return parse_training(parser, "-m related.refany3d", argv)
+    args = parse_training(parser, "-m related.refany3d", argv)
+    drawing = {"prompt", "object", "mesh", "num_steps", "view_scale"}
+    unread = {*drawing, "synthetic", "real", "real_steps"}
+    if args.prompt:
+        unread = vars(args).keys() - drawing - {"out", "name", "base", "seed", "threads", "command"}
+    refuse_unread(parser, args, sorted(unread), "beside --prompt: it draws" if args.prompt else "in a training")
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.prompt:
         return draw_objects(args)
-    if args.object or args.mesh is not None:
-        raise UsageError("--object and --mesh name what to draw: say in which scene with --prompt")
     launched = launch_training(args, "refany3d", __name__ == "__main__")
     choose(args, launched, args.name)
     train_refany3d(args, launched)

@@ -19,7 +19,7 @@ import train_stage2
 from baselines.adapters import ADAPTERS
 from dit import save_model
 from domain_shifter import DomainShifters
-from experiments import benchmark, shift, tables
+from experiments import benchmark, layer_selective, shift, tables
 from related import refany3d
 from support.files import save_tensors
 from support.folders import find_images, read_caption, read_image, read_views
@@ -66,6 +66,18 @@ NUMBERS = [
     (tables, ("table1", "--train_flags=--out elsewhere"), "--train_flags must not name --out"),
     (train_stage2, ("--method", "domain_switcher", "--rank", "5"), "--rank would do nothing"),
     (train_stage2, ("--no_reassignment", "--p_B", "0.3"), "--p_B would do nothing"),
+    (train_stage2, ("--no_reassignment", "--no_freezing", "--tau_B", "0.3"), "--tau_B would do nothing"),
+    (train_stage2, ("--method", "syn_only", "--real", "r.safetensors"), "--real would do nothing"),
+    (train_stage2, ("--no_real_data", "--real_warmup", "3"), "--real_warmup would do nothing"),
+    (train_stage2, ("--method", "lora", "--stage1_steps", "9"), "--stage1_steps would do nothing"),
+    (train_stage2, ("--joint", "--stage1_steps", "9"), "--stage1_steps would do nothing"),
+    (train_stage1, ("--adapter", "lora", "--real_steps", "9"), "--real_steps would do nothing"),
+    (train_stage1, ("--adapter", "switcher", "--rank", "9"), "--rank would do nothing"),
+    (pretrain, ("--num_assets", "9"), "--num_assets would do nothing"),
+    (benchmark, ("--out", "there"), "--out would do nothing"),
+    (layer_selective, ("--synthetic", "there"), "--synthetic would do nothing"),
+    (refany3d, ("--prompt", "a mug", "--steps", "9"), "--steps would do nothing"),
+    (refany3d, ("--num_steps", "9"), "--num_steps would do nothing"),
     (data, ("--out", "."), "--out"), (pca_features, ("--out", "."), "--out"), (evaluate, ("toy", "--out", ""), "--out"),
     (refany3d, ("--mesh", "", "--object", "3", "--prompt", "a mug"), "--mesh and --object both name what to draw"),
 ]
@@ -144,8 +156,8 @@ def test_another_name_leaves_the_default_one_in_peace(tiny_toy):
     """Stage 1 and base models: what a stage finds by itself is not replaced by a training of another name."""
     out, _ = tiny_toy
     base = (out / "base.safetensors").read_bytes()
-    small = ("--num_assets", 4, "--real_steps", 2, "--picture_steps", 1, "--threads", 1, "--steps", 1, "--batch", 1)
-    run_main(train_stage1, "--out", out, "--name", "mine", *small)
+    small = ("--picture_steps", 1, "--threads", 1, "--steps", 1, "--batch", 1)
+    run_main(train_stage1, "--out", out, "--name", "mine", "--num_assets", 4, "--real_steps", 2, *small)
     assert (out / "mine.safetensors").exists() and not (out / "shifters.safetensors").exists()
     run_main(pretrain, "--out", out, "--name", "another", "--num_base_images", 4, *small)
     assert (out / "another.safetensors").exists() and (out / "base.safetensors").read_bytes() == base

@@ -16,8 +16,9 @@ from support.files import load_tensors, read_metadata
 from train_stage1 import stage1_file, stage1_plan
 
 
-FLAGS = ("--num_assets", 4, "--real_steps", 2, "--steps", 4, "--batch", 1, "--lr", 0.01, "--warmup", 1,
-         "--log_every", 1, "--picture_steps", 1)
+SHORT = ("--num_assets", 4, "--steps", 4, "--batch", 1, "--lr", 0.01, "--warmup", 1, "--log_every", 1,
+         "--picture_steps", 1)
+FLAGS = (*SHORT, "--real_steps", 2)
 
 
 def test_single_images_of_each_domain_in_turn():
@@ -52,10 +53,12 @@ def test_stage_1_trains_the_shifters_alone_on_single_images_of_both_domains(tiny
 @pytest.mark.parametrize("adapter, domains", [("lora", ["syn"]), ("linear", ["syn"]), ("switcher", ["syn", "real"])])
 def test_a_baselines_adapter_is_fitted_in_the_same_way(tiny_toy, adapter, domains):
     out, seen = tiny_toy
-    run_main(train_stage1, "--out", out, "--adapter", adapter, "--rank", 2, *FLAGS)
-    trained = seen[f"stage1_{adapter}_2"]
+    flags = (*SHORT, *("--real_steps", 2) * ("real" in domains), *("--rank", 2) * (adapter != "switcher"))
+    run_main(train_stage1, "--out", out, "--adapter", adapter, *flags)
+    name = "switcher_8" if adapter == "switcher" else f"{adapter}_2"
+    trained = seen[f"stage1_{name}"]
     assert {name.partition(".")[0] for name in trained["learns"]} == {"adapter"} and list(trained["sets"]) == domains
-    path = f"{out}/{adapter}_2.safetensors"
+    path = f"{out}/{name}.safetensors"
     found = load_adapter(path, config=TINY)
     learnt = [p.abs().max() > 0 for name, p in found.named_parameters() if not name.endswith("W_right")]
     assert found.kind == adapter and all(learnt)

@@ -68,8 +68,10 @@ def test_baselines_neither_freeze_nor_reassign():
 # ---------------------------------------------------------------------------------------------------------------------
 # What trains
 
-FLAGS = ("--num_assets", 4, "--real_steps", 2, "--steps", 4, "--batch", 1, "--stage1_steps", 4, "--real_warmup", 1,
-         "--lr", 0.02, "--warmup", 0, "--log_every", 1, "--picture_steps", 1)
+SHORT = ("--num_assets", 4, "--steps", 4, "--batch", 1, "--lr", 0.02, "--warmup", 0, "--log_every", 1,
+         "--picture_steps", 1)
+REAL, STAGE1 = ("--real_steps", 2, "--real_warmup", 1), ("--stage1_steps", 4)       # where they are read
+FLAGS = (*SHORT, *REAL, *STAGE1)
 NEW = ("control_embedder.weight", "view_encoding")
 
 
@@ -118,7 +120,7 @@ def test_stage_1_on_the_way_takes_the_flags_of_stage_2_but_its_own_defaults():
 
 def test_joint_training_has_no_stage_1_and_text_no_control(tiny_toy):
     out, seen = tiny_toy
-    run_main(train_stage2, "--out", out, "--joint", "--task", "text", *FLAGS)
+    run_main(train_stage2, "--out", out, "--joint", "--task", "text", *SHORT, *REAL)
     (trained,) = seen.values()
     assert parts(trained["learns"]) == {"dit", "shifters"} and "dit.control_embedder.weight" not in trained["learns"]
     assert "dit.view_encoding" in trained["learns"] and "control" not in trained["sets"]["syn"]
@@ -146,7 +148,8 @@ def test_joint_training_has_no_stage_1_and_text_no_control(tiny_toy):
 def test_every_baseline_trains_what_it_should(tiny_toy, method, domains, adapter):
     out, seen = tiny_toy
     of_a_rank = method in ("lora", "linear_adapter", "domain_adapter", "spatial_adapter")
-    run_main(train_stage2, "--out", out, "--method", method, *(("--rank", 2) if of_a_rank else ()), *FLAGS)
+    flags = (*SHORT, *REAL * ("real" in domains), *STAGE1 * METHODS[method].stage1, *("--rank", 2) * of_a_rank)
+    run_main(train_stage2, "--out", out, "--method", method, *flags)
     name = f"{method}_texturing" + "-rank2" * of_a_rank
     learns, in_stage1 = seen[name]["learns"], {"domain_adapter": "lora_2", "spatial_adapter": "linear_2",
                                                "domain_switcher": "switcher_8"}.get(method)
@@ -179,7 +182,7 @@ def test_flags_of_stage_1_are_refused_by_methods_without_one():
 
 def test_shifters_that_are_missing_are_named(tiny_toy):
     out, _ = tiny_toy
-    refuses(train_stage2, ("--out", out, "--shifters", out / "none.safetensors", *FLAGS), 1,
+    refuses(train_stage2, ("--out", out, "--shifters", out / "none.safetensors", *SHORT), 1,
             "no shifters at", "none.safetensors", "train with train_stage1.py --preset toy --adapter shifters --rank 8")
 
 

@@ -21,7 +21,7 @@ from support.pictures import save_picture, to_uint8
 from toy.render import Look, render
 from toy.world import BACKGROUNDS, STYLES, asset_captions, tokenize, uniforms
 from training.estimate import choose, launch_training
-from training.flags import parse_training, training_arguments
+from training.flags import parse_training, refuse_unread, training_arguments
 from training.loop import Iteration, save_trained, train
 
 PREVIEWS = ("photo of a red wooden mug, white background", "photo of a blue marble duck, white background",
@@ -86,7 +86,10 @@ def parse_args(argv=None):
                         "world (default %(default)s)")
     training_arguments(parser)
     parser.set_defaults(adapter=None, rank=None)
-    return parse_training(parser, "-m toy.pretrain", argv)
+    args = parse_training(parser, "-m toy.pretrain", argv)
+    refuse_unread(parser, args, ["base", "synthetic", "real", "real_steps", "num_assets"], "for a base model, which is "
+                  "trained from nothing on its own images")
+    return args
 
 
 def main(argv=None):

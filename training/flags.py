@@ -103,6 +103,13 @@ def parse_training(parser, script, argv):
     return args
 
 
+def refuse_unread(parser, args, flags, where):
+    """Ends with a line of usage at the first of `flags` that was given although nothing reads it there."""
+    for flag in flags:
+        if getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag} would do nothing {where}")
+
+
 def fill_defaults(args, stage, launched):
     """Completes the flags from DEFAULTS and checks their ranges. Raises ValueError."""
     if (args.preset, stage) not in DEFAULTS:

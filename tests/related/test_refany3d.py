@@ -182,7 +182,7 @@ def test_trained_and_read_back(tmp_path, monkeypatch):
     refuses(refany3d, [*drawing, "--object", -1, "--prompt", "a mug"], 2, "--object: -1 does not lie in [0, 9999]")
     refuses(refany3d, [*drawing, "--object", 0, 1, 2, "--prompt", "a mug", "a car"], 2, "--prompt names 2 scenes")
     refuses(refany3d, [*drawing, "--object", 1, "--mesh", "a.glb", "--prompt", "a mug"], 2, "give one of them")
-    refuses(refany3d, [*drawing, "--mesh", "a.glb"], 2, "say in which scene with --prompt")
+    refuses(refany3d, [*drawing, "--mesh", "a.glb"], 2, "--mesh would do nothing")
     refuses(refany3d, [*drawing, "--mesh", tmp_path / "a.glb", "--prompt", "a mug"], 1, "a.glb")
     refuses(refany3d, [*drawing, "--name", "other", "--prompt", "a mug"], 1, "no such file")
     with pytest.raises(ValueError, match="holds no RefAny3D: train one with python -m related.refany3d"):
