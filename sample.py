@@ -44,7 +44,7 @@ from support.speed import CPU_DTYPES, autocast, choose_dtype
 from toy.render import asset_mesh
 from toy.world import WORLD_VERSION, exaggerated, sample_assets, take, tokenize
 
-CFG_SCALE = 1.0         # guidance on the text, 1 = none: more burns toy photos to flat colours that look rendered
+CFG_SCALE = 1.5         # guidance on the text, 1 = none, with which the toy's base model is closest to photographs
 LATENT_CFG_SCALE = 4.5  # PixArt-alpha's, which draws poorly without
 MODES = {"syn": "synthetic mode", "real": "real mode", "shifted": "shifted"}
 
@@ -145,7 +145,7 @@ def ticking(predict_noise, progress, share):
 class Sampling:
     """How to sample. Raises ValueError naming the first that is out of its range."""
     mode: str | float = "real"      # domain mode, see `domain_mode`
-    cfg_scale: float = CFG_SCALE
+    cfg_scale: float = 1.0          # guidance on the text, 1 = none; the programs' default is CFG_SCALE
     num_steps: int = 50             # of DDIM
     spacing: str = "trailing"       # see `ddim_timesteps`
     B_max: float = B_MAX            # of mode "shifted" (Sec. 4.3)
@@ -280,9 +280,9 @@ def write_real_set(path, base, num_assets, sampling, launched, chunk=64):
     (The full configuration's: full/real_set.py.) Training draws it with --real_steps, 10.
 
     path: the safetensors to write: {"image": uint8 (N, 1, 3, H, W), "text": (N, L)}, N = 4 num_assets, the text being
-    the captions to train on (`real_captions`). sampling: no guidance by default, see CFG_SCALE. Chunks of images are
-    written on the way, each a pure function of the base model, seed and its place, so that a run that was stopped goes
-    on.
+    the captions to train on (`real_captions`). sampling: training takes it without guidance, as real iterations shall
+    keep the base model's own distribution. Chunks of images are written on the way, each a pure function of the base
+    model, seed and its place, so that a run that was stopped goes on.
     """
     device, rank, world = launched
     network = load_network(base, device)
@@ -405,7 +405,7 @@ def parse_args(argv=None):
     add("--t_max", type=within(0, T), help="time shift: steps t >= t_max run in synthetic mode; 1000 = none (default: "
         "likewise, else 950)")
     add("--cfg_scale", type=finite, help=f"guidance on the text, 1 = none (default {CFG_SCALE:g}; full: "
-        f"{LATENT_CFG_SCALE})")
+        f"{LATENT_CFG_SCALE}; --real_set: 1)")
     add("--num_steps", type=some_steps, default=50, help="DDIM steps")
     add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps")
     add("--seed", type=a_seed, default=0, help="decides the noise")
@@ -550,8 +550,8 @@ def draw_real_set(args, launched):
     config = read_metadata(base).get("config")
     if not isinstance(config, dict) or not config.get("vocab_size"):
         raise ValueError(f"{base} is a model of latents: draw its real set with python -m full.real_set")
-    sampling = Sampling(cfg_scale=guidance(args.cfg_scale, latents=False), num_steps=args.num_steps, seed=args.seed,
-                        dtype=args.dtype)
+    sampling = Sampling(cfg_scale=1.0 if args.cfg_scale is None else args.cfg_scale, num_steps=args.num_steps,
+                        seed=args.seed, dtype=args.dtype)
     write_real_set(args.real_set, base, args.num_assets or ASSETS[args.preset], sampling, launched)
     if launched.rank == 0:
         print(f"wrote {args.real_set}")

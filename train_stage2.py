@@ -31,7 +31,7 @@ from baselines.methods import METHODS
 from data import SHOWN, evaluation_set
 from dit import NEW_INPUTS
 from domain_shifter import P_B, TAU_B, draw_frozen_blocks, draw_reassigned_blocks
-from sample import Sampling, object_sheet
+from sample import CFG_SCALE, Sampling, object_sheet
 from support.files import read_metadata
 from support.generators import DRAWS, seeded_generator
 from support.launch import finite, run_cli
@@ -142,7 +142,8 @@ def object_preview(network, args):
 
     def preview(path):
         with nullcontext() if METHODS[args.method].kept else network.without_adapter():
-            object_sheet(path, network, objects, args.task, sampling=Sampling(num_steps=args.picture_steps))
+            sampling = Sampling(cfg_scale=CFG_SCALE, num_steps=args.picture_steps)
+            object_sheet(path, network, objects, args.task, sampling=sampling)
     return preview
 
 
