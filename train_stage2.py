@@ -199,6 +199,8 @@ def unread_flags(args):
     unread = [] if trains_stage1 else ["stage1_steps"]
     if args.adapter in (None, "switcher"):
         unread += ["rank"]
+    if not METHODS[args.method].backbone:
+        unread += ["muon"]
     if args.no_real_data:
         unread += ["real", "real_steps", "real_warmup"]
     if args.no_real_data or args.no_reassignment:

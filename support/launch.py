@@ -96,10 +96,18 @@ def check_out(path, flag="--out"):
         raise UsageError(f"{flag} '{path}' must be the name of a file, and is none, a folder or below a file")
 
 
+def refuse_empty(words):
+    """Raises UsageError at an empty word on the command line, as a shell's unset variable leaves; a --prompt may be."""
+    for before, word in zip(["the program's name", *words], words):
+        if word == "" and "--prompt" not in words:
+            raise UsageError(f"an empty word follows {before}: give it a value, or leave the flag out")
+
+
 def run_cli(main):
     """Runs a script's main(): bad input ends in one line, never in a traceback: a flag's with exit code 2, as of
     argparse, any other with 1."""
     try:
+        refuse_empty(sys.argv[1:])
         main()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

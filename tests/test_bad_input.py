@@ -71,6 +71,7 @@ NUMBERS = [
     (train_stage2, ("--no_real_data", "--real_warmup", "3"), "--real_warmup would do nothing"),
     (train_stage2, ("--method", "lora", "--stage1_steps", "9"), "--stage1_steps would do nothing"),
     (train_stage2, ("--joint", "--stage1_steps", "9"), "--stage1_steps would do nothing"),
+    (train_stage2, ("--method", "lora", "--muon"), "--muon would do nothing"),
     (train_stage1, ("--adapter", "lora", "--real_steps", "9"), "--real_steps would do nothing"),
     (train_stage1, ("--adapter", "switcher", "--rank", "9"), "--rank would do nothing"),
     (pretrain, ("--num_assets", "9"), "--num_assets would do nothing"),

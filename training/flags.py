@@ -125,7 +125,9 @@ def fill_defaults(args, stage, launched):
     if args.name is None:
         args.name = stage1_folder(args.adapter, args.rank) if stage == "stage1" else stage
     if args.muon is None:
-        args.muon = args.preset != "full" and stage in ("base", "stage2", "selective")      # where the blocks train
+        backbone = METHODS[getattr(args, "method", "realiz3d")].backbone
+        blocks_train = stage in ("base", "selective") or stage == "stage2" and backbone
+        args.muon = args.preset != "full" and blocks_train
     if args.workers is None:
         args.workers = 2 if on_cuda else 0
     args.loss = args.loss or ("even" if config.output_skip else "epsilon")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support.launch import Launched, launch, on_rank_0_first, run_cli
+from support.launch import Launched, UsageError, launch, on_rank_0_first, refuse_empty, run_cli
 
 
 def test_launch_names_a_process_without_a_gpu_and_a_thread_count_of_none(monkeypatch):
@@ -26,6 +26,13 @@ def test_bad_input_ends_in_one_line_and_ctrl_c_with_its_code(error, code):
     with pytest.raises(SystemExit) as stopped:
         run_cli(main)
     assert stopped.value.code == code  # a string: Python prints it and exits with 1
+
+
+def test_an_empty_word_is_named_by_the_one_before_it():
+    for words, before in (["--out", ""], "--out"), (["folders", "a", "", "--out", "b"], "a"), ([""], "the program's"):
+        with pytest.raises(UsageError, match=f"an empty word follows {before}"):
+            refuse_empty(words)
+    refuse_empty(["--prompt", "", "--out", "there"])
 
 
 def test_a_fault_of_the_code_keeps_its_traceback():

@@ -114,6 +114,7 @@ def test_the_blocks_matrices_train_by_muon_at_toy_and_small():
         assert filled(pretrain, "base", "--preset", preset).muon
     assert not filled(train_stage2, "stage2", "--preset", "full").muon
     assert not filled(train_stage2, "stage2", "--no-muon").muon and not filled(train_stage1, "stage1").muon
+    assert not filled(train_stage2, "stage2", "--method", "lora").muon      # the blocks are frozen
 
 
 def test_a_named_flag_stays_and_the_name_says_what_is_trained():
