@@ -39,6 +39,8 @@ ROWS = {                                # what is trained: flags of related.refa
     "without point maps":               "--no-points",
     "4 views":                          "--num_references 4",
     "6 views":                          "--num_references 6",
+    "renders alone":                    "--renders",
+    "renders, Realiz3D's shifters":     "--renders --shifters SHIFTERS",            # beyond both papers
 }
 PERFECT = "perfect scenes"
 COLUMNS = dict(color=2, material=2, hue=1, tone=2, surface=3, pose=2, outline=2, matches=1, category=2, background=2,
@@ -158,12 +160,12 @@ def matched_patches(image, shown, references, size=5, least=0.8):
 # Cases, rows, the table
 
 
-def evaluation_cases(num, folder):
+def evaluation_cases(num, folder, style="photo"):
     """(scenes of num cases, their Assets): the first half of assets that no training saw, the others of known ones
-    before the background that each was never shown before."""
-    new, known = num - num // 2, num // 2
-    parts = [(scene_set(new, SEEDS["evaluation"], folder=folder), sample_assets(new, SEEDS["evaluation"])),
-             (scene_set(known, SEEDS["synthetic"], True, folder=folder), sample_assets(known, SEEDS["synthetic"]))]
+    before the background that each was never shown before. style: see `scene_set`."""
+    parts = []
+    for count, seed, unseen in ((num - num // 2, SEEDS["evaluation"], False), (num // 2, SEEDS["synthetic"], True)):
+        parts.append((scene_set(count, seed, unseen, style, folder=folder), sample_assets(count, seed)))
     scenes = {name: torch.cat([scenes[name][::SCENES] for scenes, _ in parts]) for name in parts[0][0]}
     return scenes, exaggerated(Assets(*(torch.cat(fields) for fields in zip(*(assets for _, assets in parts)))))
 
@@ -179,6 +181,13 @@ def judged(images, labels, judge, photos):
     return row | dict(photo=photo, KD=1000 * kid(photos, judge.features(images)))
 
 
+def stage1_shifters(folder):
+    """Realiz3D's Domain Shifters: the run folder's, else the shipped ones."""
+    shipped = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "weights", "toy_shifters")
+    own = f"{folder}/shifters.safetensors"
+    return own if os.path.isfile(own) else f"{shipped}.safetensors"
+
+
 def drawn_row(label, scenes, args, device):
     """What a row draws of the cases, uint8 (N, K, 3, H, W), kept in the run folder; trained first where it must be."""
     base, name = default_base("toy", args.folder), "refany3d-" + label.replace(" ", "_").replace(",", "")
@@ -189,9 +198,10 @@ def drawn_row(label, scenes, args, device):
     elif not os.path.isfile(path):
         flags = ["--out", out, "--base", base, "--name", name, "--seed", str(args.seed), *args.train_flags.split()]
         flags += ["--threads", str(args.threads)] if args.threads else []
+        flags += ROWS[label].replace("SHIFTERS", stage1_shifters(args.folder)).split()
         with locked(f"{out}/{name}"):
             torch.compiler.reset()      # what was compiled for the last model counts against this one's limit
-            refany3d.main(flags + ROWS[label].split())
+            refany3d.main(flags)
 
     def sample():
         if ROWS[label] is None:
@@ -220,8 +230,9 @@ def run_rows(args):
         return rows
     sheet = {PERFECT: scenes["image"]}
     rows = keep(PERFECT, scenes["image"])
+    renders = scenes | {"references": evaluation_cases(args.num, sets, "render")[0]["references"]}
     for label in todo:
-        sheet[label] = drawn_row(label, scenes, args, device)
+        sheet[label] = drawn_row(label, renders if "renders" in label else scenes, args, device)
         rows = keep(label, sheet[label])
     write_rows(rows, args)
     shown = [0, 3, 5, args.num // 2 + 1, args.num // 2 + 2, args.num // 2 + 4]              # new assets, known ones

@@ -5,6 +5,7 @@
     python -m related.refany3d --mesh FILE.glb --prompt "a mug, sunset background"  # a textured mesh of your own
     python -m related.refany3d --no_shared_positions            # ablations; also --no_text_agnostic, --no_domain_lora,
                                                                 # --no_points, --num_references 4
+    python -m related.refany3d --renders --shifters runs/toy/shifters.safetensors   # beyond both papers, see below
 
 A point map colours each pixel with its place on the asset, the same in every view. The frozen base model draws the
 image and its map together, in one attention over their tokens and those of clean colours and maps of V views:
@@ -16,6 +17,10 @@ image and its map together, in one attention over their tokens and those of clea
     point map of view v       0          view v, image and its map         yes    reference and domain
 
 Tokens are (B, G, K, N, d): G = 1 + V groups, of which the first is drawn, and K = 2 kinds, colours and maps.
+
+With --renders all pictures that it learns from are renders, and with --shifters Realiz3D's Domain Shifters stand in the
+frozen base model: the image's tokens run with e_syn in training and with e_real when it draws. So nobody has shown it a
+photograph, and it may draw one of a synthetic asset (Realiz3D's idea; neither paper tries it here).
 """
 import argparse
 from dataclasses import dataclass, fields
@@ -25,7 +30,7 @@ import torch.nn as nn
 
 from data import SEEDS
 from dit import modulate, position_embedding, timestep_embedding
-from domain_shifter import load_part
+from domain_shifter import load_part, load_shifters
 from sample import Sampling, load_network, sample_images
 from support.files import load_strictly, read_metadata
 from support.launch import UsageError, finite, launch, on_rank_0_first, run_cli, some_steps, within
@@ -54,6 +59,8 @@ class References:
     text_agnostic: bool = True          # whether the image's map is kept from the text
     domain_lora: bool = True
     rank: int = 8                       # the paper's 16 of Flux's width 3072 would be 1 of the toy's 192
+    renders: bool = False               # whether it is trained on renders in place of photographs
+    shifted: bool = False               # whether Realiz3D's Domain Shifters stand in the base model
 
 
 class LowRankMap(nn.Module):
@@ -143,26 +150,29 @@ class RefAny3DAdapter(nn.Module):
 
 
 class RefAny3D(nn.Module):
-    """The frozen base model, beside it RefAny3D's adapter: (noisy image and map, t, text, views) -> epsilon."""
-    shifters = None
+    """The frozen base model, beside it RefAny3D's adapter: (noisy image and map, t, text, views) -> epsilon.
 
-    def __init__(self, dit, config=References(), adapter=None):
+    shifters: Realiz3D's, frozen too, where config.shifted.
+    """
+
+    def __init__(self, dit, config=References(), adapter=None, shifters=None):
         super().__init__()
         self.dit, self.config = dit.requires_grad_(False), config
+        self.shifters = shifters if shifters is None else shifters.requires_grad_(False)
         self.adapter = RefAny3DAdapter(dit.config, config).to(dit.positions.device) if adapter is None else adapter
         self.blocks = self.adapter.blocks                                       # what --compile compiles
         self.register_buffer("places", branch_positions(dit, config), persistent=False)             # (2, K, N, d)
 
     def knows_domains(self):
-        """The domains of Realiz3D are no input here."""
-        return False
+        """Whether the domain makes a difference."""
+        return self.shifters is not None
 
     def forward(self, x, t, text, control, text_mask=None, domains=None, frozen_blocks=0):
         """Predicts the noise in an image and its point map.
 
         x: (B, K, C, H, W), both noisy. t: (B,). text, text_mask: as in `DiT.forward`. control: views of the asset and
-        their maps, (B, K, V, C, H, W), uint8 pixels or in the model's range; black where there are none. domains,
-        frozen_blocks: Realiz3D's, not used. Returns epsilon like x.
+        their maps, (B, K, V, C, H, W), uint8 pixels or in the model's range; black where there are none. domains:
+        (N_B, B), read where there are shifters. frozen_blocks: Realiz3D's, not used. Returns epsilon like x.
         """
         dit, (B, K) = self.dit, x.shape[:2]
         views = to_pixels(control) if control.dtype == torch.uint8 else control
@@ -174,7 +184,12 @@ class RefAny3D(nn.Module):
         reads = torch.ones(G, K, 1, 1, device=x.device)
         if self.config.text_agnostic:
             reads[0, 1:] = 0                                                    # the image's map
-        for block, branch_block in zip(dit.blocks, self.blocks):
+        shift = None if self.shifters is None else self.shifters(domains)                           # (N_B, B, d)
+        for k, (block, branch_block) in enumerate(zip(dit.blocks, self.blocks)):
+            if shift is not None:
+                of_image = torch.zeros_like(h[:, :, :, :1])                                         # (B, G, K, 1, d)
+                of_image[:, 0, 0, 0] = shift[k]
+                h = h + of_image
             h = branch_block(block, h, mod, text, text_mask, reads)
         shift, scale = (dit.final_table[:, None, None] + t_emb[:, None, :, None]).unbind(1)         # (B, K, 1, d)
         out = dit.final_linear(modulate(dit.final_norm(h[:, 0]), shift, scale))                     # (B, K, N, ..)
@@ -257,7 +272,7 @@ def load_refany3d(path, base, device="cpu"):
     if kind != RefAny3DAdapter.kind or not config or not known or config["num_references"] not in VIEW_COUNTS \
             or not 1 <= config["rank"] <= MOST["rank"]:
         raise ValueError(f"{path} holds no RefAny3D: train one with python -m related.refany3d")
-    network = RefAny3D(dit, References(**config))
+    network = RefAny3D(dit, References(**config), shifters=load_shifters(path, device, dit.config))
     load_strictly(network.adapter, weights, path)
     return network.to(device).eval()
 
@@ -267,9 +282,16 @@ def train_refany3d(args, launched):
     config = References(**{field.name: getattr(args, field.name) for field in fields(References)})
     sets, device = f"{args.out}/sets", launched.device
     torch.manual_seed(args.seed)
-    network = RefAny3D(base_model(args, device), config)
-    scenes = on_rank_0_first(launched, lambda: scene_set(args.num_assets, folder=sets, device=device))
-    held = on_rank_0_first(launched, lambda: scene_set(SHOWN, SEEDS["evaluation"], folder=sets, device=device))
+    base = base_model(args, device)
+    shifters = load_shifters(args.shifters, device, base.config) if args.shifters else None
+    if args.shifters and shifters is None:
+        raise ValueError(f"{args.shifters} holds no Domain Shifters: train them with train_stage1.py")
+    network = RefAny3D(base, config, shifters=shifters)
+
+    def make(num, seed):
+        return on_rank_0_first(launched, lambda: scene_set(num, seed, style="render" if args.renders else "photo",
+                                                           folder=sets, device=device))
+    scenes, held = make(args.num_assets, SEEDS["synthetic"]), make(SHOWN, SEEDS["evaluation"])
     held = {name: value[::SCENES] for name, value in held.items()}              # one scene of each asset
     args.images_per_grid = 1 + config.points
 
@@ -279,7 +301,8 @@ def train_refany3d(args, launched):
     def preview(path):
         draw_sheet(path, network, held, Sampling(num_steps=args.picture_steps))
     losses = train(network, {"syn": branches(scenes, config)}, {"text": tokenize([""])}, plan, args, launched, preview)
-    return save_trained(f"{args.out}/{args.name}.safetensors", network, args, losses, launched, keep=("adapter",))
+    path = f"{args.out}/{args.name}.safetensors"
+    return save_trained(path, network, args, losses, launched, keep=("adapter", "shifters"))
 
 
 def draw_objects(args):
@@ -298,7 +321,8 @@ def draw_objects(args):
     if args.mesh is not None:
         references = mesh_references(args.mesh)
     else:
-        scenes = scene_set(max(numbers) + 1, SEEDS["evaluation"], folder=f"{folder}/sets", device=device)
+        style = "render" if network.config.renders else "photo"
+        scenes = scene_set(max(numbers) + 1, SEEDS["evaluation"], style=style, folder=f"{folder}/sets", device=device)
         references = scenes["references"][[k * SCENES for k in numbers]]
     sampling = Sampling(num_steps=args.num_steps, cfg_scale=args.view_scale, seed=args.seed)
     references = references.expand(len(text), *references.shape[1:])
@@ -321,6 +345,8 @@ def parse_args(argv=None):
                        ("shared_positions", "a map has the positions of its image"),
                        ("text_agnostic", "the image's map does not see the text"), ("domain_lora", "Domain-LoRA")):
         add(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"{what} (default: yes)")
+    add("--renders", action="store_true", help="learn from renders in place of photographs")
+    add("--shifters", help="Realiz3D's Domain Shifters, of train_stage1.py, to stand in the base model")
     add("--prompt", nargs="+", help="draw instead of training: captions, as \"a mug, sunset background\"")
     add("--object", type=within(0, 10 ** 4 - 1), nargs="+", help="numbers of held-out assets to draw (default 14)")
     add("--mesh", help="or the asset to draw: a mesh with its texture or vertex colours (GLB, glTF, OBJ, PLY; needs "
@@ -329,10 +355,11 @@ def parse_args(argv=None):
     add("--view_scale", type=finite, default=1.0, help="guidance on the views for them, 1 = none (default 1)")
     parser.set_defaults(adapter=None)
     args = parse_training(parser, "-m related.refany3d", argv)
+    args.shifted = args.shifters is not None
     drawing = {"prompt", "object", "mesh", "num_steps", "view_scale"}
     unread = {*drawing, "synthetic", "real", "real_steps"}
     if args.prompt:
-        unread = vars(args).keys() - drawing - {"out", "name", "base", "seed", "threads", "command"}
+        unread = vars(args).keys() - drawing - {"out", "name", "base", "seed", "threads", "command", "shifted"}
     refuse_unread(parser, args, sorted(unread), "beside --prompt: it draws" if args.prompt else "in a training")
     return args
 

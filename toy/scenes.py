@@ -18,16 +18,17 @@ SIDES = tuple(range(0, 360, 45))        # azimuths of an asset's views, degrees
 SCENES = 4                              # of an asset
 
 
-def scene_set(num, seed=SEEDS["synthetic"], unseen=False, size=32, folder="runs/toy/sets", device="cpu"):
+def scene_set(num, seed=SEEDS["synthetic"], unseen=False, style="photo", size=32, folder="runs/toy/sets", device="cpu"):
     """SCENES scenes of each of num assets -> image uint8 (N, 2, 3, H, W), photograph and point map; references uint8
     (N, 2, 8, 3, H, W), photographs and point maps of SIDES; text int64 (N, L); labels int64 (N, 3) = category, color,
     material; N = num SCENES, the scenes of an asset in a row.
 
-    unseen: other scenes of the same assets, before the one background that each asset otherwise never has.
+    unseen: other scenes of the same assets, before the one background that each asset otherwise never has. style:
+    "render" draws scenes and references as an asset artist would, not as photographs.
     """
     def draw(assets, first):
         assets = exaggerated(assets)
-        sides = render(assets, Look("photo", seed=10 ** 6 * seed + first), SIDES, size, device=device)
+        sides = render(assets, Look(style, seed=10 ** 6 * seed + first), SIDES, size, device=device)
         references = torch.stack([to_uint8(2 * sides.rgb - 1), point_map(sides)], dim=1)         # (n, 2, 8, 3, H, W)
         repeated = take(assets, torch.arange(len(assets.category)).repeat_interleave(SCENES))
         u = uniforms(len(repeated.category), seed + (3000 if unseen else 2000), 8, SCENES * first).float()
@@ -35,13 +36,14 @@ def scene_set(num, seed=SEEDS["synthetic"], unseen=False, size=32, folder="runs/
         kept_out = (first + torch.arange(len(u)) // SCENES) % len(backgrounds)
         other = (kept_out + 1 + (u[:, 0] * (len(backgrounds) - 1)).long()) % len(backgrounds)
         names = [backgrounds[k] for k in (kept_out if unseen else other)]
-        look = Look("photo", names, 10 ** 6 * seed + SCENES * first, frame=frames(u[:, 1:4]))
+        look = Look(style, names, 10 ** 6 * seed + SCENES * first, frame=frames(u[:, 1:4]))
         views = render(repeated._replace(light=lights(u[:, 4:6])), look, 360 * u[:, 6:7], size, elevation=45 * u[:, 7],
                        device=device)
         text = tokenize([f"a {CATEGORIES[k]}, {name} background" for k, name in zip(repeated.category, names)])
         return dict(image=torch.cat([to_uint8(2 * views.rgb - 1), point_map(views)], dim=1), text=text,
                     references=references.repeat_interleave(SCENES, 0), labels=torch.stack(repeated[:3], dim=1))
-    return build_set(f"scenes{'_unseen' * unseen}", num, seed, size, folder, draw)
+    kind = "scenes" + "_unseen" * unseen + "_renders" * (style == "render")
+    return build_set(kind, num, seed, size, folder, draw)
 
 
 def point_map(views):

@@ -8,6 +8,7 @@ import torch
 from conftest import TINY, random_model, refuses, run_main
 
 from dit import PRESETS, save_model, timestep_embedding
+from domain_shifter import REAL, SYN, DomainShifters, ShiftedDiT, uniform_domains
 from related import refany3d
 from related.refany3d import RefAny3D, References, TwoLoRAs, branch_positions, branches, draw, load_refany3d
 from sample import Sampling
@@ -40,6 +41,26 @@ def test_before_training_the_image_is_the_base_models():
         f"adapter.{name}" for name, _ in made.adapter.named_parameters()}
     torch.nn.init.ones_(made.adapter.blocks[0].gate)                            # then it looks at the asset
     assert (made(x, t, text, control)[:, :1] - base(x[:, :1], t, text)).abs().max() > 1e-3
+
+
+def test_realiz3ds_shifters_move_the_images_tokens_alone():
+    """Before training the image is Realiz3D's in either domain; the tokens of maps and views stay as they are."""
+    base = random_model()
+    shifters = DomainShifters(TINY)
+    torch.nn.init.normal_(shifters.W_left)
+    made, x_t_text_control = RefAny3D(base, VIEWS, shifters=shifters), inputs()
+    x, t, text, control = (z.float() if z.is_floating_point() else z for z in x_t_text_control)
+    images, taken = [], []
+    made.blocks[0].register_forward_pre_hook(lambda module, given: taken.append(given[1]))
+    for domain in (SYN, REAL):
+        domains = uniform_domains(domain, TINY.depth, 2)
+        images.append(made(x, t, text, control, domains=domains)[:, :1])
+        assert torch.allclose(images[-1], ShiftedDiT(base, shifters)(x[:, :1], t, text, domains), atol=1e-5)
+    moved = (taken[1] - taken[0]).abs().amax(dim=(0, 3, 4))                     # (G, K)
+    assert moved[0, 0] > 1e-2 and (images[1] - images[0]).abs().max() > 1e-3
+    moved[0, 0] = 0
+    assert moved.max() == 0 and made.knows_domains() and not RefAny3D(base, VIEWS).knows_domains()
+    assert not any(p.requires_grad for p in made.shifters.parameters())
 
 
 def test_each_branch_attends_to_what_the_table_says():
@@ -188,3 +209,14 @@ def test_trained_and_read_back(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds no RefAny3D: train one with python -m related.refany3d"):
         load_refany3d(base, base)
     refuses(refany3d, [*flags, "--preset", "small"], 2, "preset small")
+    # on renders, with Realiz3D's shifters
+    shifters = DomainShifters(small)
+    torch.nn.init.normal_(shifters.W_left)
+    save_model(str(tmp_path / "shifters.safetensors"), small, shifters=shifters)
+    run_main(refany3d, *flags, "--renders", "--shifters", tmp_path / "shifters.safetensors", "--name", "renders")
+    made = load_refany3d(str(tmp_path / "renders.safetensors"), base)
+    assert made.config == References(renders=True, shifted=True)
+    assert torch.equal(made.shifters.W_left, shifters.W_left.half().float())
+    assert list((tmp_path / "sets").glob("scenes_renders_3_*"))
+    run_main(refany3d, *drawing, "--name", "renders", "--prompt", "a mug, sunset background")
+    refuses(refany3d, [*flags, "--shifters", base, "--name", "none"], 1, "holds no Domain Shifters")
