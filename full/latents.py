@@ -36,15 +36,27 @@ WRITERS = "python -m full.latents encode or python -m full.real_set"
 # Writing
 
 
-def encode_objects(objects, out, encoders, size, shard, launched):
-    """Encodes every rendered object below `objects` into OUT/FIRST_ID.safetensors, `shard` objects a file.
+def encode_object(folder, encode_image, encode_text, size):
+    """({name: float16 tensor} as a shard has them, caption) of one rendered object."""
+    caption, views = read_object(folder)
+    if views.rgb.shape[-2:] != (size, size):
+        raise ValueError(f"{folder} has views of {tuple(views.rgb.shape[-2:])} pixels, not {size} x {size} (--size)")
+    normal, position = control_maps(views)[0].split(3, dim=1)                                       # (V, 3, H, W)
+    latents = encode_image(torch.cat([2 * views.rgb[0] - 1, normal, position])).half()              # (3 V, 2, C, h, w)
+    tensors = {f"{folder.name}.{name}": part for name, part in zip(MAPS, latents.chunk(3))}
+    tensors[f"{folder.name}.text"] = encode_text([caption])[0].half()
+    return tensors, caption
 
-    encoders: Encoders. size: pixels to a side that the views must have. The shard's header says under "shard" how it
-    was made and holds the captions. Shards are spread over the ranks of torchrun; each is a pure function of its
-    objects and written whole, so that a run that was stopped goes on. Raises ValueError where `out` holds shards made
-    otherwise or of other objects, and naming the file of a bad object.
+
+def encode_objects(folders, out, encoders, size, shard, launched, encode=encode_object):
+    """Encodes every folder of a rendered object into OUT/FIRST_ID.safetensors, `shard` objects a file.
+
+    encoders: Encoders. size: pixels to a side that the views must have. encode: what makes of a folder its tensors and
+    caption. The shard's header says under "shard" how it was made and holds the captions. Shards are spread over the
+    ranks of torchrun; each is a pure function of its objects and written whole, so that a run that was stopped goes
+    on. Raises ValueError where `out` holds shards made otherwise or of other objects, and naming the file of a bad
+    object.
     """
-    folders = object_folders(objects)
     key = dict(vae=encoder_id(encoders.vae), text_encoder=encoder_id(encoders.text_encoder), size=size,
                scale=LATENT_SCALE, dtype="float16")
     shards = {f"{out}/{folders[k].name}.safetensors": folders[k:k + shard] for k in range(0, len(folders), shard)}
@@ -60,23 +72,11 @@ def encode_objects(objects, out, encoders, size, shard, launched):
         for path, members in mine.items():
             tensors, captions = {"null_text": null_text}, {}
             for folder in members:
-                encoded, captions[folder.name] = encode_object(folder, encode_image, encode_text, size)
+                encoded, captions[folder.name] = encode(folder, encode_image, encode_text, size)
                 tensors |= encoded
                 progress.update()
             save_tensors(path, tensors, shard=dict(key=key, captions=captions))     # one entry: several have no order
     barrier(launched)
-
-
-def encode_object(folder, encode_image, encode_text, size):
-    """({name: float16 tensor} as a shard has them, caption) of one rendered object."""
-    caption, views = read_object(folder)
-    if views.rgb.shape[-2:] != (size, size):
-        raise ValueError(f"{folder} has views of {tuple(views.rgb.shape[-2:])} pixels, not {size} x {size} (--size)")
-    normal, position = control_maps(views)[0].split(3, dim=1)                                       # (V, 3, H, W)
-    latents = encode_image(torch.cat([2 * views.rgb[0] - 1, normal, position])).half()              # (3 V, 2, C, h, w)
-    tensors = {f"{folder.name}.{name}": part for name, part in zip(MAPS, latents.chunk(3))}
-    tensors[f"{folder.name}.text"] = encode_text([caption])[0].half()
-    return tensors, caption
 
 
 def left_to_write(shards, launched):
@@ -245,7 +245,7 @@ def main(argv=None):
     if args.command == "read":
         return benchmark_reading(args.folder, PRESETS["full"], args.workers)
     launched, encoders = launch(), Encoders(args.vae, args.text_encoder)
-    encode_objects(args.objects, args.out, encoders, args.size, args.shard, launched)
+    encode_objects(object_folders(args.objects), args.out, encoders, args.size, args.shard, launched)
     if launched.rank == 0:
         print(f"the shards are in {args.out}")
 

@@ -5,6 +5,7 @@
     python -m related.refany3d --mesh FILE.glb --prompt "a mug, sunset background"  # a textured mesh of your own
     python -m related.refany3d --no_shared_positions            # ablations; also --no_text_agnostic, --no_domain_lora,
                                                                 # --no_points, --num_references 4
+    torchrun --nproc_per_node=8 -m related.refany3d --preset full --base BASE --synthetic DIR   # see full/scenes.py
     python -m related.refany3d --renders --shifters runs/toy/shifters.safetensors   # beyond both papers, see below
 
 A point map colours each pixel with its place on the asset, the same in every view. The frozen base model draws the
@@ -28,10 +29,13 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 
-from data import SEEDS
+from data import LATENT_SCALE, SEEDS
 from dit import modulate, position_embedding, timestep_embedding
 from domain_shifter import load_part, load_shifters
-from sample import Sampling, load_network, sample_images
+from full.encoders import encode_captions, load_text_encoder, load_vae
+from full.pixart import load_base
+from full.scenes import SceneLatents
+from sample import Sampling, sample_images
 from support.files import load_strictly, read_metadata
 from support.launch import UsageError, finite, launch, on_rank_0_first, run_cli, some_steps, within
 from support.pictures import save_picture, to_pixels, to_uint8
@@ -41,7 +45,7 @@ from toy.world import VOCAB, tokenize
 from training.estimate import choose, launch_training
 from training.flags import MOST, parse_training, refuse_unread, training_arguments
 from training.loop import Iteration, save_trained, train
-from training.sets import base_model, base_path
+from training.sets import base_model, base_path, null_caption
 
 SHOWN = 4                               # held-out assets of the picture
 VIEW_COUNTS = (1, 2, 4, 6, 8)
@@ -171,8 +175,8 @@ class RefAny3D(nn.Module):
         """Predicts the noise in an image and its point map.
 
         x: (B, K, C, H, W), both noisy. t: (B,). text, text_mask: as in `DiT.forward`. control: views of the asset and
-        their maps, (B, K, V, C, H, W), uint8 pixels or in the model's range; black where there are none. domains:
-        (N_B, B), read where there are shifters. frozen_blocks: Realiz3D's, not used. Returns epsilon like x.
+        their maps, (B, K, V, C, H, W), uint8 pixels or in the model's range; black (latents: 0) where there are none.
+        domains: (N_B, B), read where there are shifters. frozen_blocks: Realiz3D's, not used. Returns epsilon like x.
         """
         dit, (B, K) = self.dit, x.shape[:2]
         views = to_pixels(control) if control.dtype == torch.uint8 else control
@@ -240,31 +244,43 @@ def branches(scenes, config):
     return images | dict(text=scenes["text"], control=control)
 
 
-def draw(network, scenes, sampling=Sampling()):
-    """Images and their maps (N, K, 3, H, W) in [-1, 1] of scenes; sampling.cfg_scale: guidance on the views."""
-    inputs = branches(scenes, network.config)
-    control = to_pixels(inputs["control"])
-    inputs = dict(text=inputs["text"], control=control, null={"control": torch.full_like(control[:1], -1)})
-    return sample_images(network, inputs, sampling, views=control.shape[1])
+def caption_words(text):
+    """The words of a toy caption (L,) of ids."""
+    return " ".join(VOCAB[word] for word in text if word > 1)
 
 
-def draw_sheet(path, network, scenes, sampling=Sampling()):
+def draw(network, scenes, sampling=Sampling(), vae=None):
+    """Images and their maps (N, K, 3, H, W) in [-1, 1] of scenes; sampling.cfg_scale: guidance on the views.
+
+    vae: (encode, decode) of `load_vae`, for a model of latents, whose scenes have "text", "text_mask" in vectors.
+    """
+    control = branches(scenes, network.config)["control"]                                           # (N, K, V, 3, H, W)
+    shape, control = control.shape[:3], to_pixels(control)
+    if vae:
+        means = [vae[0](view[None])[0, 0] for view in control.flatten(0, 2)]                        # (C, h, w) each
+        control = LATENT_SCALE * torch.stack(means).unflatten(0, shape)
+    nothing = torch.full_like(control[:1], 0 if vae else -1)
+    inputs = {name: scenes[name] for name in ("text", "text_mask") if name in scenes}
+    drawn = sample_images(network, inputs | dict(control=control, null={"control": nothing}), sampling, views=shape[1])
+    return vae[1](drawn.flatten(0, 1)).unflatten(0, shape[:2]) if vae else drawn
+
+
+def draw_sheet(path, network, scenes, sampling=Sampling(), vae=None):
     """Writes a picture: for each scene the views of its asset, the image drawn and the true one where the scenes have
-    it ("image"), and below them the point maps."""
-    drawn, rows = to_uint8(draw(network, scenes, sampling)), []
+    it ("image"), and below them the point maps; on the left its "captions"."""
+    drawn, rows = to_uint8(draw(network, scenes, sampling, vae)), []
     for k, image in enumerate(drawn):
         for kind in range(len(image)):
             cells = [scenes["references"][k, kind], image[kind, None]]
             cells += [scenes["image"][k, kind, None]] if "image" in scenes else []
-            words = " ".join(VOCAB[word] for word in scenes["text"][k] if word > 1)
-            rows.append(("" if kind else words, torch.cat(cells)))
+            rows.append(("" if kind else scenes["captions"][k], torch.cat(cells)))
     titles = [f"{azimuth} degrees" for azimuth in SIDES] + ["drawn"] + ["truth"] * ("image" in scenes)
     save_picture(path, rows, column_titles=titles)
 
 
 def load_refany3d(path, base, device="cpu"):
     """RefAny3D from its adapter's file, beside the base model's. Raises ValueError where either is another thing."""
-    dit = load_network(base, device).dit
+    dit = load_base(base, device)
     _, weights, kind = load_part(path, "adapter", dit.config)
     made = read_metadata(path).get("settings")
     config = {field.name: made.get(field.name) for field in fields(References)} if isinstance(made, dict) else {}
@@ -281,6 +297,8 @@ def train_refany3d(args, launched):
     """Trains the adapter beside the frozen base model -> OUT/NAME.safetensors, and a picture of held-out assets."""
     config = References(**{field.name: getattr(args, field.name) for field in fields(References)})
     sets, device = f"{args.out}/sets", launched.device
+    if args.preset == "full" and not args.synthetic:
+        raise UsageError("--preset full needs --synthetic DIR: shards of scenes, from python -m full.scenes encode")
     torch.manual_seed(args.seed)
     base = base_model(args, device)
     shifters = load_shifters(args.shifters, device, base.config) if args.shifters else None
@@ -288,19 +306,23 @@ def train_refany3d(args, launched):
         raise ValueError(f"{args.shifters} holds no Domain Shifters: train them with train_stage1.py")
     network = RefAny3D(base, config, shifters=shifters)
 
-    def make(num, seed):
+    def toy_scenes(num, seed):
         return on_rank_0_first(launched, lambda: scene_set(num, seed, style="render" if args.renders else "photo",
                                                            folder=sets, device=device))
-    scenes, held = make(args.num_assets, SEEDS["synthetic"]), make(SHOWN, SEEDS["evaluation"])
-    held = {name: value[::SCENES] for name, value in held.items()}              # one scene of each asset
+    if base.config.latent:
+        scenes, preview = SceneLatents(args.synthetic, base.config, config.num_references, config.points), None
+    else:
+        scenes, held = toy_scenes(args.num_assets, SEEDS["synthetic"]), toy_scenes(SHOWN, SEEDS["evaluation"])
+        scenes, held = branches(scenes, config), {name: value[::SCENES] for name, value in held.items()}   # one of each
+        held["captions"] = [caption_words(row) for row in held["text"]]
+
+        def preview(path):
+            draw_sheet(path, network, held, Sampling(num_steps=args.picture_steps))
     args.images_per_grid = 1 + config.points
 
     def plan(step):
         return Iteration("syn", step, views=1 + config.points, control=True, control_dropout=0.1)
-
-    def preview(path):
-        draw_sheet(path, network, held, Sampling(num_steps=args.picture_steps))
-    losses = train(network, {"syn": branches(scenes, config)}, {"text": tokenize([""])}, plan, args, launched, preview)
+    losses = train(network, {"syn": scenes}, null_caption(base, scenes), plan, args, launched, preview)
     path = f"{args.out}/{args.name}.safetensors"
     return save_trained(path, network, args, losses, launched, keep=("adapter", "shifters"))
 
@@ -308,7 +330,7 @@ def train_refany3d(args, launched):
 def draw_objects(args):
     """Draws held-out assets, or that of --mesh, in the scenes of --prompt with what was trained ->
     OUT/refany3d_drawn.png."""
-    device, folder = launch(args.threads).device, args.out or "runs/toy"
+    device, folder = launch(args.threads).device, args.out or f"runs/{args.preset}"
     if args.mesh is not None and args.object:
         raise UsageError("--mesh and --object both name what to draw: give one of them")
     numbers = args.object or [14]
@@ -316,17 +338,28 @@ def draw_objects(args):
     if assets > 1 and len(args.prompt) not in (1, assets):
         raise UsageError(f"--prompt names {len(args.prompt)} scenes, --object {assets} assets: give one scene for "
                          "each, or one for all")
-    text = tokenize(args.prompt).expand(max(assets, len(args.prompt)), -1)
+    num = max(assets, len(args.prompt))
+    captions = args.prompt if len(args.prompt) == num else args.prompt * num
     network = load_refany3d(f"{folder}/{args.name or 'refany3d'}.safetensors", base_path(args), device)
-    if args.mesh is not None:
-        references = mesh_references(args.mesh)
+    config, vae = network.dit.config, None
+    if config.latent:
+        if args.mesh is None or not (args.vae and args.text_encoder):
+            raise UsageError("a model of latents draws a --mesh, and needs PixArt's --vae and --text_encoder")
+        vae, encode_text = load_vae(args.vae, device), load_text_encoder(args.text_encoder, device)
+        text = encode_captions(captions, encode_text, network.dit)
+        references = mesh_references(args.mesh, 8 * config.image_size)
     else:
-        style = "render" if network.config.renders else "photo"
-        scenes = scene_set(max(numbers) + 1, SEEDS["evaluation"], style=style, folder=f"{folder}/sets", device=device)
-        references = scenes["references"][[k * SCENES for k in numbers]]
+        text = {"text": tokenize(captions)}
+        if args.mesh is not None:
+            references = mesh_references(args.mesh)
+        else:
+            style = "render" if network.config.renders else "photo"
+            scenes = scene_set(max(numbers) + 1, SEEDS["evaluation"], style=style, folder=f"{folder}/sets",
+                               device=device)
+            references = scenes["references"][[k * SCENES for k in numbers]]
+    scenes = text | dict(captions=captions, references=references.expand(num, *references.shape[1:]))
     sampling = Sampling(num_steps=args.num_steps, cfg_scale=args.view_scale, seed=args.seed)
-    references = references.expand(len(text), *references.shape[1:])
-    draw_sheet(f"{folder}/refany3d_drawn.png", network, dict(references=references, text=text), sampling)
+    draw_sheet(f"{folder}/refany3d_drawn.png", network, scenes, sampling, vae)
     print(f"wrote {folder}/refany3d_drawn.png")
 
 
@@ -351,15 +384,18 @@ def parse_args(argv=None):
     add("--object", type=within(0, 10 ** 4 - 1), nargs="+", help="numbers of held-out assets to draw (default 14)")
     add("--mesh", help="or the asset to draw: a mesh with its texture or vertex colours (GLB, glTF, OBJ, PLY; needs "
         "trimesh)")
+    add("--vae", help="PixArt's vae folder, to draw with a model of latents (needs diffusers)")
+    add("--text_encoder", help="PixArt's text_encoder folder, likewise (needs transformers)")
     add("--num_steps", type=some_steps, default=50, help="DDIM steps for them (default %(default)s)")
     add("--view_scale", type=finite, default=1.0, help="guidance on the views for them, 1 = none (default 1)")
     parser.set_defaults(adapter=None)
     args = parse_training(parser, "-m related.refany3d", argv)
     args.shifted = args.shifters is not None
-    drawing = {"prompt", "object", "mesh", "num_steps", "view_scale"}
-    unread = {*drawing, "synthetic", "real", "real_steps"}
+    drawing = {"prompt", "object", "mesh", "num_steps", "view_scale", "vae", "text_encoder"}
+    unread = {*drawing, "real", "real_steps", "renders" if args.preset == "full" else "synthetic"}
     if args.prompt:
-        unread = vars(args).keys() - drawing - {"out", "name", "base", "seed", "threads", "command", "shifted"}
+        of_both = {"preset", "out", "name", "base", "seed", "threads", "command", "shifted"}
+        unread = vars(args).keys() - drawing - of_both
     refuse_unread(parser, args, sorted(unread), "beside --prompt: it draws" if args.prompt else "in a training")
     return args
 

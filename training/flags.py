@@ -25,6 +25,7 @@ LENGTHS = {
     ("small", "base"):      (100000, 256),
     ("toy", "selective"):   (300,      4),
     ("toy", "refany3d"):    (1000,     8),      # RefAny3D (related/): scenes
+    ("full", "refany3d"):   (30000,    8),      # its paper's steps, a scene on each of its GPUs
 }
 #                            lr   warmup  weight decay  EMA
 DEFAULTS = {
@@ -38,6 +39,7 @@ DEFAULTS = {
     ("small", "stage2"):    (1e-4,   200,         0.01, 0.999),
     ("full", "stage1"):     (5e-5,   100,          0.0,   0.0),
     ("full", "stage2"):     (5e-5,   100,         0.01,   0.0),
+    ("full", "refany3d"):   (1e-4,   100,          0.0,   0.0),
 }
 COLUMNS_OF_DEFAULTS = ("lr", "warmup", "weight_decay", "ema")
 
