@@ -87,8 +87,8 @@ def parse_args(argv=None):
     training_arguments(parser)
     parser.set_defaults(adapter=None, rank=None)
     args = parse_training(parser, "-m toy.pretrain", argv)
-    refuse_unread(parser, args, ["base", "synthetic", "real", "real_steps", "num_assets"], "for a base model, which is "
-                  "trained from nothing on its own images")
+    refuse_unread(parser, args, ["synthetic", "real", "real_steps", "num_assets"], "for a base model, which is trained "
+                  "on --num_base_images of its own world")
     return args
 
 
