@@ -25,6 +25,7 @@ LENGTHS = {
     ("small", "base"):      (100000, 256),
     ("toy", "selective"):   (300,      4),
     ("toy", "refany3d"):    (1000,     8),      # RefAny3D (related/): scenes
+    ("toy", "view_prior"):  (3000,    32),      # the prior of CAD (related/): images
     ("full", "refany3d"):   (30000,    8),      # its paper's steps, a scene on each of its GPUs
 }
 #                            lr   warmup  weight decay  EMA
@@ -34,6 +35,7 @@ DEFAULTS = {
     ("toy", "stage2"):      (1e-3,    50,         0.01,  0.99),
     ("toy", "selective"):   (2e-4,    20,         0.01,  0.98),     # layer-selective training (A.2)
     ("toy", "refany3d"):    (1e-3,    50,          0.0,  0.99),
+    ("toy", "view_prior"):  (1e-3,    50,         0.01,  0.99),
     ("small", "base"):      (3e-4,  1000,         0.01, 0.9999),
     ("small", "stage1"):    (1e-4,   100,          0.0,   0.0),
     ("small", "stage2"):    (1e-4,   200,         0.01, 0.999),
@@ -128,12 +130,12 @@ def fill_defaults(args, stage, launched):
         args.name = stage1_folder(args.adapter, args.rank) if stage == "stage1" else stage
     if args.muon is None:
         backbone = METHODS[getattr(args, "method", "realiz3d")].backbone
-        blocks_train = stage in ("base", "selective") or stage == "stage2" and backbone
+        blocks_train = stage in ("base", "selective", "view_prior") or stage == "stage2" and backbone
         args.muon = args.preset != "full" and blocks_train
     if args.workers is None:
         args.workers = 2 if on_cuda else 0
     args.loss = args.loss or ("even" if config.output_skip else "epsilon")
-    args.images_per_grid = 1 if stage == "base" else config.num_views
+    args.images_per_grid = 1 if stage in ("base", "view_prior") else config.num_views
     for name, least in LEAST.items():
         value, most = getattr(args, name, None), MOST.get(name, math.inf)
         if value is not None and not least <= value <= most:

@@ -1,0 +1,229 @@
+"""The 3D GAN of CAD (related/cad.py): EG3D's parts (Chan et al. 2022), small, and as CAD changes them.
+
+    z -> w -> three planes of features -> at any point a density and a colour -> volumetric rendering -> an image
+
+The generator knows no pose, the discriminator does. Symbols: B batch, C features of a plane, n its side, M rays or
+points, S samples of a ray. Cameras are the toy's, orthographic (geometry/camera.py); images are in [-1, 1], before
+white.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from geometry.camera import EXTENT, camera
+from toy.poses import BAND
+
+SAMPLES_A_RAY = 24
+REACH = 0.75                            # rays run from -REACH to REACH beside the middle, and objects in [-0.5, 0.5]^3
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Volumetric rendering
+
+
+def rays(azimuth, elevation, size, corner=None, side=None):
+    """Rays of the pixels of an image, or of a window of side x side of it with its upper left pixel at corner (B, 2)
+    (row, column) -> origins (B, M, 3) on the plane through the middle, directions (B, 3). Degrees, (B,) each."""
+    right, up, forward = camera(azimuth, elevation)                                                 # (B, 3)
+    side = side or size
+    first = torch.zeros(len(right), 2, dtype=torch.long) if corner is None else corner
+    place = (first[:, :, None] + torch.arange(side) + 0.5) / size * 2 - 1                           # (B, 2, side)
+    y, x = place[:, 0, :, None].expand(-1, side, side), place[:, 1, None].expand(-1, side, side)
+    origin = x[..., None] * right[:, None, None] - y[..., None] * up[:, None, None]                 # (B, side, side, 3)
+    return EXTENT * origin.flatten(1, 2).to(right), forward
+
+
+def lookup(planes, points):
+    """Features at points (B, M, 3) in [-0.5, 0.5]^3: the sum of what the planes xy, xz and zy (B, 3, C, n, n) hold
+    there, bilinear -> (B, M, C)."""
+    x, y, z = (2 * points).unbind(-1)
+    grid = torch.stack([torch.stack(pair, -1) for pair in ((x, y), (x, z), (z, y))], dim=1)         # (B, 3, M, 2)
+    values = F.grid_sample(planes.flatten(0, 1), grid.flatten(0, 1)[:, None], align_corners=False)  # (3 B, C, 1, M)
+    return values[:, :, 0].unflatten(0, (-1, 3)).sum(dim=1).transpose(1, 2)
+
+
+def render_rays(field, origins, direction, samples=SAMPLES_A_RAY, jitter=None):
+    """Volumetric rendering (Max 1995): what a ray meets, before white.
+
+    field(points (B, M, 3)) -> density (B, M), features (B, M, F) in [-1, 1], the first three a colour. jitter: (B, M,
+    samples) in [0, 1), where in its share of the ray a sample lies (stratified); None: in the middle. Matter ends at
+    the cube. Returns features (B, M, F), white (1) where nothing is, opacity (B, M), depth (B, M) along the direction.
+    """
+    width = 2 * REACH / samples
+    along = -REACH + width * (torch.arange(samples) + (0.5 if jitter is None else jitter))          # (.., S)
+    points = origins[:, :, None] + along[..., None] * direction[:, None, None]                      # (B, M, S, 3)
+    density, features = field(points.flatten(1, 2).clamp(-0.5, 0.5))
+    inside = (points.abs() <= 0.5).all(dim=-1)                                                      # (B, M, S)
+    alpha = 1 - torch.exp(-width * density.view_as(inside) * inside)
+    left = torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha], dim=-1), dim=-1)   # (B, M, S + 1)
+    weight = alpha * left[..., :-1]
+    opacity = 1 - left[..., -1]
+    seen = (weight[..., None] * features.unflatten(1, inside.shape[1:])).sum(dim=2)
+    depth = (weight * along).sum(dim=2) / opacity.clamp(min=1e-6)
+    return seen + (1 - opacity)[..., None], opacity, depth
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The generator
+
+
+class StyledConv(nn.Module):
+    """A convolution whose weights are scaled by a style and brought back to unit length (StyleGAN2, Karras et al.
+    2020), leaky ReLU after it."""
+
+    def __init__(self, inputs, outputs, w_dim, kernel=3, active=True):
+        super().__init__()
+        self.style = nn.Linear(w_dim, inputs)
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.active = active
+
+    def forward(self, x, w):
+        weight = self.weight * (1 + self.style(w))[:, None, :, None, None]                          # (B, out, in, k, k)
+        weight = weight * weight.square().sum(dim=(2, 3, 4), keepdim=True).add(1e-8).rsqrt()
+        out = F.conv2d(x.flatten(0, 1)[None], weight.flatten(0, 1), padding="same", groups=len(x))
+        out = out.view(len(x), -1, *x.shape[2:]) + self.bias[:, None, None]
+        return F.leaky_relu(out, 0.2) * 2 ** 0.5 if self.active else out
+
+
+def enlarged(x):
+    """Twice as many pixels to a side, bilinear."""
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+class Generator(nn.Module):
+    """z (B, 64) or w (B, 128), one for each layer or one for all, and a pose -> an image.
+
+    Stage 1: rendered at half the size, and enlarged by convolutions of the image. Stage 2 (`lift`): the planes are
+    enlarged, and rendering gives the image itself, so that all views are of one object.
+    """
+    z_dim, w_dim, features = 64, 128, 16
+
+    def __init__(self, size=32, plane_features=16):
+        super().__init__()
+        w, C = self.w_dim, plane_features
+        self.size, self.C = size, C
+        self.mapping = nn.Sequential(nn.Linear(self.z_dim, w), nn.LeakyReLU(0.2), nn.Linear(w, w), nn.LeakyReLU(0.2))
+        self.start = nn.Parameter(torch.randn(1, 128, 4, 4))
+        widths = [128, 96, 64, 64]                                      # of planes of 4, 8, 16, 32 to a side
+        self.synthesis = nn.ModuleList(StyledConv(a, b, w) for a, b in zip([128, *widths], widths))
+        self.to_planes = StyledConv(widths[-1], 3 * C, w, kernel=1, active=False)
+        self.decoder = nn.Sequential(nn.Linear(C, 64), nn.Softplus(), nn.Linear(64, 1 + self.features))
+        self.enlarge = nn.ModuleList([StyledConv(self.features, 32, w), StyledConv(32, 32, w)])
+        self.to_image = StyledConv(32, 3, w, kernel=1, active=False)
+        self.lift = nn.Sequential(nn.Conv2d(C, 64, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(64, 4 * C, 3, padding=1),
+                                  nn.PixelShuffle(2))
+        nn.init.zeros_(self.lift[2].weight)                             # at first it adds nothing
+        nn.init.zeros_(self.lift[2].bias)
+
+    def layers(self):
+        """How many layers take a w."""
+        return len(self.synthesis) + 1 + len(self.enlarge) + 1
+
+    def style(self, z):
+        """z (B, 64) -> w for all layers, (B, layers, 128)."""
+        z = z * z.square().mean(dim=1, keepdim=True).add(1e-8).rsqrt()
+        return self.mapping(z)[:, None].expand(-1, self.layers(), -1)
+
+    def planes(self, w, stage=1):
+        """(B, layers, 128) -> (B, 3, C, n, n): n is the image's side, in stage 2 twice that."""
+        x = self.start.expand(len(w), -1, -1, -1)
+        for k, conv in enumerate(self.synthesis):
+            x = conv(enlarged(x) if k else x, w[:, k])
+        planes = self.to_planes(x, w[:, len(self.synthesis)]).unflatten(1, (3, self.C))
+        if stage == 1:
+            return planes
+        flat = planes.flatten(0, 1)
+        return (enlarged(flat) + self.lift(flat)).unflatten(0, (-1, 3))
+
+    def field(self, planes):
+        """What planes say of points: field(points) for `render_rays`."""
+        def at(points):
+            density, features = self.decoder(lookup(planes, points)).split([1, self.features], dim=-1)
+            return 10 * F.softplus(density[..., 0] - 1), features.tanh()
+        return at
+
+    def draw(self, w, azimuth, elevation, jitter=None):
+        """Stage 1: the image (B, 3, size, size), and what volumetric rendering alone gives, enlarged, likewise."""
+        half = self.size // 2
+        origins, direction = rays(azimuth, elevation, half)
+        seen, _, _ = render_rays(self.field(self.planes(w)), origins, direction, jitter=jitter)
+        maps = enlarged(seen.transpose(1, 2).unflatten(2, (half, half)))                            # (B, F, size, size)
+        x, first = maps, len(self.synthesis) + 1
+        for k, conv in enumerate(self.enlarge):
+            x = conv(x, w[:, first + k])
+        image = maps[:, :3] + self.to_image(x, w[:, -1])
+        return image, maps[:, :3]
+
+    def draw_lifted(self, w, azimuth, elevation, corner=None, side=None):
+        """Stage 2: the image, or the window of it that `rays` takes, opacity and depth, (B, C, side, side) each."""
+        origins, direction = rays(azimuth, elevation, self.size, corner, side)
+        seen, opacity, depth = render_rays(self.field(self.planes(w, stage=2)), origins, direction)
+        side = side or self.size
+        maps = torch.cat([seen[..., :3], opacity[..., None], depth[..., None]], dim=-1)
+        return maps.transpose(1, 2).unflatten(2, (side, side)).split([3, 1, 1], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The discriminator
+
+
+def absolute_pose(azimuth, elevation):
+    """(B, 3): sine and cosine of the azimuth, the elevation in [-1, 1]. Degrees, (B,) each."""
+    turn, middle = torch.deg2rad(azimuth), sum(BAND) / 2
+    return torch.stack([turn.sin(), turn.cos(), (elevation - middle) / (BAND[1] - middle)], dim=1)
+
+
+class Discriminator(nn.Module):
+    """How real an image (B, channels, size, size) looks as one of a pose (B, 3), (B,): the pose enters by projection
+    (Miyato & Koyama 2018)."""
+
+    def __init__(self, channels, size):
+        super().__init__()
+        widths, stages = [48, 64, 96, 128], []
+        before = channels
+        for width in widths[:size.bit_length() - 3]:                    # down to 4 x 4
+            stages += [nn.Conv2d(before, width, 3, padding=1), nn.LeakyReLU(0.2), nn.AvgPool2d(2)]
+            before = width
+        self.body = nn.Sequential(*stages, nn.Conv2d(before, 128, 3, padding=1), nn.LeakyReLU(0.2))
+        self.last = nn.Sequential(nn.Linear(129 * 16, 128), nn.LeakyReLU(0.2))
+        self.pose = nn.Sequential(nn.Linear(3, 128), nn.LeakyReLU(0.2), nn.Linear(128, 128))
+        self.score = nn.Linear(128, 1)
+
+    def forward(self, images, pose):
+        x = self.body(images)                                                                       # (B, 128, 4, 4)
+        spread = x.std(dim=0).mean().expand(len(x), 1, *x.shape[2:])    # all alike, all false (Karras et al. 2018)
+        x = self.last(torch.cat([x, spread], dim=1).flatten(1))
+        return self.score(x)[:, 0] + (x * self.pose(pose)).sum(dim=1) / 128 ** 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What keeps it from overfitting (ADA, Karras et al. 2020; R1, Mescheder et al. 2018)
+
+
+def augment(images, share, generator):
+    """Each of the images (B, C, H, W), of three colours a picture, with probability `share`: moved by up to an eighth,
+    white behind; likewise brighter or darker; likewise more or less saturated. Differentiable."""
+    B, C, size, _ = images.shape
+    where = torch.rand(3, B, generator=generator) < share
+    reach = size // 8
+    shift = torch.randint(-reach, reach + 1, (B, 2), generator=generator) * where[0][:, None]
+    moved = F.pad(images, (reach,) * 4, value=1.0)
+    images = torch.stack([image[:, reach + dy:reach + dy + size, reach + dx:reach + dx + size]
+                          for image, (dy, dx) in zip(moved, shift.tolist())])
+    gain = 1 - where[1] * 0.3 * torch.rand(B, generator=generator)
+    images = 1 - (1 - images) * gain[:, None, None, None]
+    share_of_gray = where[2] * torch.rand(B, generator=generator)
+    gray = images.view(B, C // 3, 3, size, size).mean(dim=2).repeat_interleave(3, dim=1)
+    return images + share_of_gray[:, None, None, None] * (gray - images)
+
+
+def adapted(share, real_scores, batches, target=0.6, ramp=500):
+    """ADA: the probability of augmentation after `batches` more, in [0, 1]. It goes up while more than `target` of the
+    real images' scores have the sign +, less those of -, and down else; from 0 to 1 it takes `ramp` batches."""
+    return min(1.0, max(0.0, share + (1 if float(real_scores.sign().mean()) > target else -1) * batches / ramp))
+
+
+def r1(scores, images):
+    """Half the squared length of the scores' gradient by the images (which require one), mean over them."""
+    gradient, = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    return gradient.square().flatten(1).sum(1).mean() / 2

@@ -1,0 +1,129 @@
+"""The prior of CAD (related/cad.py): a view-conditioned diffusion model, as Zero-1-to-3 (Liu et al. 2023).
+
+    python -m related.view_prior                                # fine-tunes the base model on pairs of renders
+
+It draws the object of a reference image from another pose: the reference comes through the control channels, the pose
+beside the time embedding.
+"""
+import argparse
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+
+from data import SEEDS
+from dit import DiT, load_model
+from sample import Sampling, sample_images
+from support.files import load_strictly, load_tensors, read_metadata
+from support.launch import on_rank_0_first, run_cli
+from support.pictures import save_picture, to_uint8
+from toy.poses import VIEWS_EACH, pose_set
+from toy.world import tokenize
+from training.estimate import choose, launch_training
+from training.flags import parse_training, refuse_unread, training_arguments
+from training.loop import Iteration, save_trained, train
+from training.sets import base_model
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class PoseEmbedding(nn.Module):
+    """A pose (B, 4), see `pose_numbers`, as a vector (B, d) beside the time embedding; zero before training."""
+    kind = "pose"
+
+    def __init__(self, width):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, width), nn.SiLU(), nn.Linear(width, width))
+        nn.init.zeros_(self.layers[2].weight)
+        nn.init.zeros_(self.layers[2].bias)
+
+    def forward(self, pose):
+        return self.layers(pose)
+
+
+class ViewPrior(nn.Module):
+    """A DiT that draws the object of a reference image from another pose: the reference comes through the control
+    channels, the pose beside the time."""
+    shifters = None
+
+    def __init__(self, dit):
+        super().__init__()
+        self.dit, self.adapter, self.pose = dit, PoseEmbedding(dit.config.width), None
+        dit.t_embedder.register_forward_hook(lambda module, inputs, out: out + self.adapter(self.pose).to(out.dtype))
+
+    def knows_domains(self):
+        """Realiz3D's domains are no input here."""
+        return False
+
+    def forward(self, x, t, text, control, domains=None, frozen_blocks=0):
+        """As `DiT.forward`; control (B, 1, 7, H, W): see `view_control`, all zeros where there is no reference."""
+        self.pose = control[:, 0, 3:, 0, 0].to(x)                                                   # (B, 4)
+        return self.dit(x, t, text, control=control[:, :, :3])
+
+
+def new_prior(base):
+    """ViewPrior on the weights of a base model: what its control channels were is left out."""
+    dit = DiT(replace(base.config, control_channels=3, num_views=0))
+    kept = {name: tensor for name, tensor in base.state_dict().items()
+            if name not in ("control_embedder.weight", "view_encoding")}
+    dit.load_state_dict(kept | {"control_embedder.weight": dit.control_embedder.weight})
+    return ViewPrior(dit)
+
+
+def load_prior(path, device="cpu"):
+    """ViewPrior from its file. Raises ValueError where it is another thing."""
+    if read_metadata(path).get("adapter_kind") != PoseEmbedding.kind:
+        raise ValueError(f"{path} holds no view-conditioned model: train one with python -m related.view_prior")
+    weights, _ = load_tensors(path)
+    prior = ViewPrior(load_model(path))
+    load_strictly(prior.adapter, {name.removeprefix("adapter."): tensor.float() for name, tensor in weights.items()
+                                  if name.startswith("adapter.")}, path)
+    return prior.to(device).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_prior(args, launched):
+    """Fine-tunes the base model on pairs of renders -> OUT/NAME.safetensors, and a picture of held-out objects."""
+    folder, device = f"{args.out}/sets", launched.device
+    torch.manual_seed(args.seed)
+    prior = new_prior(base_model(args, device)).to(device)
+    pairs = on_rank_0_first(launched, lambda: pose_set(args.num_assets, folder=folder, device=device))
+    held = on_rank_0_first(launched, lambda: pose_set(12, SEEDS["evaluation"], folder=folder, device=device))
+    held = {name: value[::VIEWS_EACH] for name, value in held.items()}           # one view of each
+
+    def plan(step):
+        return Iteration("syn", step, views=1, control=True, control_dropout=0.1)
+
+    def preview(path):
+        drawn = sample_images(prior, held, Sampling(num_steps=args.picture_steps))
+        rows = [("reference", to_uint8(held["control"][:, 0, :3].float())), ("drawn", to_uint8(drawn)[:, 0]),
+                ("truth", held["image"][:, 0])]
+        save_picture(path, rows)
+    args.images_per_grid = 1
+    losses = train(prior, {"syn": pairs}, {"text": tokenize([""])}, plan, args, launched, preview)
+    return save_trained(f"{args.out}/{args.name}.safetensors", prior, args, losses, launched, keep=("model", "adapter"))
+
+
+def parse_args(argv=None):
+    """The command line of this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    training_arguments(parser)
+    parser.set_defaults(adapter=None, rank=None, num_assets=2000)
+    args = parse_training(parser, "-m related.view_prior", argv)
+    refuse_unread(parser, args, ["synthetic", "real", "real_steps"], "here: the toy world has its own pairs")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    launched = launch_training(args, "view_prior", __name__ == "__main__")
+    choose(args, launched, args.name)
+    train_prior(args, launched)
+
+
+if __name__ == "__main__":
+    run_cli(main)
