@@ -44,7 +44,7 @@ from support.speed import CPU_DTYPES, autocast, choose_dtype
 from toy.render import asset_mesh
 from toy.world import WORLD_VERSION, exaggerated, sample_assets, take, tokenize
 
-CFG_SCALE = 1.5         # guidance on the text, 1 = none, with which the toy's base model is closest to photographs
+CFG_SCALE = 1.5         # guidance on the text, 1 = none: materials show, and photographs are as close (docs/toy.md)
 LATENT_CFG_SCALE = 4.5  # PixArt-alpha's, which draws poorly without
 MODES = {"syn": "synthetic mode", "real": "real mode", "shifted": "shifted"}
 

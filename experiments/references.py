@@ -160,12 +160,12 @@ def matched_patches(image, shown, references, size=5, least=0.8):
 # Cases, rows, the table
 
 
-def evaluation_cases(num, folder, style="photo"):
+def evaluation_cases(num, folder, renders=False):
     """(scenes of num cases, their Assets): the first half of assets that no training saw, the others of known ones
-    before the background that each was never shown before. style: see `scene_set`."""
+    before the background that each was never shown before. renders: see `scene_set`."""
     parts = []
     for count, seed, unseen in ((num - num // 2, SEEDS["evaluation"], False), (num // 2, SEEDS["synthetic"], True)):
-        parts.append((scene_set(count, seed, unseen, style, folder=folder), sample_assets(count, seed)))
+        parts.append((scene_set(count, seed, unseen, renders, folder=folder), sample_assets(count, seed)))
     scenes = {name: torch.cat([scenes[name][::SCENES] for scenes, _ in parts]) for name in parts[0][0]}
     return scenes, exaggerated(Assets(*(torch.cat(fields) for fields in zip(*(assets for _, assets in parts)))))
 
@@ -230,7 +230,7 @@ def run_rows(args):
         return rows
     sheet = {PERFECT: scenes["image"]}
     rows = keep(PERFECT, scenes["image"])
-    renders = scenes | {"references": evaluation_cases(args.num, sets, "render")[0]["references"]}
+    renders = scenes | {"references": evaluation_cases(args.num, sets, renders=True)[0]["references"]}
     for label in todo:
         sheet[label] = drawn_row(label, renders if "renders" in label else scenes, args, device)
         rows = keep(label, sheet[label])

@@ -22,9 +22,11 @@ import argparse
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from data import LATENT_SCALE
 from full.encoders import Encoders, padded
@@ -32,7 +34,7 @@ from full.latents import LatentSet, encode_objects
 from full.objects import first_of, object_folders, read_pixels
 from support.files import write_text
 from support.launch import a_seed, launch, run_cli, within
-from toy.scenes import SCENES, SIDES, scene_set
+from toy.scenes import SIDES, scene_set
 from toy.world import VOCAB
 
 VIEWS = len(SIDES)
@@ -78,15 +80,15 @@ def encode_scene(folder, encode_image, encode_text, size):
 
 def write_toy_scenes(out, num, size, seed):
     """Writes `num` toy scenes, each of another asset, as an example of the layout."""
-    scenes = scene_set(num, seed, size=size, folder=f"{out}/sets")
-    for k in range(num):
-        words = [VOCAB[word] for word in scenes["text"][k * SCENES] if word > 1]
-        caption = f"a {words[1]}, {' '.join(words[2:])}"
+    for k in tqdm(range(num), desc="rendering", unit="scene"):
+        with TemporaryDirectory() as folder:                            # a set of one asset
+            scenes = scene_set(1, seed + k, size=size, folder=folder)
+        words = [VOCAB[word] for word in scenes["text"][0] if word > 1]
+        os.makedirs(f"{out}/{k:04}", exist_ok=True)
         for kind, name in enumerate(KINDS):
-            picture, views = scenes["image"][k * SCENES, kind], scenes["references"][k * SCENES, kind]
-            for v, pixels in enumerate([picture, *views]):
-                os.makedirs(f"{out}/{k:04}", exist_ok=True)
+            for v, pixels in enumerate([scenes["image"][0, kind], *scenes["references"][0, kind]]):
                 Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(f"{out}/{k:04}/{name}_{v:03}.png")
+        caption = f"a {words[1]}, {' '.join(words[2:])}"
         write_text(f"{out}/{k:04}/meta.json", json.dumps({"caption": caption}) + "\n")     # last: now it counts as one
     print(f"wrote {num} scenes to {out}")
 
@@ -103,6 +105,8 @@ class SceneLatents(LatentSet):
     """
 
     def __init__(self, folder, config, num_references, points=True):
+        if not any(Path(folder).rglob("*.safetensors")):
+            raise ValueError(f"{folder} holds no shards: write them with python -m full.scenes encode")
         super().__init__(folder, config)
         file, name = self.places[0]
         if self.grid != 1 + VIEWS or f"{name}.points" not in file.keys():

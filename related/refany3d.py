@@ -288,7 +288,10 @@ def load_refany3d(path, base, device="cpu"):
     if kind != RefAny3DAdapter.kind or not config or not known or config["num_references"] not in VIEW_COUNTS \
             or not 1 <= config["rank"] <= MOST["rank"]:
         raise ValueError(f"{path} holds no RefAny3D: train one with python -m related.refany3d")
-    network = RefAny3D(dit, References(**config), shifters=load_shifters(path, device, dit.config))
+    shifters = load_shifters(path, device, dit.config)
+    if config["shifted"] != (shifters is not None):
+        raise ValueError(f"{path} says shifted {config['shifted']}, but holds {'other' if shifters else 'no'} shifters")
+    network = RefAny3D(dit, References(**config), shifters=shifters)
     load_strictly(network.adapter, weights, path)
     return network.to(device).eval()
 
@@ -307,8 +310,7 @@ def train_refany3d(args, launched):
     network = RefAny3D(base, config, shifters=shifters)
 
     def toy_scenes(num, seed):
-        return on_rank_0_first(launched, lambda: scene_set(num, seed, style="render" if args.renders else "photo",
-                                                           folder=sets, device=device))
+        return on_rank_0_first(launched, lambda: scene_set(num, seed, renders=args.renders, folder=sets, device=device))
     if base.config.latent:
         scenes, preview = SceneLatents(args.synthetic, base.config, config.num_references, config.points), None
     else:
@@ -353,9 +355,8 @@ def draw_objects(args):
         if args.mesh is not None:
             references = mesh_references(args.mesh)
         else:
-            style = "render" if network.config.renders else "photo"
-            scenes = scene_set(max(numbers) + 1, SEEDS["evaluation"], style=style, folder=f"{folder}/sets",
-                               device=device)
+            scenes = scene_set(max(numbers) + 1, SEEDS["evaluation"], renders=network.config.renders,
+                               folder=f"{folder}/sets", device=device)
             references = scenes["references"][[k * SCENES for k in numbers]]
     scenes = text | dict(captions=captions, references=references.expand(num, *references.shape[1:]))
     sampling = Sampling(num_steps=args.num_steps, cfg_scale=args.view_scale, seed=args.seed)
@@ -392,11 +393,17 @@ def parse_args(argv=None):
     args = parse_training(parser, "-m related.refany3d", argv)
     args.shifted = args.shifters is not None
     drawing = {"prompt", "object", "mesh", "num_steps", "view_scale", "vae", "text_encoder"}
-    unread = {*drawing, "real", "real_steps", "renders" if args.preset == "full" else "synthetic"}
+    unread = {*drawing, "real", "real_steps", "synthetic"}
+    if args.preset == "full":
+        unread = unread - {"synthetic"} | {"renders", "num_assets", "picture_steps", "sample_every"}
     if args.prompt:
         of_both = {"preset", "out", "name", "base", "seed", "threads", "command", "shifted"}
         unread = vars(args).keys() - drawing - of_both
     refuse_unread(parser, args, sorted(unread), "beside --prompt: it draws" if args.prompt else "in a training")
+    if args.preset != "full":
+        refuse_unread(parser, args, ["vae", "text_encoder"], "with the toy's pixels and words")
+        if args.shifters and not args.renders:
+            parser.error("--shifters are for --renders: photographs would be learned as renders")
     return args
 
 

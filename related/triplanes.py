@@ -11,25 +11,25 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from geometry.camera import EXTENT, camera
-from toy.poses import BAND
 
 SAMPLES_A_RAY = 24
-REACH = 0.75                            # rays run from -REACH to REACH beside the middle, and objects in [-0.5, 0.5]^3
+REACH = 0.87                            # rays run from -REACH to REACH, past the corners of the cube [-0.5, 0.5]^3
+SIZE = 32                               # of images and of stage 1's planes, to a side
+Z, W = 64, 128                          # widths of z and w
+PLANE_FEATURES, RAY_FEATURES = 16, 16   # of a plane; of what rendering gives, the first three a colour
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Volumetric rendering
 
 
-def rays(azimuth, elevation, size, corner=None, side=None):
-    """Rays of the pixels of an image, or of a window of side x side of it with its upper left pixel at corner (B, 2)
-    (row, column) -> origins (B, M, 3) on the plane through the middle, directions (B, 3). Degrees, (B,) each."""
+def rays(azimuth, elevation, size):
+    """Rays of the pixels of an image of size x size -> origins (B, M, 3) on the plane through the middle, directions
+    (B, 3). Degrees, (B,) each."""
     right, up, forward = camera(azimuth, elevation)                                                 # (B, 3)
-    side = side or size
-    first = torch.zeros(len(right), 2, dtype=torch.long) if corner is None else corner
-    place = (first[:, :, None] + torch.arange(side) + 0.5) / size * 2 - 1                           # (B, 2, side)
-    y, x = place[:, 0, :, None].expand(-1, side, side), place[:, 1, None].expand(-1, side, side)
-    origin = x[..., None] * right[:, None, None] - y[..., None] * up[:, None, None]                 # (B, side, side, 3)
-    return EXTENT * origin.flatten(1, 2).to(right), forward
+    place = (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = torch.meshgrid(place, place, indexing="ij")
+    origins = x.flatten()[:, None] * right[:, None] - y.flatten()[:, None] * up[:, None]            # (B, M, 3)
+    return EXTENT * origins, forward
 
 
 def lookup(planes, points):
@@ -67,19 +67,20 @@ def render_rays(field, origins, direction, samples=SAMPLES_A_RAY, jitter=None):
 
 
 class StyledConv(nn.Module):
-    """A convolution whose weights are scaled by a style and brought back to unit length (StyleGAN2, Karras et al.
-    2020), leaky ReLU after it."""
+    """A convolution whose weights are scaled by a style (StyleGAN2, Karras et al. 2020). Inside a network (`active`)
+    they are brought back to unit length, and a leaky ReLU follows."""
 
-    def __init__(self, inputs, outputs, w_dim, kernel=3, active=True):
+    def __init__(self, inputs, outputs, kernel=3, active=True):
         super().__init__()
-        self.style = nn.Linear(w_dim, inputs)
-        self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel))
+        self.style = nn.Linear(W, inputs)
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel) / (inputs * kernel ** 2) ** 0.5)
         self.bias = nn.Parameter(torch.zeros(outputs))
         self.active = active
 
     def forward(self, x, w):
         weight = self.weight * (1 + self.style(w))[:, None, :, None, None]                          # (B, out, in, k, k)
-        weight = weight * weight.square().sum(dim=(2, 3, 4), keepdim=True).add(1e-8).rsqrt()
+        if self.active:
+            weight = weight * weight.square().sum(dim=(2, 3, 4), keepdim=True).add(1e-8).rsqrt()
         out = F.conv2d(x.flatten(0, 1)[None], weight.flatten(0, 1), padding="same", groups=len(x))
         out = out.view(len(x), -1, *x.shape[2:]) + self.bias[:, None, None]
         return F.leaky_relu(out, 0.2) * 2 ** 0.5 if self.active else out
@@ -91,45 +92,40 @@ def enlarged(x):
 
 
 class Generator(nn.Module):
-    """z (B, 64) or w (B, 128), one for each layer or one for all, and a pose -> an image.
+    """z (B, Z) or w (B, layers, W), one for each layer, and a pose -> an image.
 
     Stage 1: rendered at half the size, and enlarged by convolutions of the image. Stage 2 (`lift`): the planes are
     enlarged, and rendering gives the image itself, so that all views are of one object.
     """
-    z_dim, w_dim, features = 64, 128, 16
 
-    def __init__(self, size=32, plane_features=16):
+    def __init__(self):
         super().__init__()
-        w, C = self.w_dim, plane_features
-        self.size, self.C = size, C
-        self.mapping = nn.Sequential(nn.Linear(self.z_dim, w), nn.LeakyReLU(0.2), nn.Linear(w, w), nn.LeakyReLU(0.2))
+        C, widths = PLANE_FEATURES, [128, 96, 64, 64]                   # of maps of 4, 8, 16, 32 to a side
+        self.mapping = nn.Sequential(nn.Linear(Z, W), nn.LeakyReLU(0.2), nn.Linear(W, W), nn.LeakyReLU(0.2))
         self.start = nn.Parameter(torch.randn(1, 128, 4, 4))
-        widths = [128, 96, 64, 64]                                      # of planes of 4, 8, 16, 32 to a side
-        self.synthesis = nn.ModuleList(StyledConv(a, b, w) for a, b in zip([128, *widths], widths))
-        self.to_planes = StyledConv(widths[-1], 3 * C, w, kernel=1, active=False)
-        self.decoder = nn.Sequential(nn.Linear(C, 64), nn.Softplus(), nn.Linear(64, 1 + self.features))
-        self.enlarge = nn.ModuleList([StyledConv(self.features, 32, w), StyledConv(32, 32, w)])
-        self.to_image = StyledConv(32, 3, w, kernel=1, active=False)
+        self.synthesis = nn.ModuleList(StyledConv(a, b) for a, b in zip([128, *widths], widths))
+        self.to_planes = StyledConv(widths[-1], 3 * C, kernel=1, active=False)
+        self.decoder = nn.Sequential(nn.Linear(C, 64), nn.Softplus(), nn.Linear(64, 1 + RAY_FEATURES))
+        self.enlarge = nn.ModuleList([StyledConv(RAY_FEATURES, 32), StyledConv(32, 32)])
+        self.to_image = StyledConv(32, 3, kernel=1, active=False)
         self.lift = nn.Sequential(nn.Conv2d(C, 64, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(64, 4 * C, 3, padding=1),
                                   nn.PixelShuffle(2))
-        nn.init.zeros_(self.lift[2].weight)                             # at first it adds nothing
+        nn.init.zeros_(self.to_image.weight)                            # at first these two add nothing
+        nn.init.zeros_(self.lift[2].weight)
         nn.init.zeros_(self.lift[2].bias)
-
-    def layers(self):
-        """How many layers take a w."""
-        return len(self.synthesis) + 1 + len(self.enlarge) + 1
+        self.layers = len(self.synthesis) + len(self.enlarge) + 2       # that take a w
 
     def style(self, z):
-        """z (B, 64) -> w for all layers, (B, layers, 128)."""
+        """z (B, Z) -> w for all layers, (B, layers, W)."""
         z = z * z.square().mean(dim=1, keepdim=True).add(1e-8).rsqrt()
-        return self.mapping(z)[:, None].expand(-1, self.layers(), -1)
+        return self.mapping(z)[:, None].expand(-1, self.layers, -1)
 
     def planes(self, w, stage=1):
-        """(B, layers, 128) -> (B, 3, C, n, n): n is the image's side, in stage 2 twice that."""
+        """(B, layers, W) -> (B, 3, C, n, n): n is SIZE, in stage 2 twice that."""
         x = self.start.expand(len(w), -1, -1, -1)
         for k, conv in enumerate(self.synthesis):
             x = conv(enlarged(x) if k else x, w[:, k])
-        planes = self.to_planes(x, w[:, len(self.synthesis)]).unflatten(1, (3, self.C))
+        planes = self.to_planes(x, w[:, len(self.synthesis)]).unflatten(1, (3, PLANE_FEATURES))
         if stage == 1:
             return planes
         flat = planes.flatten(0, 1)
@@ -138,44 +134,38 @@ class Generator(nn.Module):
     def field(self, planes):
         """What planes say of points: field(points) for `render_rays`."""
         def at(points):
-            density, features = self.decoder(lookup(planes, points)).split([1, self.features], dim=-1)
+            density, features = self.decoder(lookup(planes, points)).split([1, RAY_FEATURES], dim=-1)
             return 10 * F.softplus(density[..., 0] - 1), features.tanh()
         return at
 
     def draw(self, w, azimuth, elevation, jitter=None):
-        """Stage 1: the image (B, 3, size, size), and what volumetric rendering alone gives, enlarged, likewise."""
-        half = self.size // 2
-        origins, direction = rays(azimuth, elevation, half)
-        seen, _, _ = render_rays(self.field(self.planes(w)), origins, direction, jitter=jitter)
-        maps = enlarged(seen.transpose(1, 2).unflatten(2, (half, half)))                            # (B, F, size, size)
+        """Stage 1: the image (B, 3, SIZE, SIZE), and what volumetric rendering alone gives, enlarged, likewise.
+
+        jitter: (B, M, SAMPLES_A_RAY), M = (SIZE / 2)^2, see `render_rays`.
+        """
+        half = SIZE // 2
+        seen, _, _ = render_rays(self.field(self.planes(w)), *rays(azimuth, elevation, half), jitter=jitter)
+        maps = enlarged(seen.transpose(1, 2).unflatten(2, (half, half)))                            # (B, F, SIZE, SIZE)
         x, first = maps, len(self.synthesis) + 1
         for k, conv in enumerate(self.enlarge):
             x = conv(x, w[:, first + k])
-        image = maps[:, :3] + self.to_image(x, w[:, -1])
-        return image, maps[:, :3]
+        return maps[:, :3] + self.to_image(x, w[:, -1]), maps[:, :3]
 
-    def draw_lifted(self, w, azimuth, elevation, corner=None, side=None):
-        """Stage 2: the image, or the window of it that `rays` takes, opacity and depth, (B, C, side, side) each."""
-        origins, direction = rays(azimuth, elevation, self.size, corner, side)
-        seen, opacity, depth = render_rays(self.field(self.planes(w, stage=2)), origins, direction)
-        side = side or self.size
+    def draw_lifted(self, w, azimuth, elevation, jitter=None):
+        """Stage 2: the image (B, 3, SIZE, SIZE), opacity and depth, (B, 1, SIZE, SIZE) each; here M = SIZE^2."""
+        field = self.field(self.planes(w, stage=2))
+        seen, opacity, depth = render_rays(field, *rays(azimuth, elevation, SIZE), jitter=jitter)
         maps = torch.cat([seen[..., :3], opacity[..., None], depth[..., None]], dim=-1)
-        return maps.transpose(1, 2).unflatten(2, (side, side)).split([3, 1, 1], dim=1)
+        return maps.transpose(1, 2).unflatten(2, (SIZE, SIZE)).split([3, 1, 1], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The discriminator
 
 
-def absolute_pose(azimuth, elevation):
-    """(B, 3): sine and cosine of the azimuth, the elevation in [-1, 1]. Degrees, (B,) each."""
-    turn, middle = torch.deg2rad(azimuth), sum(BAND) / 2
-    return torch.stack([turn.sin(), turn.cos(), (elevation - middle) / (BAND[1] - middle)], dim=1)
-
-
 class Discriminator(nn.Module):
-    """How real an image (B, channels, size, size) looks as one of a pose (B, 3), (B,): the pose enters by projection
-    (Miyato & Koyama 2018)."""
+    """How real an image (B, channels, size, size) looks as one of a pose (B, 3), (B,): the pose, see `pose_numbers`,
+    enters by projection (Miyato & Koyama 2018)."""
 
     def __init__(self, channels, size):
         super().__init__()
@@ -191,7 +181,8 @@ class Discriminator(nn.Module):
 
     def forward(self, images, pose):
         x = self.body(images)                                                                       # (B, 128, 4, 4)
-        spread = x.std(dim=0).mean().expand(len(x), 1, *x.shape[2:])    # all alike, all false (Karras et al. 2018)
+        # all alike, all false (Karras et al. 2018); 1e-8: a square root has no slope at 0
+        spread = x.var(dim=0).add(1e-8).sqrt().mean().expand(len(x), 1, *x.shape[2:])
         x = self.last(torch.cat([x, spread], dim=1).flatten(1))
         return self.score(x)[:, 0] + (x * self.pose(pose)).sum(dim=1) / 128 ** 0.5
 
@@ -201,8 +192,8 @@ class Discriminator(nn.Module):
 
 
 def augment(images, share, generator):
-    """Each of the images (B, C, H, W), of three colours a picture, with probability `share`: moved by up to an eighth,
-    white behind; likewise brighter or darker; likewise more or less saturated. Differentiable."""
+    """Each of the images (B, C, H, W), of three colours a picture, with probability `share` moved by up to an eighth,
+    white behind; likewise made up to 30 % darker or brighter; likewise more colourful or less. Differentiable."""
     B, C, size, _ = images.shape
     where = torch.rand(3, B, generator=generator) < share
     reach = size // 8
@@ -210,17 +201,16 @@ def augment(images, share, generator):
     moved = F.pad(images, (reach,) * 4, value=1.0)
     images = torch.stack([image[:, reach + dy:reach + dy + size, reach + dx:reach + dx + size]
                           for image, (dy, dx) in zip(moved, shift.tolist())])
-    gain = 1 - where[1] * 0.3 * torch.rand(B, generator=generator)
-    images = 1 - (1 - images) * gain[:, None, None, None]
-    share_of_gray = where[2] * torch.rand(B, generator=generator)
+    darkness, color = 1 + where[1:] * (2 * torch.rand(2, B, generator=generator) - 1) * torch.tensor([[0.3], [1.0]])
+    images = 1 - (1 - images) * darkness[:, None, None, None]           # white stays white
     gray = images.view(B, C // 3, 3, size, size).mean(dim=2).repeat_interleave(3, dim=1)
-    return images + share_of_gray[:, None, None, None] * (gray - images)
+    return gray + color[:, None, None, None] * (images - gray)
 
 
-def adapted(share, real_scores, batches, target=0.6, ramp=500):
-    """ADA: the probability of augmentation after `batches` more, in [0, 1]. It goes up while more than `target` of the
-    real images' scores have the sign +, less those of -, and down else; from 0 to 1 it takes `ramp` batches."""
-    return min(1.0, max(0.0, share + (1 if float(real_scores.sign().mean()) > target else -1) * batches / ramp))
+def adapted(share, real_scores, target=0.6, ramp=500):
+    """ADA: the probability of augmentation after one more batch, in [0, 1]. It goes up while the mean sign of the real
+    images' scores is above `target`, else down; from 0 to 1 it takes `ramp` batches."""
+    return min(1.0, max(0.0, share + (1 if real_scores.sign().mean() > target else -1) / ramp))
 
 
 def r1(scores, images):

@@ -17,7 +17,7 @@ from sample import Sampling, sample_images
 from support.files import load_strictly, load_tensors, read_metadata
 from support.launch import on_rank_0_first, run_cli
 from support.pictures import save_picture, to_uint8
-from toy.poses import VIEWS_EACH, pose_set
+from toy.poses import BAND, VIEWS_EACH, pose_numbers, pose_set, view_control
 from toy.world import tokenize
 from training.estimate import choose, launch_training
 from training.flags import parse_training, refuse_unread, training_arguments
@@ -50,7 +50,11 @@ class ViewPrior(nn.Module):
     def __init__(self, dit):
         super().__init__()
         self.dit, self.adapter, self.pose = dit, PoseEmbedding(dit.config.width), None
-        dit.t_embedder.register_forward_hook(lambda module, inputs, out: out + self.adapter(self.pose).to(out.dtype))
+        dit.t_embedder.register_forward_hook(self.beside_the_time)
+
+    def beside_the_time(self, module, inputs, out):
+        """A hook: the time embedding (B, d) and the pose's."""
+        return out + self.adapter(self.pose).to(out.dtype)
 
     def knows_domains(self):
         """Realiz3D's domains are no input here."""
@@ -103,9 +107,35 @@ def train_prior(args, launched):
         rows = [("reference", to_uint8(held["control"][:, 0, :3].float())), ("drawn", to_uint8(drawn)[:, 0]),
                 ("truth", held["image"][:, 0])]
         save_picture(path, rows)
-    args.images_per_grid = 1
     losses = train(prior, {"syn": pairs}, {"text": tokenize([""])}, plan, args, launched, preview)
     return save_trained(f"{args.out}/{args.name}.safetensors", prior, args, losses, launched, keep=("model", "adapter"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def poses_around(num):
+    """num poses spread evenly over the band that the toy renders: azimuth, elevation (num,) in degrees. (A spiral: the
+    azimuth turns by the golden angle, the elevation's sine rises evenly.)"""
+    k = torch.arange(num) + 0.5
+    low, high = (torch.deg2rad(torch.tensor(float(end))).sin() for end in BAND)
+    return (k * 137.50776) % 360, torch.rad2deg((low + (high - low) * k / num).asin())
+
+
+def draw_views(prior, reference, reference_elevation, poses, each, sampling):
+    """`each` samples of the reference (3, H, W) in [-1, 1], which is seen from azimuth 0, from each of the poses
+    (azimuth, elevation (P,)): (P, each, 3, H, W). sampling.cfg_scale: guidance on the reference."""
+    azimuth, elevation = (part.repeat_interleave(each) for part in poses)
+    numbers = pose_numbers(azimuth, elevation, torch.full_like(elevation, reference_elevation))
+    control = view_control(reference.expand(len(azimuth), -1, -1, -1), numbers)
+    inputs = dict(text=tokenize([""]).expand(len(azimuth), -1), control=control,
+                  null={"control": torch.zeros_like(control[:1])})
+    return sample_images(prior, inputs, sampling)[:, 0].unflatten(0, (-1, each))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 
 def parse_args(argv=None):
@@ -114,7 +144,8 @@ def parse_args(argv=None):
     training_arguments(parser)
     parser.set_defaults(adapter=None, rank=None, num_assets=2000)
     args = parse_training(parser, "-m related.view_prior", argv)
-    refuse_unread(parser, args, ["synthetic", "real", "real_steps"], "here: the toy world has its own pairs")
+    refuse_unread(parser, args, ["synthetic", "real", "real_steps", "text_dropout"], "here: it learns from pairs of "
+                  "renders, without words")
     return args
 
 

@@ -10,6 +10,7 @@ ORDER = 1               # (ORDER, seed, domain, epoch): the order of a set
 NOISE = 2               # (NOISE, seed, step, sample): timestep, noise and text dropout of a training sample
 DRAWS = 3               # (DRAWS, seed, step): i and j of an iteration (Sec. 4.2)
 SAMPLES = 4             # (SAMPLES, seed, key): the initial noise of a sample
+GAN = 5                 # (GAN, seed, stage, step): a step of CAD's GAN; stage 0: what is drawn with it
 
 
 def seeded_words(*key, num=1):

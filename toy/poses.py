@@ -6,21 +6,22 @@ from support.pictures import to_pixels, to_uint8
 from toy.render import Look, render
 from toy.world import exaggerated, take, tokenize, uniforms
 
-BAND = (0, 40)                          # elevations of all poses, degrees
+BAND = (10, 30)         # elevations of all poses, degrees: about 20, from where all photographs of the base model are
 VIEWS_EACH = 8                          # of an asset in `pose_set`
 
 
-def pose_numbers(azimuth, elevation, reference_elevation):
-    """A pose as a network takes it, (N, 4): sine and cosine of the azimuth relative to the reference's, and both
-    elevations, in [-1, 1] over BAND. Degrees, (N,) each."""
+def pose_numbers(azimuth, *elevations):
+    """A pose as a network takes it, (N, 3) or (N, 4): sine and cosine of the azimuth, and one elevation or two, each in
+    [-1, 1] over BAND. Degrees, (N,) each."""
     turn, middle = torch.deg2rad(azimuth), sum(BAND) / 2
-    heights = [(height - middle) / (BAND[1] - middle) for height in (elevation, reference_elevation)]
+    heights = [(elevation - middle) / (BAND[1] - middle) for elevation in elevations]
     return torch.stack([turn.sin(), turn.cos(), *heights], dim=1)
 
 
 def view_control(reference, pose):
-    """Reference images in [-1, 1] (N, 3, H, W) and poses (N, 4) -> what stands in the control channels, float16
-    (N, 1, 7, H, W): the reference, and the pose in each pixel."""
+    """Reference images in [-1, 1] (N, 3, H, W) and poses (N, 4), `pose_numbers` of the azimuth relative to the
+    reference's and both elevations -> what stands in the control channels, float16 (N, 1, 7, H, W): the reference, and
+    the pose in each pixel."""
     planes = pose[:, :, None, None].expand(-1, -1, *reference.shape[2:])
     return torch.cat([reference, planes], dim=1)[:, None].half()
 

@@ -18,14 +18,16 @@ SIDES = tuple(range(0, 360, 45))        # azimuths of an asset's views, degrees
 SCENES = 4                              # of an asset
 
 
-def scene_set(num, seed=SEEDS["synthetic"], unseen=False, style="photo", size=32, folder="runs/toy/sets", device="cpu"):
+def scene_set(num, seed=SEEDS["synthetic"], unseen=False, renders=False, size=32, folder="runs/toy/sets", device="cpu"):
     """SCENES scenes of each of num assets -> image uint8 (N, 2, 3, H, W), photograph and point map; references uint8
     (N, 2, 8, 3, H, W), photographs and point maps of SIDES; text int64 (N, L); labels int64 (N, 3) = category, color,
     material; N = num SCENES, the scenes of an asset in a row.
 
-    unseen: other scenes of the same assets, before the one background that each asset otherwise never has. style:
-    "render" draws scenes and references as an asset artist would, not as photographs.
+    unseen: other scenes of the same assets, before the one background that each asset otherwise never has. renders:
+    scenes and references are drawn as an asset artist would, not as photographs.
     """
+    style = "render" if renders else "photo"
+
     def draw(assets, first):
         assets = exaggerated(assets)
         sides = render(assets, Look(style, seed=10 ** 6 * seed + first), SIDES, size, device=device)
@@ -42,7 +44,7 @@ def scene_set(num, seed=SEEDS["synthetic"], unseen=False, style="photo", size=32
         text = tokenize([f"a {CATEGORIES[k]}, {name} background" for k, name in zip(repeated.category, names)])
         return dict(image=torch.cat([to_uint8(2 * views.rgb - 1), point_map(views)], dim=1), text=text,
                     references=references.repeat_interleave(SCENES, 0), labels=torch.stack(repeated[:3], dim=1))
-    kind = "scenes" + "_unseen" * unseen + "_renders" * (style == "render")
+    kind = "scenes" + "_unseen" * unseen + "_renders" * renders
     return build_set(kind, num, seed, size, folder, draw)
 
 

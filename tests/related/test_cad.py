@@ -1,4 +1,5 @@
 """CAD: poses, the prior, refinement, pruning, and one reference from the samples to the generator."""
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -10,14 +11,16 @@ from dit import PRESETS, save_model
 from domain_shifter import ShiftedDiT
 from geometry.hull import silhouette
 from related import cad, view_prior
-from related.cad import agree_with_others, poses_around, read_reference, refine, view_word, windows
-from related.view_prior import load_prior, new_prior
+from related.cad import (Batch, agree_with_others, field_mesh, gan_batch, invert, read_reference, refine, stage1_losses,
+                         stage2_losses, turned, view_phrase, windows)
+from related.triplanes import SIZE, Discriminator, Generator, Z
+from related.view_prior import draw_views, load_prior, new_prior, poses_around
 from sample import Sampling
 from support.files import load_tensors
 from support.pictures import to_pixels
 from toy.poses import BAND, VIEWS_EACH, pose_numbers, pose_set, view_control
 from toy.render import Look, render
-from toy.world import exaggerated, sample_assets, take, uniforms
+from toy.world import VOCAB, exaggerated, sample_assets, take, uniforms
 
 PROMPT = "a red wooden mug"
 
@@ -49,7 +52,7 @@ def test_pairs_are_views_of_one_asset(tmp_path):
         want = torch.stack([turn.sin(), turn.cos(), *heights])
         assert (pose.float() - want[:, None, None]).abs().max() < 2e-3
         one = render(take(assets, torch.tensor([asset])), Look("render"), (360 * float(u[asset, view]),),
-                     elevation=BAND[1] * float(u[asset, VIEWS_EACH + view]))
+                     elevation=BAND[0] + (BAND[1] - BAND[0]) * float(u[asset, VIEWS_EACH + view]))
         assert (to_pixels(got["image"][k]) - (2 * one.rgb[0] - 1)).abs().mean() < 0.01
 
 
@@ -69,17 +72,36 @@ def test_before_training_the_prior_is_the_base_model():
     assert (prior(x, t, text, control) - prior(x, t, text, 0 * control)).abs().max() > 1e-3
 
 
-def test_refinement_names_the_view_and_starts_where_it_is_told(monkeypatch):
-    assert [view_word(angle) for angle in (0, 44, 46, 90, 181, 269, 314, 316, 359)] == [
-        "front", "front", "right", "right", "back", "left", "left", "front", "front"]
+def test_views_are_drawn_from_the_poses(monkeypatch):
+    """What stands in the control channels, sample by sample; guidance drops the reference."""
+    prior, given = new_prior(random_model()), []
+
+    def sample(network, inputs, sampling):
+        given.append(inputs)
+        return torch.zeros(len(inputs["text"]), 1, 3, 8, 8)
+    monkeypatch.setattr(view_prior, "sample_images", sample)
+    reference = torch.rand(3, 8, 8)
+    poses = torch.tensor([0.0, 90]), torch.tensor([10.0, 30])
+    assert draw_views(prior, reference, 20.0, poses, 3, Sampling()).shape == (2, 3, 3, 8, 8)
+    control = given[0]["control"].float()
+    assert torch.allclose(control[:, 0, :3], reference.half().float().expand(6, -1, -1, -1))
+    want = torch.tensor([[0.0, 1, -1, 0]] * 3 + [[1.0, 0, 1, 0]] * 3)
+    assert torch.allclose(control[:, 0, 3:, 4, 4], want, atol=1e-3) and given[0]["null"]["control"].abs().max() == 0
+
+
+def test_refinement_names_the_view_and_starts_where_it_is_told():
+    words = {0: "front", 8: "front", 355: "front", 90: "right", 183: "back", 270: "left", 20: "", 45: "", 340: ""}
+    assert {angle: view_phrase(angle) for angle in words} == {
+        angle: f", {word} view" if word else "" for angle, word in words.items()}
     base, images, seen = ShiftedDiT(random_model()), torch.rand(3, 3, 8, 8) * 2 - 1, []
     sampling = Sampling(num_steps=10)
     assert torch.equal(refine(base, images, torch.zeros(3), PROMPT, 0.0, sampling), images)
     base.register_forward_pre_hook(lambda module, given, named: seen.append((given[1].tolist(), named["text"])),
                                    with_kwargs=True)
-    refine(base, images, torch.tensor([0.0, 90, 180]), PROMPT, 0.5, sampling)
+    refine(base, images, torch.tensor([0.0, 90, 200]), PROMPT, 0.5, sampling)
     assert [t[0] for t, _ in seen] == [499, 399, 299, 199, 99]
-    assert len(seen[0][1].unique(dim=0)) == 3                           # three views, three captions
+    captions = [" ".join(VOCAB[word] for word in row if word > 1) for row in seen[0][1]]
+    assert captions == [f"photo of {PROMPT} {view}white background" for view in ("front view ", "right view ", "")]
 
 
 def test_planted_bad_samples_are_dropped():
@@ -90,19 +112,86 @@ def test_planted_bad_samples_are_dropped():
     images = torch.cat([(good[:, None] + noise).clamp(0, 1), bad[:, None], good[:, None].roll(16, -1)], dim=1)
     color = images.mean(dim=(3, 4))                                     # some features
     keep = agree_with_others(images, color)
-    assert keep[:, :4].all() and not keep[:, 5].any() and silhouette(images).any()
+    assert keep[:, :4].all() and not keep[:, 4:].any() and silhouette(images).any()
     features = torch.ones(4, 6, 2)
     features[:, 2] = torch.tensor([1.0, -1])                            # the same outline, another meaning
     alike = good[:, None].expand(-1, 6, -1, -1, -1)
     assert agree_with_others(alike, features).tolist() == 4 * [[True, True, False, True, True, True]]
     apart = torch.eye(3).expand(1, -1, -1)
-    assert agree_with_others(alike[:1, :3], apart).any()                # one of each pose stays
+    assert agree_with_others(alike[:1, :3], apart).tolist() == [[True, False, False]]      # one of each pose stays
 
 
 def test_windows():
-    images = torch.arange(2 * 36.0).view(2, 1, 6, 6)
-    got = windows(images, torch.tensor([[1, 2], [3, 0]]), 3)
-    assert torch.equal(got[0], images[0, :, 1:4, 2:5]) and torch.equal(got[1], images[1, :, 3:6, 0:3])
+    images = torch.arange(2.0 * SIZE ** 2).view(2, 1, SIZE, SIZE)
+    got = windows(images, torch.tensor([[1, 2], [16, 0]]))
+    assert torch.equal(got[0], images[0, :, 1:17, 2:18]) and torch.equal(got[1], images[1, :, 16:, :16])
+
+
+def samples_and_flags(num=6):
+    """Samples of random numbers, and the flags of a step."""
+    image = torch.randint(256, (num, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    poses = dict(azimuth=torch.linspace(0, 300, num), elevation=torch.linspace(12, 28, num))
+    return dict(image=image, **poses), Namespace(seed=3, batch=4, gamma=2.0, branch_weight=0.5)
+
+
+def test_a_steps_random_numbers_are_its_own():
+    samples, args = samples_and_flags()
+    one, again, next_step, stage2 = (gan_batch(samples, stage, step, args) for stage, step in
+                                     ((1, 5), (1, 5), (1, 6), (2, 5)))
+    assert torch.equal(one.z, again.z) and torch.equal(one.real, again.real) and isinstance(one, Batch)
+    assert not torch.equal(one.z, next_step.z) and not torch.equal(one.z, stage2.z)
+    picked = [int((samples["image"] == real.add(1).mul(127.5).round().byte()).flatten(1).all(1).nonzero()) for real in
+              one.real]
+    assert torch.equal(one.pose, pose_numbers(samples["azimuth"][picked], samples["elevation"][picked]))
+    assert torch.equal(one.fake_pose, pose_numbers(one.azimuth, one.elevation))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_losses_of_a_stage(stage, quick_judges):
+    """Who learns from what, and R1 at some steps only, weighed up for the others."""
+    samples, args = samples_and_flags()
+    torch.manual_seed(0)
+    G, D = Generator(), Discriminator(6, SIZE) if stage == 1 else Discriminator(3, 16)
+    nets, losses = dict(generator=G, discriminator=D, judge=quick_judges.net), (stage1_losses, stage2_losses)[stage - 1]
+    loss_G, loss_D, real_scores = losses(nets, samples, cad.R1_EVERY, 0.0, args)
+    at = {(gamma, step): losses(nets, samples, step, 0.0, Namespace(**{**vars(args), "gamma": gamma}))[1].item()
+          for gamma in (0.0, 2.0, 4.0) for step in (1, cad.R1_EVERY)}
+    r1_term = at[2.0, cad.R1_EVERY] - at[0.0, cad.R1_EVERY]
+    assert loss_D.item() == at[2.0, cad.R1_EVERY] and r1_term > 0 and at[2.0, 1] == at[0.0, 1]
+    assert at[4.0, cad.R1_EVERY] - at[0.0, cad.R1_EVERY] == pytest.approx(2 * r1_term, rel=1e-3)
+    assert real_scores.shape == (4,)
+    own = {name: p for name, p in G.named_parameters() if name.startswith("lift") == (stage == 2)}
+    others = {name: p for name, p in G.named_parameters() if name not in own}
+    reached = torch.autograd.grad(loss_G, list(others.values()), allow_unused=True, retain_graph=True)
+    assert (stage == 1) == all(gradient is None for gradient in reached)        # the planes are not enlarged yet
+    assert all(gradient is not None for gradient in torch.autograd.grad(loss_G, list(own.values()), retain_graph=True))
+    assert all(gradient is None for gradient in torch.autograd.grad(loss_D, list(own.values()), allow_unused=True,
+                                                                    retain_graph=True))
+    with torch.no_grad():
+        D.score.bias += 9                                               # all looks real: G is content, D is not
+    sure = losses(nets, samples, 1, 0.0, args)
+    assert sure[0] < loss_G and sure[1] > 5 and sure[2].mean() > 5
+
+
+def test_an_image_is_inverted_and_its_matter_meshed(quick_judges):
+    torch.manual_seed(0)
+    G = Generator().requires_grad_(False)
+    with torch.no_grad():
+        target, _, _ = G.draw_lifted(G.style(torch.randn(1, Z)), torch.zeros(1), torch.full((1,), 20.0))
+        off = {}
+        for steps in (0, 30):
+            with torch.enable_grad():
+                w = invert(G, target[0], (0.0, 20.0), quick_judges.net, steps)
+            off[steps] = (G.draw_lifted(w, torch.zeros(1), torch.full((1,), 20.0))[0] - target).square().mean()
+    assert off[30] < 0.7 * off[0]
+    image, depth = turned(G, w)
+    assert image.shape == depth.shape == (8, 3, SIZE, SIZE)
+
+    def ball(planes):
+        return lambda points: (20.0 * (points.norm(dim=-1) < 0.3), points)
+    G.field = ball
+    mesh = field_mesh(G, w, size=48)
+    assert (mesh.vertices.norm(dim=1) - 0.3).abs().max() < 0.03
 
 
 @pytest.fixture
@@ -110,46 +199,60 @@ def prior_and_base(tmp_path, monkeypatch, quick_judges):
     """A run folder with a small base model and the prior that two steps of training make of it."""
     small = replace(TINY, image_size=32, depth=2)
     monkeypatch.setitem(PRESETS, "toy", small)
-    monkeypatch.setattr(cad, "load_judges", lambda *args: quick_judges)
+    monkeypatch.setattr(cad, "train_feature_net", lambda *args: quick_judges.net)
+    monkeypatch.setattr(cad, "R1_EVERY", 2)
     save_model(str(tmp_path / "base.safetensors"), small, random_model(small))
     flags = ("--out", tmp_path, "--num_assets", 2, "--steps", 2, "--batch", 2, "--picture_steps", 1, "--threads", 1)
     run_main(view_prior, *flags)
     return tmp_path
 
 
-def test_one_reference_from_samples_to_generator_and_a_run_that_was_stopped(prior_and_base):
+def test_one_reference_from_samples_to_generator_and_a_run_that_was_stopped(prior_and_base, capsys):
     out = prior_and_base
     prior = load_prior(str(out / "view_prior.safetensors"))
     assert prior.dit.config.control_channels == 3 and (out / "view_prior.png").exists()
-    flags = ("--out", out, "--object", 1, "--prompt", PROMPT, "--num_poses", 8, "--each", 2, "--num_steps", 2,
-             "--steps", 4, "--lift_steps", 2, "--batch", 2, "--save_every", 2, "--invert_steps", 2, "--threads", 1)
+    flags = ("--out", out, "--object", 1, "--prompt", PROMPT, "--num_poses", 8, "--each", 3, "--num_steps", 2,
+             "--steps", 4, "--lift_steps", 4, "--batch", 2, "--save_every", 2, "--invert_steps", 2, "--threads", 1)
     run_main(cad, *flags)
     first, metadata = load_tensors(str(out / "cad_1.safetensors"))
-    assert metadata["settings"]["prompt"] == PROMPT and (out / "cad_1.png").exists()
-    assert (out / "cad_1" / "samples.png").exists()
+    assert metadata["made"]["samples"]["prompt"] == PROMPT and (out / "cad_1.png").exists()
+    assert (out / "cad_1" / "samples.png").exists() and " of 24 samples stay; dropped at " in capsys.readouterr().out
     samples, _ = load_tensors(str(out / "cad_1" / "samples.safetensors"))
-    assert samples["image"].shape == (8, 2, 3, 32, 32) and samples["keep"].any(dim=1).all()
-    # stopped after two steps of stage 1: the same command ends with the same bits
-    (out / "cad_1.safetensors").unlink()
-    (out / "cad_1" / "stage1" / "state_00000004.safetensors").unlink()
-    for path in (out / "cad_1" / "stage2").glob("state_*"):
-        path.unlink()
-    run_main(cad, *flags)
-    again, _ = load_tensors(str(out / "cad_1.safetensors"))
-    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    assert samples["image"].shape == (8, 3, 3, 32, 32)
+    # stopped after two steps of a stage: the same command ends with the same bits
+    for stage in (2, 1):
+        (out / "cad_1.safetensors").unlink()
+        for later in range(stage, 3):
+            (out / "cad_1" / f"stage{later}" / "state_00000004.safetensors").unlink()
+        if stage == 1:
+            (out / "cad_1" / "stage2" / "state_00000002.safetensors").unlink()
+        run_main(cad, *flags)
+        again, _ = load_tensors(str(out / "cad_1.safetensors"))
+        assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    states = [load_tensors(str(out / "cad_1" / "stage1" / f"state_0000000{step}.safetensors"))[0] for step in (2, 4)]
+    assert {"param.share", "exp_avg_sq.discriminator.score.weight"} <= states[0].keys()
+    assert not torch.equal(states[0]["param.generator.start"], states[1]["param.generator.start"])
+    trained = {name.removeprefix("param.average.generator."): tensor for name, tensor in states[1].items()
+               if name.startswith("param.average")}
+    assert torch.equal(first["start"], trained["start"].half())         # what is kept is the running average
     # what does not fit
-    refuses(cad, (*flags, "--gamma", 1), 1, "cad_1.safetensors was made otherwise: gamma 3.0 (now 1.0)")
-    refuses(cad, (*flags, "--name", "other", "--prompt", "a red woden mug"), 1, "woden")
+    refuses(cad, (*flags, "--gamma", 1), 1, "cad_1.safetensors", "with other flags")
+    refuses(cad, (*flags, "--prompt", "a red woden mug"), 2, "--prompt: unknown word 'woden'")
+    refuses(cad, (*flags, "--prompt", " ".join(12 * ["a"])), 2, "--prompt: caption")
     refuses(cad, flags[:2], 2, "--prompt")
     refuses(cad, (*flags[:2], "--prompt", PROMPT), 2, "--object NUMBER, or --reference FILE")
+    refuses(cad, (*flags, "--each", 2), 2, "--each must be at least 3")
     refuses(cad, (*flags[:2], "--prompt", PROMPT, "--reference", out / "none.png"), 1, "none.png")
     refuses(cad, (*flags, "--prior", out / "base.safetensors", "--name", "x"), 1, "no view-conditioned model")
-    refuses(cad, (*flags, "--prior", out / "none.safetensors", "--name", "x"), 1, "train one with")
+    refuses(cad, (*flags, "--prior", out / "none.safetensors", "--name", "x"), 1, "none.safetensors (--prior)")
     refuses(cad, (*flags, "--name", "base"), 2, "--name 'base'")
+    refuses(cad, (*flags, "--name", "view_prior"), 1, "view_prior.safetensors is no generator")
 
 
 def test_a_picture_as_reference(tmp_path):
-    Image.new("RGB", (64, 64), (255, 0, 0)).save(tmp_path / "a.png")
+    """Padded with white to a square."""
+    Image.new("RGB", (64, 32), (255, 0, 0)).save(tmp_path / "a.png")
     args = cad.parse_args(["--reference", str(tmp_path / "a.png"), "--prompt", PROMPT])
-    assert args.name == "cad" and read_reference(args).shape == (3, 32, 32)
-    assert read_reference(args)[:, 5, 5].tolist() == [1, -1, -1]
+    image = read_reference(args)
+    assert args.name == "cad" and image.shape == (3, SIZE, SIZE)
+    assert image[:, 16, 5].tolist() == [1, -1, -1] and image[:, 3, 5].tolist() == [1, 1, 1]

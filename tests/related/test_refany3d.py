@@ -219,4 +219,6 @@ def test_trained_and_read_back(tmp_path, monkeypatch):
     assert torch.equal(made.shifters.W_left, shifters.W_left.half().float())
     assert list((tmp_path / "sets").glob("scenes_renders_3_*"))
     run_main(refany3d, *drawing, "--name", "renders", "--prompt", "a mug, sunset background")
-    refuses(refany3d, [*flags, "--shifters", base, "--name", "none"], 1, "holds no Domain Shifters")
+    refuses(refany3d, [*flags, "--renders", "--shifters", base, "--name", "none"], 1, "holds no Domain Shifters")
+    refuses(refany3d, [*flags, "--shifters", base], 2, "--shifters are for --renders")
+    refuses(refany3d, [*drawing, "--prompt", "a mug", "--vae", "there"], 2, "--vae would do nothing")
