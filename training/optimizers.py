@@ -42,19 +42,20 @@ class Muon(torch.optim.Optimizer):
                 gradients, averages = [p.grad for p in matrices], [self.state[p]["momentum_buffer"] for p in matrices]
                 torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
                 updates = torch._foreach_lerp(gradients, averages, group["momentum"])           # Nesterov's
-                updates = orthogonalized(torch.stack(updates))
+                stacked = torch.empty(len(updates), *shape, dtype=torch.bfloat16, device=matrices[0].device)
+                torch._foreach_copy_(stacked.unbind(), updates)
+                updates = orthogonalized(stacked)
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(matrices, updates.unbind(), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
 def orthogonalized(x):
-    """x (N, n, m) -> nearly U V^T of its singular value decompositions, by five Newton-Schulz iterations, in bf16: the
+    """x (N, n, m) in bf16 -> nearly U V^T of its singular value decompositions, by five Newton-Schulz iterations: the
     singular values end up between 0.7 and 1.2."""
-    if x.shape[1] > x.shape[2]:
-        return orthogonalized(x.mT).mT
-    x = x.bfloat16()
+    tall = x.shape[1] > x.shape[2]
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
     for _ in range(5):
-        gram = x @ x.mT                                                                             # (N, n, n)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        gram = x.mT @ x if tall else x @ x.mT                                                   # the smaller of the two
+        step = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, x, step, beta=3.4445) if tall else torch.baddbmm(x, step, x, beta=3.4445)
     return x
