@@ -1,0 +1,218 @@
+"""CAD (related/cad.py) and its ablations beside score distillation, on references whose truth is known.
+
+    python -m experiments.distillation                          # trains what is missing; many hours on a CPU; goes on
+    python -m experiments.distillation --objects 3 7 --seed 1 --rows CAD "score distillation"
+
+Each row makes a 3D object, or many, of each reference: held-out assets, as renders. Of each reference EACH objects are
+drawn from eight sides. Writes results/cad.json and .md, and a sheet.
+"""
+import argparse
+import os
+from argparse import Namespace
+
+import torch
+
+from data import SEEDS, evaluation_set
+from evaluate import Surface, consistency, kid, surface_normals
+from experiments.results import markdown_table, mean_and_deviation
+from geometry.camera import ELEVATION
+from related import cad
+from related.score_distillation import distill_score
+from related.triplanes import SIZE, Z, rays
+from related.view_prior import load_prior, poses_around
+from support.files import cached, file_id, locked, read_json, write_json, write_text
+from support.generators import GAN, seeded_generator
+from support.launch import a_seed, finite, launch, run_cli, some_threads, within
+from support.pictures import save_picture, to_pixels, to_uint8
+from toy.judge import load_judges
+from toy.render import Look, render
+from toy.world import asset_captions, exaggerated, sample_assets
+
+ROWS = {                                # flags of related.cad; "stage 1" is drawn by the generator of CAD
+    "CAD":                  "",
+    "stage 1 alone":        "",
+    "without refinement":   "--strength 0",
+    "without pruning":      "--no-pruning",
+    "gamma 0.3":            "--gamma 0.3",
+    "gamma 30":             "--gamma 30",
+    "500 samples":          "--num_poses 125",
+    "2000 samples":         "--num_poses 500",
+    "score distillation":   None,
+}
+PERFECT = "perfect photographs"
+COLUMNS = dict(KD=0, photo=2, category=2, color=2, material=2, likeness=2, psnr_loo=1, two_fronts=2, chroma=3,
+               diversity=2)
+AZIMUTHS = tuple(range(0, 360, 45))
+EACH = 4                                # objects of a reference
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures
+
+
+def measure_objects(images, surface, labels, reference, judges):
+    """Of N objects of one reference, images (N, 8, 3, H, W) in [0, 1] from AZIMUTHS.
+
+    category, color, material: share of the views read as the reference's labels (3,); likeness: cosine of their
+    features with the reference's own (3, H, W), at azimuth 0; psnr_loo: views against what the others show of the same
+    places (`consistency`), surface: a Surface, None where there is none; two_fronts: share of the objects whose back is
+    more like their front than their sides are; chroma: mean distance from gray over the object; diversity: mean
+    distance of the features of two objects from the same side, of unit length; photo: share called a photograph.
+    """
+    flat = images.flatten(0, 1)
+    heads, features = judges.net(flat), judges.net.features(flat)
+    row = {name: (heads[name].argmax(1) == truth).double().mean().item()
+           for name, truth in zip(("category", "color", "material"), labels)}
+    unit = torch.nn.functional.normalize(features, dim=1).unflatten(0, images.shape[:2])            # (N, 8, F)
+    own = torch.nn.functional.normalize(judges.net.features(reference[None]), dim=1)
+    row["likeness"] = (unit[:, 0] @ own[0]).mean().item()
+    row["photo"] = (judges.net.photo_probability(flat) > 0.5).double().mean().item()
+    if surface is not None:
+        row["psnr_loo"] = consistency(images, surface)["psnr_loo"].nanmean().item()
+    alike = torch.einsum("naf,nbf->nab", unit, unit)[:, 0]                                          # with the front
+    row["two_fronts"] = (alike[:, 4] > alike[:, [2, 6]].amax(dim=1)).double().mean().item()
+    on = (1 - images).amax(dim=2) > 0.08                                                            # (N, 8, H, W)
+    off_gray = (images - images.mean(dim=2, keepdim=True)).norm(dim=2)
+    row["chroma"] = off_gray[on].mean().item()
+    if len(unit) > 1:
+        apart = torch.cdist(unit.transpose(0, 1), unit.transpose(0, 1))                             # (8, N, N)
+        row["diversity"] = (apart.sum() / (apart.numel() - 8 * len(unit))).item()
+    return row
+
+
+def lifted_surface(opacity, depth):
+    """Surface of objects from volumetric depth and opacity, (N, 8, 1, H, W) each, from AZIMUTHS."""
+    N, V = opacity.shape[:2]
+    origins, direction = rays(torch.tensor(AZIMUTHS).float(), torch.full((V,), float(ELEVATION)), SIZE)
+    places = origins.transpose(1, 2).unflatten(2, (SIZE, SIZE)) + depth * direction[:, :, None, None]   # (N, 8, 3, ..)
+    mask = (opacity > 0.5).float()
+    normal = surface_normals(places.masked_fill(mask == 0, torch.nan).flatten(0, 1)).unflatten(0, (N, V))
+    return Surface(places.clamp(-0.5, 0.5), normal, mask, AZIMUTHS, ELEVATION)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+@torch.no_grad()
+def eight_sides(shape, w, stage=2):
+    """Images, opacity and depth (N, 8, .., H, W) of N objects w from AZIMUTHS; stage 1's are not of one surface: 0."""
+    azimuth, elevation = torch.tensor(AZIMUTHS).float(), torch.full((len(AZIMUTHS),), float(ELEVATION))
+    drawn = []
+    for one in w:
+        many = one.expand(len(AZIMUTHS), -1, -1)
+        if stage == 1:
+            image, _ = shape.draw(many, azimuth, elevation)
+            drawn.append((image, *shape.draw_lifted(many, azimuth, elevation)[1:]))
+        else:
+            drawn.append(shape.draw_lifted(many, azimuth, elevation))
+    return [torch.stack(part) for part in zip(*drawn)]
+
+
+def made_objects(label, number, prompt, args):
+    """What a row makes of a reference: {"image": uint8 (N, 8, 3, H, W), "opacity", "depth"}, kept in the run folder;
+    trained first where it must be."""
+    out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
+    prior = args.prior or f"{args.folder}/view_prior.safetensors"
+    if ROWS[label] is None:
+        name, settings = f"sds_{number}", dict(steps=args.sds_steps, batch=4, lr=0.01, scale=args.sds_scale,
+                                               seed=args.seed)
+
+        def draw():
+            reference = to_pixels(evaluation_set(number + 1, folder=f"{args.folder}/sets")["image"][number, 0])
+            poses = poses_around(250)
+            shape = distill_score(load_prior(prior), reference, ELEVATION, poses, Namespace(**settings))
+            image, opacity, depth = eight_sides(shape, shape.style(torch.zeros(1, Z)))
+            return dict(image=to_uint8(image), opacity=opacity, depth=depth)
+        return cached(f"{out}/{name}.samples", dict(prior=file_id(prior), **settings), draw)
+    name = "-".join([f"cad_{number}", *ROWS[label].replace("--", "").split()])
+    path = f"{out}/{name}.safetensors"
+    if not os.path.isfile(path):
+        flags = ["--object", str(number), "--prompt", prompt, "--out", out, "--name", name, "--prior", prior, "--seed",
+                 str(args.seed), "--threads", str(args.threads or 1), *ROWS[label].split(), *args.train_flags.split()]
+        print(f"{label}: python -m related.cad {' '.join(flags)}", flush=True)
+        cad.main(flags)
+    stage = 1 if label == "stage 1 alone" else 2
+
+    def draw():
+        G = cad.load_generator(path)
+        w = G.style(torch.randn(EACH, Z, generator=seeded_generator(GAN, args.seed, 0, 5)))
+        image, opacity, depth = eight_sides(G, w, stage)
+        return dict(image=to_uint8(image), opacity=opacity, depth=depth)
+    return cached(f"{out}/{name}-{stage}.samples", dict(model=file_id(path), seed=args.seed), draw)
+
+
+def compare_rows(args):
+    """Trains what is missing, draws and measures every row, and writes the table."""
+    launch(args.threads)
+    judges, path = load_judges(f"{args.folder}/sets"), f"{args.results}/cad.json"
+    held = evaluation_set(max(args.objects) + 1, folder=f"{args.folder}/sets")
+    assets = exaggerated(sample_assets(max(args.objects) + 1, SEEDS["evaluation"]))
+    captions, todo = asset_captions(assets), args.rows or list(ROWS)
+    print(f"{len(todo)} rows of {len(args.objects)} references, seed {args.seed}, into {path}; a missing generator is "
+          "trained first, half an hour on two cores", flush=True)
+    perfect = render(assets, Look("photo"), AZIMUTHS, geometry=True)
+    sheet = {"reference": torch.stack([held["image"][k, 0] for k in args.objects])}
+
+    def keep(label, made):
+        """made: {number of the reference: (images, surface)}."""
+        rows = [measure_objects(images, surface, held["labels"][k], held["image"][k, 0] / 255, judges)
+                for k, (images, surface) in made.items()]
+        row = {name: sum(one[name] for one in rows) / len(rows) for name in rows[0]}
+        images = torch.cat([images.flatten(0, 1) for images, _ in made.values()])
+        row["KD"] = 1000 * kid(judges.photos, judges.net.features(images))
+        with locked(args.results):
+            table = read_json(path) if os.path.isfile(path) else {}
+            table.setdefault(label, {"toy": {}})["toy"][str(args.seed)] = row
+            write_json(path, table)
+        sheet[label] = torch.stack([to_uint8(2 * images[0, 1] - 1) for images, _ in made.values()])
+        return table
+    whole = Surface(perfect.position, perfect.normal, perfect.mask, AZIMUTHS, ELEVATION)
+    table = keep(PERFECT, {k: (perfect.rgb[k:k + 1], Surface(*(part[k:k + 1] for part in whole[:3]), *whole[3:]))
+                           for k in args.objects})
+    for label in todo:
+        made = {}
+        for k in args.objects:
+            drawn = made_objects(label, k, captions[k], args)
+            made[k] = drawn["image"] / 255, lifted_surface(drawn["opacity"], drawn["depth"])
+        table = keep(label, made)
+    write_table_of(table, args)
+    save_picture(f"{args.results}/cad_sheet.png", list(sheet.items()))
+    print(f"wrote {path}, cad.md and cad_sheet.png")
+
+
+def write_table_of(table, args):
+    """Prints the table, means and deviations over the seeds, and writes it."""
+    cells = [["", *COLUMNS]]
+    for label in (PERFECT, *ROWS):
+        if label in table:
+            cells.append([label, *(mean_and_deviation(table[label], name, digits) for name, digits in COLUMNS.items())])
+    lines = "\n".join(markdown_table(cells))
+    print(lines)
+    write_text(f"{args.results}/cad.md", f"# CAD beside score distillation\n\n{lines}\n\n`python -m "
+               f"experiments.distillation --objects {' '.join(map(str, args.objects))}`; a further seed: `--seed 1`\n")
+
+
+def parse_args(argv=None):
+    """The command line of this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--objects", type=within(0, 10 ** 4 - 1), nargs="+", default=[1, 4, 6, 10, 13, 14, 16, 17], metavar="NUMBER",
+        help="references: held-out assets (default: eight)")
+    add("--rows", nargs="+", choices=ROWS, metavar="LABEL", help="only these rows (default: all)")
+    add("--seed", type=a_seed, default=0, help="decides samples and training (default %(default)s)")
+    add("--prior", help="view-conditioned model (default: the run folder's)")
+    add("--sds_steps", type=within(1, 10 ** 6), default=1000, help="steps of score distillation (default %(default)s)")
+    add("--sds_scale", type=finite, default=10.0, help="its guidance on the reference (default %(default)s)")
+    add("--results", default="results", help="where the table and its picture go (default %(default)s)")
+    add("--folder", default="runs/toy", help="run folder: sets, prior, generators (default %(default)s)")
+    add("--threads", type=some_threads, help="CPU threads (default: the fastest in a trial)")
+    add("--train_flags", default="", help="more flags for related.cad, as --train_flags='--steps 500'")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    compare_rows(parse_args(argv))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,80 @@
+"""CAD's measures: perfect views reach their best, and each kind of mistake shows in its own measure."""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY, random_model, run_main
+
+from data import SEEDS
+from dit import PRESETS, save_model
+from experiments import distillation
+from experiments.distillation import AZIMUTHS, PERFECT, lifted_surface, measure_objects
+from geometry.camera import ELEVATION, camera
+from related import cad, view_prior
+from toy.render import Look, render
+from toy.world import exaggerated, sample_assets, take
+
+
+@pytest.fixture(scope="module")
+def ducks():
+    """A duck and a car from eight sides."""
+    assets = exaggerated(sample_assets(15, SEEDS["evaluation"]))
+    return render(take(assets, torch.tensor([14, 4])), Look("photo"), AZIMUTHS)
+
+
+def test_depth_is_lifted_to_the_surface(ducks):
+    """From the renderer's own positions: the same places, and normals that agree with its."""
+    forward = camera(torch.tensor(AZIMUTHS), ELEVATION)[2]                      # (8, 3)
+    depth = (ducks.position * forward[:, :, None, None]).sum(dim=2, keepdim=True)
+    known = (ducks.normal.norm(dim=2, keepdim=True) > 0.5).float()
+    surface = lifted_surface(known, depth)
+    on = known.expand(-1, -1, 3, -1, -1) > 0
+    assert (surface.position - ducks.position)[on].abs().max() < 1e-4 and torch.equal(surface.mask, known)
+    cosine = (surface.normal * ducks.normal).sum(dim=2)[known[:, :, 0] > 0]
+    assert cosine.median() > 0.97
+
+
+def test_mistakes_show_where_they_should(ducks, quick_judges):
+    views, labels = ducks.rgb, torch.tensor([0, 0, 0])
+
+    def measured(images):
+        return measure_objects(images, None, labels, ducks.rgb[0, 0], quick_judges)
+    same = measured(views[:1].expand(2, -1, -1, -1, -1))
+    assert same["diversity"] == pytest.approx(0, abs=1e-3) and same["likeness"] == pytest.approx(1, abs=1e-5)
+    assert measured(views)["diversity"] > 0.05 and measured(views)["likeness"] < same["likeness"]
+    two_faced = views[:1].clone()
+    two_faced[:, 4] = views[:1, 0]
+    assert measured(two_faced)["two_fronts"] == 1
+    gray = views[:1].mean(dim=2, keepdim=True).expand(-1, -1, 3, -1, -1)
+    assert measured(gray)["chroma"] < 1e-6 < measured(views[:1])["chroma"]
+    red = torch.ones(1, 8, 3, 32, 32)
+    red[..., 1:, 8:24, 8:24] = 0                                                # (1, 0, 0) is sqrt(2 / 3) from gray
+    assert measured(red)["chroma"] == pytest.approx((2 / 3) ** 0.5, abs=1e-5)
+
+
+def test_a_table_of_three_rows(tmp_path, monkeypatch, quick_judges):
+    small = replace(TINY, image_size=32, depth=2)
+    monkeypatch.setitem(PRESETS, "toy", small)
+    monkeypatch.setattr(cad, "train_feature_net", lambda *args: quick_judges.net)
+    monkeypatch.setattr(distillation, "load_judges", lambda *args: quick_judges)
+    save_model(str(tmp_path / "base.safetensors"), small, random_model(small))
+    run_main(view_prior, "--out", tmp_path, "--num_assets", 2, "--steps", 1, "--batch", 2, "--picture_steps", 1,
+             "--threads", 1)
+    rows = ["CAD", "stage 1 alone", "score distillation"]
+    short = "--num_poses 8 --each 3 --num_steps 2 --steps 1 --lift_steps 1 --batch 2 --invert_steps 1"
+    command = ["--objects", 1, "--rows", *rows, "--sds_steps", 2, "--threads", 1, "--folder", tmp_path, "--results",
+               tmp_path / "results", f"--train_flags={short}"]
+    run_main(distillation, *command)
+    table = json.loads((tmp_path / "results" / "cad.json").read_text())
+    assert list(table) == [PERFECT, *rows] and (tmp_path / "results" / "cad_sheet.png").exists()
+    assert "diversity" in table["CAD"]["toy"]["0"] and "diversity" not in table["score distillation"]["toy"]["0"]
+    assert table[PERFECT]["toy"]["0"]["psnr_loo"] > 20
+    text = (tmp_path / "results" / "cad.md").read_text()
+    assert "score distillation" in text and "`python -m experiments.distillation --objects 1`" in text
+    before = (tmp_path / "cad_1.safetensors").read_bytes()
+    run_main(distillation, *command)                                            # nothing is made again
+    again = json.loads((tmp_path / "results" / "cad.json").read_text())
+    for label, row in table.items():
+        assert again[label]["toy"]["0"] == pytest.approx(row["toy"]["0"], rel=1e-4)
+    assert (tmp_path / "cad_1.safetensors").read_bytes() == before
