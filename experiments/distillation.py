@@ -7,22 +7,25 @@ Each row makes a 3D object, or many, of each reference: held-out assets, as rend
 drawn from eight sides. Writes results/cad.json and .md, and a sheet.
 """
 import argparse
+import io
 import os
 from argparse import Namespace
+from contextlib import redirect_stderr, redirect_stdout
 
 import torch
 
 from data import SEEDS, evaluation_set
 from evaluate import Surface, consistency, kid, surface_normals
-from experiments.results import markdown_table, mean_and_deviation
+from experiments.results import markdown_table, mean_and_deviation, stored_table
 from geometry.camera import ELEVATION
 from related import cad
 from related.score_distillation import distill_score
 from related.triplanes import SIZE, Z, rays
 from related.view_prior import load_prior, poses_around
-from support.files import cached, file_id, locked, read_json, write_json, write_text
+from sample import default_base
+from support.files import cached, file_id, locked, read_metadata, write_json, write_text
 from support.generators import GAN, seeded_generator
-from support.launch import a_seed, finite, launch, run_cli, some_threads, within
+from support.launch import a_seed, check_out, launch, run_cli, some_threads, within
 from support.pictures import save_picture, to_pixels, to_uint8
 from toy.judge import load_judges
 from toy.render import Look, render
@@ -39,6 +42,9 @@ ROWS = {                                # flags of related.cad; "stage 1" is dra
     "2000 samples":         "--num_poses 500",
     "score distillation":   None,
 }
+OF_THE_ROWS = {"--object", "--reference", "--elevation", "--prompt", "--out", "--name", "--prior", "--base", "--seed",
+               "--threads", "--strength", "--pruning", "--no-pruning", "--gamma", "--num_poses", "--mesh", "--help",
+               "-h"}
 PERFECT = "perfect photographs"
 COLUMNS = dict(KD=0, photo=2, category=2, color=2, material=2, likeness=2, psnr_loo=1, two_fronts=2, chroma=3,
                diversity=2)
@@ -125,12 +131,16 @@ def made_objects(label, number, prompt, args):
             return dict(image=to_uint8(image), opacity=opacity, depth=depth)
         return cached(f"{out}/{name}.samples", dict(prior=file_id(prior), **settings), draw)
     name = "-".join([f"cad_{number}", *ROWS[label].replace("--", "").split()])
-    path = f"{out}/{name}.safetensors"
+    path, base = f"{out}/{name}.safetensors", default_base("toy", args.folder)
+    flags = ["--object", str(number), "--prompt", prompt, "--out", out, "--name", name, "--prior", prior]
+    flags += ["--base", base, "--seed", str(args.seed), "--threads", str(args.threads or 1), *ROWS[label].split()]
+    flags += args.train_flags.split()
     if not os.path.isfile(path):
-        flags = ["--object", str(number), "--prompt", prompt, "--out", out, "--name", name, "--prior", prior, "--seed",
-                 str(args.seed), "--threads", str(args.threads or 1), *ROWS[label].split(), *args.train_flags.split()]
         print(f"{label}: python -m related.cad {' '.join(flags)}", flush=True)
         cad.main(flags)
+    made = read_metadata(path).get("command")
+    if made != cad.parse_args(flags).command:
+        raise ValueError(f"{path} was made by '{made}': name another --folder, or delete it")
     stage = 1 if label == "stage 1 alone" else 2
 
     def draw():
@@ -143,8 +153,13 @@ def made_objects(label, number, prompt, args):
 
 def compare_rows(args):
     """Trains what is missing, draws and measures every row, and writes the table."""
-    launch(args.threads)
-    judges, path = load_judges(f"{args.folder}/sets"), f"{args.results}/cad.json"
+    launch(args.threads or 1)           # as many as a row's training sets
+    path = f"{args.results}/cad.json"
+    for name in (path, f"{args.results}/cad.md", f"{args.results}/cad_sheet.png"):
+        check_out(name, "--results")
+    load_prior(args.prior or f"{args.folder}/view_prior.safetensors")
+    stored_rows(path, args)
+    judges = load_judges(f"{args.folder}/sets")
     held = evaluation_set(max(args.objects) + 1, folder=f"{args.folder}/sets")
     assets = exaggerated(sample_assets(max(args.objects) + 1, SEEDS["evaluation"]))
     captions, todo = asset_captions(assets), args.rows or list(ROWS)
@@ -161,9 +176,9 @@ def compare_rows(args):
         images = torch.cat([images.flatten(0, 1) for images, _ in made.values()])
         row["KD"] = 1000 * kid(judges.photos, judges.net.features(images))
         with locked(args.results):
-            table = read_json(path) if os.path.isfile(path) else {}
+            table = stored_rows(path, args)
             table.setdefault(label, {"toy": {}})["toy"][str(args.seed)] = row
-            write_json(path, table)
+            write_json(path, dict(settings=table_settings_of(args), rows=table))
         sheet[label] = torch.stack([to_uint8(2 * images[0, 1] - 1) for images, _ in made.values()])
         return table
     whole = Surface(perfect.position, perfect.normal, perfect.mask, AZIMUTHS, ELEVATION)
@@ -178,6 +193,21 @@ def compare_rows(args):
     write_table_of(table, args)
     save_picture(f"{args.results}/cad_sheet.png", list(sheet.items()))
     print(f"wrote {path}, cad.md and cad_sheet.png")
+
+
+def table_settings_of(args):
+    """The flags that decide the numbers, for the results file."""
+    return {name: getattr(args, name) for name in ("objects", "sds_steps", "sds_scale", "train_flags")}
+
+
+def stored_rows(path, args):
+    """The rows of a results file, {} where there is none. Raises ValueError if it was made with other settings."""
+    if not os.path.isfile(path):
+        return {}
+    settings, rows = stored_table(path)
+    if settings != table_settings_of(args) or rows.keys() - {PERFECT, *ROWS}:
+        raise ValueError(f"{path} was made with {settings}: name another folder with --results")
+    return rows
 
 
 def write_table_of(table, args):
@@ -202,12 +232,28 @@ def parse_args(argv=None):
     add("--seed", type=a_seed, default=0, help="decides samples and training (default %(default)s)")
     add("--prior", help="view-conditioned model (default: the run folder's)")
     add("--sds_steps", type=within(1, 10 ** 6), default=1000, help="steps of score distillation (default %(default)s)")
-    add("--sds_scale", type=finite, default=10.0, help="its guidance on the reference (default %(default)s)")
+    add("--sds_scale", type=within(-1000, 1000, float), default=10.0, help="its guidance on the reference (default "
+        "%(default)s)")
     add("--results", default="results", help="where the table and its picture go (default %(default)s)")
     add("--folder", default="runs/toy", help="run folder: sets, prior, generators (default %(default)s)")
-    add("--threads", type=some_threads, help="CPU threads (default: the fastest in a trial)")
+    add("--threads", type=some_threads, help="CPU threads (default: 1)")
     add("--train_flags", default="", help="more flags for related.cad, as --train_flags='--steps 500'")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_flags_of_cad(parser, args.train_flags.split())
+    return args
+
+
+def check_flags_of_cad(parser, words):
+    """Ends with a line of usage at --train_flags that rows or this program's flags decide, or that related.cad refuses.
+    """
+    own, said = OF_THE_ROWS & {word.partition("=")[0] for word in words}, io.StringIO()
+    if own:
+        parser.error(f"--train_flags must not name {', '.join(sorted(own))}: the rows and this command's flags do")
+    try:
+        with redirect_stderr(said), redirect_stdout(said):
+            cad.parse_args(["--object", "0", "--prompt", "a mug", *words])
+    except SystemExit:
+        parser.error(f"--train_flags '{' '.join(words)}': {said.getvalue().strip().split('error: ')[-1]}")
 
 
 def main(argv=None):

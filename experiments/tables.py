@@ -34,7 +34,7 @@ from experiments.results import ORACLE, stored_table, table_rows, write_table
 from geometry.camera import VIEWS
 from sample import default_base, sample_images
 from support.files import cached, file_id, load_tensors, locked, read_metadata, save_tensors, write_json
-from support.launch import BAR, a_seed, launch, run_cli, within
+from support.launch import BAR, Launched, a_seed, launch, run_cli, within
 from support.networks import load_lpips
 from support.pictures import save_picture, to_pixels, to_uint8
 from toy.judge import load_judges
@@ -44,7 +44,8 @@ from training.flags import fill_defaults, stage1_comes_first, stage1_folder
 
 # flags of train_stage2.py that the rows, or flags of this command, decide
 OF_THE_ROWS = {"--out", "--name", "--base", "--task", "--seed", "--threads", "--method", "--joint", "--rank",
-               "--no_real_data", "--no_freezing", "--no_reassignment", "--layer_selective", "--benchmark", "--preset"}
+               "--no_real_data", "--no_freezing", "--no_reassignment", "--layer_selective", "--benchmark", "--preset",
+               "--shifters", "--help", "-h"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One row: its model, its images
@@ -89,7 +90,7 @@ def flags_for(row, args):
     """The words of --train_flags, without those that would do nothing for this row."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for flag in train_stage2.unread_flags(train_stage2.parse_args(row.flags.split())):
-        parser.add_argument(f"--{flag}")
+        parser.add_argument(f"--{flag}", **(dict(action=argparse.BooleanOptionalAction) if flag == "muon" else {}))
     return parser.parse_known_args(args.train_flags.split())[1]
 
 
@@ -243,22 +244,26 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.processes > 1 and args.threads:
         parser.error("--processes gives each of them one thread: leave out --threads")
-    check_train_flags(parser, args.train_flags)
+    check_train_flags(parser, args)
     return args
 
 
-def check_train_flags(parser, train_flags):
-    """Ends with a line of usage at --train_flags that a row has of its own, or that train_stage2.py does not know."""
-    words, said = train_flags.split(), io.StringIO()
+def check_train_flags(parser, args):
+    """Ends with a line of usage at --train_flags that a row has of its own, or that train_stage2.py refuses."""
+    words, said = args.train_flags.split(), io.StringIO()
     own = OF_THE_ROWS & {word.partition("=")[0] for word in words}
     if own:
         parser.error(f"--train_flags must not name {', '.join(sorted(own))}: the rows and this command's flags do")
     try:
         with redirect_stderr(said), redirect_stdout(said):
             train_stage2.parse_args(words)
+            for row in TABLES[args.table][1]:
+                if row.flags is not None:
+                    own = train_stage2.parse_args([*row.flags.split(), *flags_for(row, args)])
+                    fill_defaults(own, "stage2", Launched(torch.device("cpu"), 0, 1))
     except (SystemExit, ValueError) as error:
         reason = said.getvalue().strip().split("error: ")[-1] or error
-        parser.error(f"--train_flags '{train_flags}': {reason}")
+        parser.error(f"--train_flags '{args.train_flags}': {reason}")
 
 
 def main(argv=None):

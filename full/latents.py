@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from data import LATENT_SCALE, control_maps
@@ -126,18 +126,29 @@ class LatentSet:
         self.config, self.in_grids, self.control = config, views, control
         self.key, self.places = open_shards(folder)
         file, name = self.places[0]
-        self.grid, _, *latent = file.get_slice(f"{name}.color").get_shape()     # how many views an object has
-        if control and f"{name}.normal" not in file.keys():
+        found = stored_shape(file, f"{name}.color")
+        self.grid, latent = found[0] if found else 0, found[2:]                 # how many views an object has
+        if control and not stored_shape(file, f"{name}.normal"):
             raise ValueError(f"task texturing needs control maps, but {folder} has none: use --task text")
-        words = file.get_tensor("null_text")                                                        # (n, D)
-        wanted = [config.channels, config.image_size, config.image_size]
-        if latent != wanted or words.shape[1] != config.text_dim:
-            raise ValueError(f"{folder} has latents of {latent} and text of width {words.shape[1]}, the model takes "
+        wanted, width = [config.channels, config.image_size, config.image_size], stored_shape(file, "null_text")[-1:]
+        if latent != wanted or width != [config.text_dim]:
+            raise ValueError(f"{folder} has latents of {latent} and text of width {sum(width)}, the model takes "
                              f"{wanted} and {config.text_dim}")
-        num = len(self.places)
+        self.check_shapes(folder, MAPS if control else MAPS[:1])
+        words, num = file.get_tensor("null_text"), len(self.places)                                 # (n, D)
         self.shape = (num, self.grid) if views else (num * self.grid, 1)
         text, mask = padded(words, config.text_length)
         self.null = {"text": text[None], "text_mask": mask[None]}
+
+    def check_shapes(self, folder, parts):
+        """Raises ValueError naming the first object that is not as the others; reads headers only."""
+        wanted = [self.grid, 2, self.config.channels, self.config.image_size, self.config.image_size]
+        for file, name in self.places:
+            text = stored_shape(file, f"{name}.text")
+            whole = all(stored_shape(file, f"{name}.{part}") == wanted for part in parts)
+            if not whole or text[1:] != [self.config.text_dim] or not 0 < text[0] <= self.config.text_length:
+                raise ValueError(f"{folder}: object {name} lacks {' or '.join(parts)} of the shape {wanted}, or text "
+                                 "of the model's width and length: encode it again")
 
     def rows(self, index):
         """The samples `index` (B,) -> "image" (B, V, 2, C, h, w), mean and deviation, unscaled, "text" (B, L, D) and
@@ -158,6 +169,14 @@ class LatentSet:
             means = [file.get_slice(f"{name}.{part}")[views, 0] for part in ("normal", "position")]     # (V, C, h, w)
             sample["control"] = torch.cat(means, dim=1) * LATENT_SCALE
         return sample
+
+
+def stored_shape(file, name):
+    """The shape of a tensor in an open safetensors file, [] where it has none of that name."""
+    try:
+        return file.get_slice(name).get_shape()
+    except SafetensorError:
+        return []
 
 
 def open_shards(folder):

@@ -75,7 +75,7 @@ def read_object(folder):
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         text = meta.get("caption")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON, an object {{..}}: {error}") from None
     if text is None and (folder / "caption.txt").is_file():
         text = (folder / "caption.txt").read_text(encoding="utf-8", errors="replace").strip()
@@ -255,6 +255,8 @@ def read_pixels(path):
             pixels = pixels.reshape(*pixels.shape[:2], -1)[..., 0]      # R, G and B come as one
         else:
             with Image.open(path) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise ValueError("it has more than 8 bits a colour: save it with 8")
                 alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
                 pixels = np.float32(image.convert("RGBA" if alpha else "RGB")) / 255
         return torch.from_numpy(pixels.astype(np.float32))

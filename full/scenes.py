@@ -33,7 +33,7 @@ from full.encoders import Encoders, padded
 from full.latents import LatentSet, encode_objects
 from full.objects import first_of, object_folders, read_pixels
 from support.files import write_text
-from support.launch import a_seed, launch, run_cli, within
+from support.launch import UsageError, launch, run_cli, within
 from toy.scenes import SIDES, scene_set
 from toy.world import VOCAB
 
@@ -52,9 +52,9 @@ def read_scene_folder(folder, size):
     path = Path(folder) / "meta.json"
     try:
         caption = json.loads(path.read_text(encoding="utf-8")).get("caption")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON, an object {{..}}: {error}") from None
-    if not caption or not isinstance(caption, str):
+    if not isinstance(caption, str) or not caption.strip():
         raise ValueError(f'{path} has no caption: add "caption": "a duck, sunset background"')
     pictures = []
     for kind in KINDS:
@@ -80,6 +80,8 @@ def encode_scene(folder, encode_image, encode_text, size):
 
 def write_toy_scenes(out, num, size, seed):
     """Writes `num` toy scenes, each of another asset, as an example of the layout."""
+    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise UsageError(f"{out} is there already: name a new folder")
     for k in tqdm(range(num), desc="rendering", unit="scene"):
         with TemporaryDirectory() as folder:                            # a set of one asset
             scenes = scene_set(1, seed + k, size=size, folder=folder)
@@ -108,10 +110,11 @@ class SceneLatents(LatentSet):
         if not any(Path(folder).rglob("*.safetensors")):
             raise ValueError(f"{folder} holds no shards: write them with python -m full.scenes encode")
         super().__init__(folder, config)
-        file, name = self.places[0]
-        if self.grid != 1 + VIEWS or f"{name}.points" not in file.keys():
+        if self.grid != 1 + VIEWS:
             raise ValueError(f"{folder} holds no scenes: write them with python -m full.scenes encode")
-        self.kinds, self.num_references = KINDS[:1 + points], num_references
+        self.check_shapes(folder, KINDS)
+        self.kinds = KINDS[:1 + points]
+        self.num_references = num_references
         self.shape = (len(self.places), len(self.kinds))
 
     def sample(self, k):
@@ -135,7 +138,7 @@ def parse_args(argv=None):
     sub = commands.add_parser("toy", help="write toy scenes, as an example")
     sub.add_argument("out", help="folder to write a folder for each scene to")
     sub.add_argument("--num", type=within(1, 10 ** 6), default=8, help="how many")
-    sub.add_argument("--seed", type=a_seed, default=0, help="which assets")
+    sub.add_argument("--seed", type=within(0, 10 ** 12), default=0, help="which assets")
     sub.add_argument("--size", type=within(8, 2 ** 12), default=512, help="pixels to a side")
     sub = commands.add_parser("encode", help="VAE latents and T5 tokens of scenes; also under torchrun")
     sub.add_argument("scenes", help="folder of scene folders")
@@ -150,6 +153,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.size % 8:
+        raise UsageError(f"--size must be a multiple of 8, not {args.size}")
     if args.command == "toy":
         return write_toy_scenes(args.out, args.num, args.size, args.seed)
     launched, encoders = launch(), Encoders(args.vae, args.text_encoder)

@@ -14,12 +14,11 @@ views of the reference first, mends and sorts them, and trains a 3D GAN to draw 
     5  two stages   images enlarged by convolutions; then the planes, so that all views agree       `stage2_losses`
     6  use          samples, ways between them, the reference's own w (inversion), meshes           `write_sheets`
 
-The networks are those of related/triplanes.py, the prior is related/view_prior.py's. To resume, run it again.
+Steps 1 to 3 are in related/cad_samples.py, the networks in related/triplanes.py. To resume, run it again.
 """
 import argparse
 import json
 import os
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -27,130 +26,26 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import evaluation_set
-from dit import T, add_noise
-from geometry.camera import ELEVATION, VIEWS
+from geometry.camera import ELEVATION
 from geometry.hull import silhouette
 from geometry.mesh import surface_mesh
 from geometry.texture import save_meshes
+from related.cad_samples import prior_path, reference_samples, samples_key, view_phrase
 from related.triplanes import SAMPLES_A_RAY, SIZE, Discriminator, Generator, Z, adapted, augment, enlarged, r1
-from related.view_prior import draw_views, load_prior, poses_around
-from sample import (CFG_SCALE, Sampling, ddim_sample, ddim_timesteps, default_base, domain_mode, guided_noise,
-                    initial_noise, load_network)
-from support.files import cached, checksum, file_id, load_strictly, load_tensors, read_metadata, save_tensors
+from support.files import checksum, load_strictly, load_tensors, read_metadata, save_tensors
 from support.folders import read_image
 from support.generators import GAN, seeded_generator, seeded_words
-from support.launch import a_seed, finite, launch, run_cli, some_steps, some_threads, within
+from support.launch import a_seed, check_out, launch, run_cli, some_steps, some_threads, within
 from support.pictures import save_picture, to_pixels, to_uint8
 from toy.judge import train_feature_net
 from toy.poses import BAND, pose_numbers
 from toy.world import tokenize
-from training.flags import check_name, parse_training
+from training.flags import check_name, parse_training, refuse_unread
 from training.loop import signals_caught
 from training.states import Trained, hold, load_state, save_state, stored_speed
 
-REFINEMENT = 10 ** 9    # added to a sample's number, it names the noise of its refinement
 WINDOW = 16             # side of what stage 2's discriminator sees
 R1_EVERY = 8            # steps between those with R1, which is weighed up for it (StyleGAN2)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Distribution refinement: SDEdit (Meng et al. 2022) by the photographic model
-
-
-def view_phrase(azimuth, named=10):
-    """", front view" within `named` degrees of a view that has a word; elsewhere nothing, as in the base model's
-    captions, whose words are exact to 8 degrees: a word that does not fit turns the object."""
-    quarter = round(float(azimuth) / 90)
-    return f", {VIEWS[quarter % 4]} view" if abs(float(azimuth) - 90 * quarter) <= named else ""
-
-
-@torch.no_grad()
-def refine(base, images, azimuth, prompt, strength, sampling):
-    """Images (N, 3, H, W) in [-1, 1], noised to `strength` of the steps and denoised by the base model, which is told
-    what it sees and, where there is a word for it, from which side. azimuth: (N,) degrees."""
-    like, steps = base.dit.positions, ddim_timesteps(sampling.num_steps, sampling.spacing)
-    steps = steps[steps <= strength * T]
-    if not len(steps):
-        return images
-    text = tokenize([f"photo of {prompt}{view_phrase(turn)}, white background" for turn in azimuth])
-    null, start, done = {"text": tokenize([""]).to(like.device)}, steps[0], []
-    for rows in torch.arange(len(images)).split(sampling.batch):
-        x0 = images[rows, None].to(like)
-        keys = (REFINEMENT + rows).tolist()                             # other noise than the samples were drawn from
-        noise = initial_noise(keys, x0.shape[1:], sampling.seed).to(like)
-        predict_noise = guided_noise(base, null, domain_mode("real", base.dit.config.depth), sampling.cfg_scale,
-                                     text=text[rows].to(like.device))
-        x = add_noise(x0, noise, start.expand(len(rows)).to(like.device))
-        done.append(ddim_sample(predict_noise, x, sampling.num_steps, sampling.spacing, clip_x0=True,
-                                t_start=int(start))[:, 0].cpu())
-    return torch.cat(done)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Pose pruning
-
-
-def agree_with_others(images, features, outline=0.75, meaning=0.6):
-    """Which samples (P, K, 3, H, W) in [0, 1] agree with the other samples of their pose: (P, K) bool.
-
-    Silhouettes must overlap with those of the others by `outline` (median IoU), and features (P, K, F) point the same
-    way by `meaning` (median cosine). The best of each pose stays in any case, so that no pose goes missing.
-    """
-    shape = silhouette(images).flatten(2).float()                                                   # (P, K, H W)
-    both, count = shape @ shape.mT, shape.sum(dim=2)
-    overlap = both / (count[:, :, None] + count[:, None] - both).clamp(min=1)                       # (P, K, K)
-    alike = F.normalize(features, dim=2) @ F.normalize(features, dim=2).mT
-    itself = torch.eye(images.shape[1], dtype=torch.bool)
-    overlap, alike = [table.masked_fill(itself, torch.nan).nanmedian(dim=2).values.nan_to_num()         # (P, K)
-                      for table in (overlap, alike)]
-    best = F.one_hot((overlap + alike).argmax(dim=1), images.shape[1]).bool()
-    return (overlap >= outline) & (alike >= meaning) | best
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache that the GAN learns from: steps 1 to 3
-
-
-def samples_key(reference, args):
-    """What the samples of a reference are made from."""
-    flags = ("prompt", "elevation", "num_poses", "each", "num_steps", "view_scale", "strength", "seed")
-    return dict(reference=checksum({"image": reference}), prior=file_id(prior_path(args)),
-                base=file_id(default_base("toy", args.out)), **{flag: getattr(args, flag) for flag in flags})
-
-
-def reference_samples(reference, judge, args):
-    """Steps 1 to 3 of one reference: {"image": uint8 (N, 3, H, W), "azimuth", "elevation": (N,)}, drawn before any
-    training of the GAN, and a picture of them. Kept in OUT/NAME/samples.safetensors."""
-    poses, sampling = poses_around(args.num_poses), Sampling(num_steps=args.num_steps, seed=args.seed)
-
-    def build():
-        prior, base = load_prior(prior_path(args)), load_network(default_base("toy", args.out))
-        guided = replace(sampling, cfg_scale=args.view_scale)
-        drawn = draw_views(prior, reference, args.elevation, poses, args.each, guided)
-        refined = refine(base, drawn.flatten(0, 1), poses[0].repeat_interleave(args.each), args.prompt, args.strength,
-                         replace(sampling, cfg_scale=CFG_SCALE))
-        return dict(drawn=to_uint8(drawn), image=to_uint8(refined).view(drawn.shape))
-    made = cached(f"{args.out}/{args.name}/samples.safetensors", samples_key(reference, args), build)
-    images, shape = made["image"], made["image"].shape[:2]
-    keep = torch.ones(shape, dtype=torch.bool)
-    if args.pruning:
-        features = judge.features(images.flatten(0, 1) / 255)
-        keep = agree_with_others(images / 255, features.unflatten(0, shape))
-    dropped = [f"{poses[0][k]:.0f} degrees {int((~keep[k]).sum())}" for k in range(len(keep)) if not keep[k].all()]
-    print(f"{int(keep.sum())} of {keep.numel()} samples stay; dropped at {', '.join(dropped) or 'no pose'}", flush=True)
-    draw_pruning(f"{args.out}/{args.name}/samples.png", made, keep, poses[0])
-    azimuth, elevation = (part.repeat_interleave(args.each)[keep.flatten()] for part in poses)
-    return dict(image=images.flatten(0, 1)[keep.flatten()], azimuth=azimuth, elevation=elevation)
-
-
-def draw_pruning(path, made, keep, azimuth, num=6):
-    """Writes a picture: of some poses the samples as drawn, and refined, before red what was dropped."""
-    rows, red = [], torch.tensor([255, 60, 60], dtype=torch.uint8)[:, None, None]
-    for k in range(0, len(keep), max(1, len(keep) // num))[:num]:
-        white = (made["image"][k] > 230).all(dim=1, keepdim=True)
-        marked = torch.where(white & ~keep[k][:, None, None, None], red, made["image"][k])
-        rows += [(f"{azimuth[k]:.0f} degrees", made["drawn"][k]), ("refined", marked)]
-    save_picture(path, rows)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4, 5. The 3D GAN in two stages
@@ -346,6 +241,9 @@ def read_reference(args):
         image = read_image(args.reference)                              # (3, H, W) in [0, 1]
         height, width = image.shape[1:]
         side = max(height, width)
+        if side > 16 * min(height, width) or not silhouette(image).any():
+            raise ValueError(f"--reference {args.reference} shows no object before white, or is a strip of {width} x "
+                             f"{height} pixels")
         left, top = (side - width) // 2, (side - height) // 2
         square = F.pad(image, (left, side - width - left, top, side - height - top), value=1.0)
         return 2 * F.interpolate(square[None], (SIZE, SIZE), mode="area")[0] - 1
@@ -358,6 +256,9 @@ def distill(args):
     path, folder = f"{args.out}/{args.name}.safetensors", f"{args.out}/{args.name}"
     before = stored_speed([f"{folder}/stage2", f"{folder}/stage1"])     # as many threads as the run that was stopped
     launch(args.threads or before.get("threads"))
+    prior_path(args)
+    if args.mesh:
+        check_out(f"{args.mesh}/{args.name}.glb", "--mesh")
     reference, judge = read_reference(args), train_feature_net(f"{args.out}/sets")
     key = dict(samples=samples_key(reference, args), pruning=args.pruning,
                stages=[vars(stage_settings(stage, args)) for stage in (1, 2)])
@@ -373,7 +274,11 @@ def distill(args):
         G = Generator()
         for stage in (1, 2):
             train_stage(stage, G, samples, judge, args)
-        save_tensors(path, {name: p.half() for name, p in G.state_dict().items()}, made=key, command=args.command)
+        weights = {name: p.half() for name, p in G.state_dict().items()}
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise FloatingPointError(f"{args.name}: weights too large for 16 bits: delete {folder}/stage*, and try a "
+                                     "lower --lr")
+        save_tensors(path, weights, made=key, command=args.command)
     write_sheets(load_generator(path), reference, judge, args)
     del lock
 
@@ -389,14 +294,6 @@ def load_generator(path):
 # Command line
 
 
-def prior_path(args):
-    """--prior, or the run folder's view-conditioned model. Raises FileNotFoundError."""
-    path = args.prior or f"{args.out}/view_prior.safetensors"
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no such file: {path} (--prior): train it with python -m related.view_prior")
-    return path
-
-
 def parse_args(argv=None):
     """The command line of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -409,10 +306,12 @@ def parse_args(argv=None):
     add("--out", default="runs/toy", help="run folder (default %(default)s)")
     add("--name", help="of this generator (default cad_OBJECT, or cad)")
     add("--prior", help="view-conditioned model (default: the run folder's)")
+    add("--base", help="base model (default: the run folder's, else the shipped one)")
     add("--num_poses", type=within(8, 10 ** 5), default=250, help="poses that the prior draws (default %(default)s)")
     add("--each", type=within(1, 64), default=4, help="samples of each pose (default %(default)s)")
     add("--num_steps", type=some_steps, default=25, help="DDIM steps of a sample (default %(default)s)")
-    add("--view_scale", type=finite, default=2.0, help="guidance on the reference (default %(default)s)")
+    add("--view_scale", type=within(-100, 100, float), default=2.0, help="guidance on the reference (default "
+        "%(default)s)")
     add("--strength", type=within(0, 1, float), default=0.5, help="noise of the refinement, 0: none (default "
         "%(default)s)")
     add("--pruning", action=argparse.BooleanOptionalAction, default=True, help="drop samples that disagree")
@@ -433,9 +332,19 @@ def parse_args(argv=None):
         parser.error("name the reference: --object NUMBER, or --reference FILE")
     if args.pruning and args.each < 3:
         parser.error("--each must be at least 3, for samples to agree with others, or --no-pruning given")
+    if args.num_poses * args.each > 10 ** 5:
+        parser.error(f"--num_poses {args.num_poses} x --each {args.each} is more than 100,000 samples")
+    if args.object is not None:
+        refuse_unread(parser, args, ["elevation"], "with --object, which is seen from 20 degrees")
     args.name = args.name or ("cad" if args.object is None else f"cad_{args.object}")
+    picture = os.path.realpath(f"{args.out}/{args.name}.png")
+    if args.reference is not None and os.path.realpath(args.reference) == picture:
+        parser.error("--reference would be overwritten by the picture OUT/NAME.png: use another --name")
+    args.preset = "toy"
     check_name(args.name, "cad")
     try:
+        if not args.prompt.replace(",", " ").split():
+            raise ValueError("it has no words")
         tokenize([f"photo of {args.prompt}{view_phrase(0)}, white background"])
     except ValueError as error:
         parser.error(f"--prompt: {error}")

@@ -12,7 +12,8 @@ import torch
 import torch.nn as nn
 
 from data import SEEDS
-from dit import DiT, load_model
+from dit import PRESETS, DiT, require_config
+from full.pixart import load_base
 from sample import Sampling, sample_images
 from support.files import load_strictly, load_tensors, read_metadata
 from support.launch import on_rank_0_first, run_cli
@@ -80,7 +81,8 @@ def load_prior(path, device="cpu"):
     if read_metadata(path).get("adapter_kind") != PoseEmbedding.kind:
         raise ValueError(f"{path} holds no view-conditioned model: train one with python -m related.view_prior")
     weights, _ = load_tensors(path)
-    prior = ViewPrior(load_model(path))
+    prior = ViewPrior(load_base(path))
+    require_config(path, prior.dit.config, replace(PRESETS["toy"], control_channels=3, num_views=0))
     load_strictly(prior.adapter, {name.removeprefix("adapter."): tensor.float() for name, tensor in weights.items()
                                   if name.startswith("adapter.")}, path)
     return prior.to(device).eval()

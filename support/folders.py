@@ -28,9 +28,12 @@ def read_image(path):
     """(3, H, W) in [0, 1]; what is transparent lies before white. Raises ValueError naming a file it cannot read."""
     try:
         with Image.open(path) as image:
+            deep = image.mode.startswith(("I", "F"))
             image = image.convert("RGBA")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:       # a broken PNG is a SyntaxError
+    except Exception as error:          # Pillow's readers raise whatever a broken file leads them to
         raise ValueError(f"cannot read the image {path}: {error}") from None
+    if deep:
+        raise ValueError(f"{path} has more than 8 bits a colour: save it with 8")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 

@@ -98,9 +98,12 @@ def check_out(path, flag="--out"):
 
 def refuse_empty(words):
     """Raises UsageError at an empty word on the command line, as a shell's unset variable leaves; a --prompt may be."""
-    for before, word in zip(["the program's name", *words], words):
-        if word == "" and "--prompt" not in words:
+    before, flag = "the program's name", ""
+    for word in words:
+        flag = word if word.startswith("--") else flag
+        if word == "" and flag != "--prompt":
             raise UsageError(f"an empty word follows {before}: give it a value, or leave the flag out")
+        before = word
 
 
 def run_cli(main):

@@ -147,7 +147,7 @@ def fill_defaults(args, stage, launched):
 
 def check_name(name, stage):
     """Refuses a name that is no plain one, or that another stage's folder or file has in the run folder."""
-    plain = os.path.basename(name) == name and name not in ("", ".", "..", "sets")
+    plain = os.path.basename(name) == name and name.isprintable() and name not in ("", ".", "..", "sets")
     left_by_stage1 = re.fullmatch(f"({'|'.join(('shifters', *ADAPTERS))})(_[0-9]+)?", name)
     of_another_stage = any(name.startswith(other) for other in ("base", "stage1") if other != stage)
     if not plain or left_by_stage1 or of_another_stage:

@@ -141,6 +141,8 @@ def train(network, sets, null, plan, args, launched, preview=None):
     made = made_from(network, sets)
     start = load_state(out, trained, args, world, made)
     check_ranks(start, out, world)
+    if not start and os.path.exists(f"{out}.safetensors"):
+        raise ValueError(f"{out}.safetensors is there, and no state of this training: use another --name, or delete it")
     describe(network, params, sets, plan, args, launched, start)
     model = in_training(network, args, world)
     null = {key: value.to(device) for key, value in null.items()}

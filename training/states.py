@@ -64,7 +64,7 @@ def hold(out):
         raise ValueError(f"another process trains into {out}: let it end, or use another --out or --name") from None
     except OSError:                                     # a file system without locks
         pass
-    for left in glob(f"{escape(out)}/*.tmp"):
+    for left in glob(f"{escape(out)}/**/*.tmp", recursive=True):
         os.remove(left)
     return file
 
@@ -140,9 +140,11 @@ def stored_speed(folders):
     "compile": .., "processes": ..}: another way rounds otherwise. {} if there is no state."""
     for path in (path for out in folders for path in reversed(states_in(out))):
         try:
-            return read_metadata(path).get("speed", {})
+            speed = read_metadata(path).get("speed")
         except ValueError:
             continue                    # `load_state` says so
+        if isinstance(speed, dict) and all(isinstance(speed.get(name, 1), int) for name in ("threads", "processes")):
+            return speed
     return {}
 
 

@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, random_model, run_main
+from conftest import TINY, random_model, refuses, run_main
 
 from data import SEEDS
 from dit import PRESETS, save_model
 from experiments import distillation
 from experiments.distillation import AZIMUTHS, PERFECT, lifted_surface, measure_objects
 from geometry.camera import ELEVATION, camera
-from related import cad, view_prior
+from related import cad, cad_samples, view_prior
+from related.view_prior import poses_around
 from toy.render import Look, render
 from toy.world import exaggerated, sample_assets, take
 
@@ -62,11 +63,12 @@ def test_a_table_of_three_rows(tmp_path, monkeypatch, quick_judges):
     run_main(view_prior, "--out", tmp_path, "--num_assets", 2, "--steps", 1, "--batch", 2, "--picture_steps", 1,
              "--threads", 1)
     rows = ["CAD", "stage 1 alone", "score distillation"]
-    short = "--num_poses 8 --each 3 --num_steps 2 --steps 1 --lift_steps 1 --batch 2 --invert_steps 1"
+    short = "--each 3 --num_steps 1 --steps 1 --lift_steps 1 --batch 2 --invert_steps 1"
+    monkeypatch.setattr(cad_samples, "poses_around", lambda num: poses_around(8))
     command = ["--objects", 1, "--rows", *rows, "--sds_steps", 2, "--threads", 1, "--folder", tmp_path, "--results",
                tmp_path / "results", f"--train_flags={short}"]
     run_main(distillation, *command)
-    table = json.loads((tmp_path / "results" / "cad.json").read_text())
+    table = json.loads((tmp_path / "results" / "cad.json").read_text())["rows"]
     assert list(table) == [PERFECT, *rows] and (tmp_path / "results" / "cad_sheet.png").exists()
     assert "diversity" in table["CAD"]["toy"]["0"] and "diversity" not in table["score distillation"]["toy"]["0"]
     assert table[PERFECT]["toy"]["0"]["psnr_loo"] > 20
@@ -74,7 +76,14 @@ def test_a_table_of_three_rows(tmp_path, monkeypatch, quick_judges):
     assert "score distillation" in text and "`python -m experiments.distillation --objects 1`" in text
     before = (tmp_path / "cad_1.safetensors").read_bytes()
     run_main(distillation, *command)                                            # nothing is made again
-    again = json.loads((tmp_path / "results" / "cad.json").read_text())
+    again = json.loads((tmp_path / "results" / "cad.json").read_text())["rows"]
     for label, row in table.items():
         assert again[label]["toy"]["0"] == pytest.approx(row["toy"]["0"], rel=1e-4)
     assert (tmp_path / "cad_1.safetensors").read_bytes() == before
+    refuses(distillation, [*command, "--sds_steps", 3], 1, "cad.json was made with")
+    refuses(distillation, [*command[:-1], "--results", tmp_path / "other"], 1, "cad_1.safetensors was made by")
+    refuses(distillation, [*command, "--train_flags=--bogus 3"], 2, "--train_flags '--bogus 3'")
+    refuses(distillation, [*command, "--train_flags=--object 3"], 2, "--train_flags must not name --object")
+    refuses(distillation, [*command, "--prior", tmp_path / "none.safetensors"], 1, "none.safetensors")
+    (tmp_path / "results" / "cad.json").write_text("[]")
+    refuses(distillation, command, 1, "cad.json is no file of results")

@@ -54,6 +54,13 @@ def test_scenes_are_encoded_trained_on_and_drawn(full_run, monkeypatch):
     refuses(refany3d, (*drawing, "--mesh", "mug.glb"), 2, "needs PixArt's --vae and --text_encoder")
     refuses(refany3d, TRAIN[:4], 2, "--preset full needs --synthetic DIR")
     refuses(refany3d, (*TRAIN, "--renders"), 2, "--renders would do nothing")
+    refuses(full.scenes, ("toy", "scenes"), 2, "scenes is there already")
+    refuses(full.scenes, ("encode", "scenes", "more", *ENCODERS, "--size", 100), 2, "--size must be a multiple of 8")
+    tensors, metadata = load_tensors(str(out / "shards" / "0000.safetensors"))
+    for name, value in (("0001.points", tensors["0001.points"][:4]), ("0001.text", tensors["0001.text"][:0])):
+        save_tensors("damaged/0000.safetensors", tensors | {name: value}, shard=metadata["shard"])
+        with pytest.raises(ValueError, match="object 0001 lacks color"):
+            SceneLatents("damaged", CONFIG, num_references=8)
 
 
 def test_full_shapes():

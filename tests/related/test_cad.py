@@ -11,12 +11,13 @@ from dit import PRESETS, save_model
 from domain_shifter import ShiftedDiT
 from geometry.hull import silhouette
 from related import cad, view_prior
-from related.cad import (Batch, agree_with_others, field_mesh, gan_batch, invert, read_reference, refine, stage1_losses,
-                         stage2_losses, turned, view_phrase, windows)
+from related.cad import (Batch, field_mesh, gan_batch, invert, read_reference, stage1_losses, stage2_losses, turned,
+                         windows)
+from related.cad_samples import agree_with_others, refine, view_phrase
 from related.triplanes import SIZE, Discriminator, Generator, Z
 from related.view_prior import draw_views, load_prior, new_prior, poses_around
 from sample import Sampling
-from support.files import load_tensors
+from support.files import load_tensors, read_metadata, save_tensors
 from support.pictures import to_pixels
 from toy.poses import BAND, VIEWS_EACH, pose_numbers, pose_set, view_control
 from toy.render import Look, render
@@ -235,7 +236,29 @@ def test_one_reference_from_samples_to_generator_and_a_run_that_was_stopped(prio
     trained = {name.removeprefix("param.average.generator."): tensor for name, tensor in states[1].items()
                if name.startswith("param.average")}
     assert torch.equal(first["start"], trained["start"].half())         # what is kept is the running average
+    # samples that were damaged are made again; those of another prompt are kept
+    (out / "cad_1.safetensors").unlink()
+    path = out / "cad_1" / "samples.safetensors"
+    metadata = read_metadata(str(path))
+    save_tensors(str(path), samples | {"image": 255 - samples["image"]}, **metadata)
+    run_main(cad, *flags)
+    assert "samples.safetensors is damaged, making it again" in capsys.readouterr().out
+    again, _ = load_tensors(str(out / "cad_1.safetensors"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    (out / "cad_1.safetensors").rename(out / "kept.safetensors")
+    before = path.read_bytes()
+    refuses(cad, (*flags, "--prompt", "a blue mug"), 1, "samples.safetensors was made with other settings: prompt a r")
+    assert path.read_bytes() == before
+    (out / "kept.safetensors").rename(out / "cad_1.safetensors")
     # what does not fit
+    another = ("--out", out, "--name", "cad_1", "--num_assets", 2, "--steps", 1, "--batch", 2, "--threads", 1)
+    refuses(view_prior, another, 1, "cad_1.safetensors is there, and no state of this training")
+    refuses(cad, ("--reference", out / "cad_1.png", "--prompt", PROMPT, "--out", out, "--name", "cad_1"), 2,
+            "--reference would be overwritten")
+    refuses(cad, (*flags, "--prompt", " ,"), 2, "--prompt: it has no words")
+    refuses(cad, (*flags, "--elevation", 12), 2, "--elevation would do nothing")
+    refuses(cad, (*flags, "--num_poses", 10 ** 5), 2, "more than 100,000 samples")
+    refuses(cad, (*flags, "--mesh", out / "base.safetensors"), 2, "--mesh")
     refuses(cad, (*flags, "--gamma", 1), 1, "cad_1.safetensors", "with other flags")
     refuses(cad, (*flags, "--prompt", "a red woden mug"), 2, "--prompt: unknown word 'woden'")
     refuses(cad, (*flags, "--prompt", " ".join(12 * ["a"])), 2, "--prompt: caption")
@@ -256,3 +279,9 @@ def test_a_picture_as_reference(tmp_path):
     image = read_reference(args)
     assert args.name == "cad" and image.shape == (3, SIZE, SIZE)
     assert image[:, 16, 5].tolist() == [1, -1, -1] and image[:, 3, 5].tolist() == [1, 1, 1]
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="--reference .* shows no object"):
+        read_reference(args)
+    Image.new("I;16", (64, 64)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="more than 8 bits a colour"):
+        read_reference(args)

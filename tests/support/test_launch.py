@@ -32,7 +32,9 @@ def test_an_empty_word_is_named_by_the_one_before_it():
     for words, before in (["--out", ""], "--out"), (["folders", "a", "", "--out", "b"], "a"), ([""], "the program's"):
         with pytest.raises(UsageError, match=f"an empty word follows {before}"):
             refuse_empty(words)
-    refuse_empty(["--prompt", "", "--out", "there"])
+    refuse_empty(["--out", "there", "--prompt", "a", ""])
+    with pytest.raises(UsageError, match="follows --out"):
+        refuse_empty(["--prompt", "", "--out", ""])
 
 
 def test_a_fault_of_the_code_keeps_its_traceback():

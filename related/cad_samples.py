@@ -1,0 +1,137 @@
+"""Steps 1 to 3 of CAD (related/cad.py): the samples of one reference that its 3D GAN learns from.
+
+The view-conditioned prior draws the reference from all around (related/view_prior.py), the photographic base model
+refines what it drew, and of the samples of a pose those that disagree with the others are dropped.
+"""
+import json
+import os
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from dit import PRESETS, T, add_noise
+from geometry.camera import VIEWS
+from geometry.hull import silhouette
+from related.view_prior import draw_views, load_prior, poses_around
+from sample import (CFG_SCALE, Sampling, ddim_sample, ddim_timesteps, domain_mode, guided_noise, initial_noise,
+                    load_network)
+from support.files import cached, checksum, file_id, read_metadata
+from support.pictures import save_picture, to_uint8
+from toy.world import tokenize
+from training.sets import base_path, check_base
+
+REFINEMENT = 10 ** 9    # added to a sample's number, it names the noise of its refinement
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Distribution refinement: SDEdit (Meng et al. 2022) by the photographic model
+
+
+def view_phrase(azimuth, named=10):
+    """", front view" within `named` degrees of a view that has a word; elsewhere nothing, as in the base model's
+    captions, whose words are exact to 8 degrees: a word that does not fit turns the object."""
+    quarter = round(float(azimuth) / 90)
+    return f", {VIEWS[quarter % 4]} view" if abs(float(azimuth) - 90 * quarter) <= named else ""
+
+
+@torch.no_grad()
+def refine(base, images, azimuth, prompt, strength, sampling):
+    """Images (N, 3, H, W) in [-1, 1], noised to `strength` of the steps and denoised by the base model, which is told
+    what it sees and, where there is a word for it, from which side. azimuth: (N,) degrees."""
+    like, steps = base.dit.positions, ddim_timesteps(sampling.num_steps, sampling.spacing)
+    steps = steps[steps <= strength * T]
+    if not len(steps):
+        return images
+    text = tokenize([f"photo of {prompt}{view_phrase(turn)}, white background" for turn in azimuth])
+    null, start, done = {"text": tokenize([""]).to(like.device)}, steps[0], []
+    for rows in torch.arange(len(images)).split(sampling.batch):
+        x0 = images[rows, None].to(like)
+        keys = (REFINEMENT + rows).tolist()                             # other noise than the samples were drawn from
+        noise = initial_noise(keys, x0.shape[1:], sampling.seed).to(like)
+        predict_noise = guided_noise(base, null, domain_mode("real", base.dit.config.depth), sampling.cfg_scale,
+                                     text=text[rows].to(like.device))
+        x = add_noise(x0, noise, start.expand(len(rows)).to(like.device))
+        done.append(ddim_sample(predict_noise, x, sampling.num_steps, sampling.spacing, clip_x0=True,
+                                t_start=int(start))[:, 0].cpu())
+    return torch.cat(done)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Pose pruning
+
+
+def agree_with_others(images, features, outline=0.75, meaning=0.6):
+    """Which samples (P, K, 3, H, W) in [0, 1] agree with the other samples of their pose: (P, K) bool.
+
+    Silhouettes must overlap with those of the others by `outline` (median IoU), and features (P, K, F) point the same
+    way by `meaning` (median cosine). The best of each pose stays in any case, so that no pose goes missing.
+    """
+    shape = silhouette(images).flatten(2).float()                                                   # (P, K, H W)
+    both, count = shape @ shape.mT, shape.sum(dim=2)
+    overlap = both / (count[:, :, None] + count[:, None] - both).clamp(min=1)                       # (P, K, K)
+    alike = F.normalize(features, dim=2) @ F.normalize(features, dim=2).mT
+    itself = torch.eye(images.shape[1], dtype=torch.bool)
+    overlap, alike = [table.masked_fill(itself, torch.nan).nanmedian(dim=2).values.nan_to_num()         # (P, K)
+                      for table in (overlap, alike)]
+    best = F.one_hot((overlap + alike).argmax(dim=1), images.shape[1]).bool()
+    return (overlap >= outline) & (alike >= meaning) | best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The samples, kept
+
+
+def prior_path(args):
+    """--prior, or the run folder's view-conditioned model. Raises FileNotFoundError."""
+    path = args.prior or f"{args.out}/view_prior.safetensors"
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no such file: {path} (--prior): train it with python -m related.view_prior")
+    return path
+
+
+def samples_key(reference, args):
+    """What the samples of a reference are made from."""
+    flags = ("prompt", "elevation", "num_poses", "each", "num_steps", "view_scale", "strength", "seed")
+    return dict(reference=checksum({"image": reference}), prior=file_id(prior_path(args)),
+                base=file_id(base_path(args)), **{flag: getattr(args, flag) for flag in flags})
+
+
+def reference_samples(reference, judge, args):
+    """Steps 1 to 3 of one reference: {"image": uint8 (N, 3, H, W), "azimuth", "elevation": (N,)}, drawn before any
+    training of the GAN, and a picture of them. Kept in OUT/NAME/samples.safetensors."""
+    poses, sampling = poses_around(args.num_poses), Sampling(num_steps=args.num_steps, seed=args.seed)
+    path, key = f"{args.out}/{args.name}/samples.safetensors", json.loads(json.dumps(samples_key(reference, args)))
+    before = read_metadata(path).get("key") if os.path.isfile(path) else key
+    if isinstance(before, dict) and before != key:
+        other = [f"{name} {before.get(name)} (now {key[name]})" for name in key if before.get(name) != key[name]]
+        raise ValueError(f"{path} was made with other settings: {', '.join(other)}; use another --name, or delete it")
+
+    def build():
+        check_base(args)
+        prior, base = load_prior(prior_path(args)), load_network(base_path(args), config=PRESETS["toy"])
+        guided = replace(sampling, cfg_scale=args.view_scale)
+        drawn = draw_views(prior, reference, args.elevation, poses, args.each, guided)
+        refined = refine(base, drawn.flatten(0, 1), poses[0].repeat_interleave(args.each), args.prompt, args.strength,
+                         replace(sampling, cfg_scale=CFG_SCALE))
+        return dict(drawn=to_uint8(drawn), image=to_uint8(refined).view(drawn.shape))
+    made = cached(path, key, build)
+    images, shape = made["image"], made["image"].shape[:2]
+    keep = torch.ones(shape, dtype=torch.bool)
+    if args.pruning:
+        features = judge.features(images.flatten(0, 1) / 255)
+        keep = agree_with_others(images / 255, features.unflatten(0, shape))
+    dropped = [f"{poses[0][k]:.0f} degrees {int((~keep[k]).sum())}" for k in range(len(keep)) if not keep[k].all()]
+    print(f"{int(keep.sum())} of {keep.numel()} samples stay; dropped at {', '.join(dropped) or 'no pose'}", flush=True)
+    draw_pruning(f"{args.out}/{args.name}/samples.png", made, keep, poses[0])
+    azimuth, elevation = (part.repeat_interleave(args.each)[keep.flatten()] for part in poses)
+    return dict(image=images.flatten(0, 1)[keep.flatten()], azimuth=azimuth, elevation=elevation)
+
+
+def draw_pruning(path, made, keep, azimuth, num=6):
+    """Writes a picture: of some poses the samples as drawn, and refined, before red what was dropped."""
+    rows, red = [], torch.tensor([255, 60, 60], dtype=torch.uint8)[:, None, None]
+    for k in range(0, len(keep), max(1, len(keep) // num))[:num]:
+        white = (made["image"][k] > 230).all(dim=1, keepdim=True)
+        marked = torch.where(white & ~keep[k][:, None, None, None], red, made["image"][k])
+        rows += [(f"{azimuth[k]:.0f} degrees", made["drawn"][k]), ("refined", marked)]
+    save_picture(path, rows)
