@@ -71,6 +71,10 @@ def parse_args(argv=None):
     parser.add_argument("--rank", type=int, help="r of the Domain Shifters (default 8) or the adapter (32 at full)")
     training_arguments(parser)
     args = parse_training(parser, "train_stage1.py", argv)
+    if args.real:
+        refuse_unread(parser, args, ["real_steps"], "with a --real of your own")
+    if args.preset == "full":
+        refuse_unread(parser, args, ["real_steps", "sample_every", "picture_steps"], "with latents")
     if args.adapter == "switcher":
         refuse_unread(parser, args, ["rank"], "with --adapter switcher, which is of no rank")
     if not sees_both_domains(args.adapter):

@@ -203,6 +203,10 @@ def unread_flags(args):
         unread += ["muon"]
     if args.no_real_data:
         unread += ["real", "real_steps", "real_warmup"]
+    if args.real:
+        unread += ["real_steps"]
+    if args.preset == "full":                           # its sets and stage 1 are made by hand, and latents not drawn
+        unread += ["real_steps", "stage1_steps", "sample_every", "picture_steps"]
     if args.no_real_data or args.no_reassignment:
         unread += ["p_B"]
     if args.no_real_data or args.no_reassignment and args.no_freezing:

@@ -169,7 +169,8 @@ def parse_args(argv=None):
     add("--num_prompts", type=within(2, 10 ** 5), default=64, help="images a variant is measured on (default 64)")
     parser.set_defaults(adapter=None, rank=None)
     args = parse_training(parser, "-m experiments.layer_selective", argv)
-    refuse_unread(parser, args, ["synthetic", "real", "real_steps"], "in this experiment, which draws its own sets")
+    refuse_unread(parser, args, ["synthetic", "real", "real_steps", "seed", "name", "sample_every"], "in this "
+                  "experiment, which has sets, seeds and names of its own")
     return args
 
 

@@ -37,7 +37,7 @@ from full.pixart import load_base
 from full.scenes import SceneLatents
 from sample import Sampling, sample_images
 from support.files import load_strictly, read_metadata
-from support.launch import UsageError, finite, launch, on_rank_0_first, run_cli, some_steps, within
+from support.launch import UsageError, check_out, finite, launch, on_rank_0_first, run_cli, some_steps, within
 from support.pictures import save_picture, to_pixels, to_uint8
 from support.speed import attend
 from toy.scenes import SCENES, SIDES, mesh_references, scene_set
@@ -335,6 +335,7 @@ def draw_objects(args):
     device, folder = launch(args.threads).device, args.out or f"runs/{args.preset}"
     if args.mesh is not None and args.object:
         raise UsageError("--mesh and --object both name what to draw: give one of them")
+    check_out(f"{folder}/refany3d_drawn.png")
     numbers = args.object or [14]
     assets = 1 if args.mesh is not None else len(numbers)
     if assets > 1 and len(args.prompt) not in (1, assets):

@@ -34,7 +34,7 @@ def test_selective_plans_alternate_and_split_the_timesteps():
 @pytest.mark.parametrize("step, moved", [(0, (0, 1)), (1, (2, 3))])
 def test_layer_selective_training_moves_exactly_one_half(tmp_path, step, moved):
     """Step 0 is synthetic and trains the first half of the blocks, step 1 is real and trains the second."""
-    flags = ["--out", str(tmp_path), "--name", "half", "--steps", "1", "--batch", "1"]
+    flags = ["--out", str(tmp_path), "--steps", "1", "--batch", "1"]
     args = fill_defaults(layer_selective.parse_args(flags), "selective", ALONE)
     network = ShiftedDiT(random_model().requires_grad_(False))
     network.dit.blocks.requires_grad_(True)
