@@ -171,7 +171,8 @@ def run_apart(rows, args):
         command = [sys.executable, "-m", "experiments.tables", args.table, *flags, "--threads=1", "--rows", row.label]
         with open(log, "w") as file:
             return row.label, log, subprocess.run(command, stdout=file, stderr=file).returncode
-    failed = []
+    first = [row.flags for row in rows]      # rows of a model that another row trains come last: they would wait for it
+    rows, failed = sorted(rows, key=lambda row: first.index(row.flags) < rows.index(row)), []
     with ThreadPool(args.processes) as pool:
         for label, log, code in tqdm(pool.imap_unordered(run, rows), desc=args.table, unit="row", total=len(rows)):
             tqdm.write(f"{label}: {f'failed, see {log}' if code else 'done'}")
