@@ -16,14 +16,14 @@ import torch
 
 from data import SEEDS, evaluation_set
 from evaluate import Surface, consistency, kid, surface_normals
-from experiments.results import markdown_table, mean_and_deviation, stored_table
+from experiments.results import stored_table, write_means
 from geometry.camera import ELEVATION
 from related import cad
 from related.score_distillation import distill_score
 from related.triplanes import SIZE, Z, rays
 from related.view_prior import load_prior, poses_around
 from sample import default_base
-from support.files import cached, file_id, locked, read_metadata, write_json, write_text
+from support.files import cached, file_id, locked, read_metadata, write_json
 from support.generators import GAN, seeded_generator
 from support.launch import a_seed, check_out, launch, run_cli, some_threads, within
 from support.pictures import save_picture, to_pixels, to_uint8
@@ -190,7 +190,8 @@ def compare_rows(args):
             drawn = made_objects(label, k, captions[k], args)
             made[k] = drawn["image"] / 255, lifted_surface(drawn["opacity"], drawn["depth"])
         table = keep(label, made)
-    write_table_of(table, args)
+    command = f"`python -m experiments.distillation --objects {' '.join(map(str, args.objects))}`"
+    write_means(f"{args.results}/cad.md", "CAD beside score distillation", table, (PERFECT, *ROWS), COLUMNS, command)
     save_picture(f"{args.results}/cad_sheet.png", list(sheet.items()))
     print(f"wrote {path}, cad.md and cad_sheet.png")
 
@@ -208,18 +209,6 @@ def stored_rows(path, args):
     if settings != table_settings_of(args) or rows.keys() - {PERFECT, *ROWS}:
         raise ValueError(f"{path} was made with {settings}: name another folder with --results")
     return rows
-
-
-def write_table_of(table, args):
-    """Prints the table, means and deviations over the seeds, and writes it."""
-    cells = [["", *COLUMNS]]
-    for label in (PERFECT, *ROWS):
-        if label in table:
-            cells.append([label, *(mean_and_deviation(table[label], name, digits) for name, digits in COLUMNS.items())])
-    lines = "\n".join(markdown_table(cells))
-    print(lines)
-    write_text(f"{args.results}/cad.md", f"# CAD beside score distillation\n\n{lines}\n\n`python -m "
-               f"experiments.distillation --objects {' '.join(map(str, args.objects))}`; a further seed: `--seed 1`\n")
 
 
 def parse_args(argv=None):

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 
 from data import SEEDS
 from evaluate import kid, measuring_flags
-from experiments.results import markdown_table, mean_and_deviation
+from experiments.results import write_means
 from related import refany3d
 from related.refany3d import draw, load_refany3d
 from sample import Sampling, default_base, load_network, sample_images
-from support.files import cached, file_id, locked, read_json, write_json, write_text
+from support.files import cached, file_id, locked, read_json, write_json
 from support.launch import a_seed, launch, run_cli
 from support.pictures import save_picture, to_pixels, to_uint8
 from toy.judge import train_feature_net
@@ -234,25 +234,15 @@ def run_rows(args):
     for label in todo:
         sheet[label] = drawn_row(label, renders if "renders" in label else scenes, args, device)
         rows = keep(label, sheet[label])
-    write_rows(rows, args)
+    command = f"`python -m experiments.references --num {args.num} --num_steps {args.num_steps}`"
+    write_means(f"{args.results}/refany3d.md", "RefAny3D and its ablations on the toy world", rows, (PERFECT, *ROWS),
+                COLUMNS, command)
     shown = [0, 3, 5, args.num // 2 + 1, args.num // 2 + 2, args.num // 2 + 4]              # new assets, known ones
     pictures = [("a reference", scenes["references"][shown, 0, 1])]
     pictures += [(label, drawn[shown, 0]) for label, drawn in sheet.items()]
     pictures += [("RefAny3D's point map", drawn[shown, 1]) for label, drawn in sheet.items() if label == "RefAny3D"]
     save_picture(f"{args.results}/refany3d_sheet.png", pictures)
     print(f"wrote {path}, refany3d.md and refany3d_sheet.png")
-
-
-def write_rows(rows, args):
-    """Prints the table, means and deviations over the seeds, and writes it."""
-    cells = [["", *COLUMNS]]
-    for label in (PERFECT, *ROWS):
-        if label in rows:
-            cells.append([label, *(mean_and_deviation(rows[label], name, digits) for name, digits in COLUMNS.items())])
-    lines = "\n".join(markdown_table(cells))
-    print(lines)
-    write_text(f"{args.results}/refany3d.md", f"# RefAny3D and its ablations on the toy world\n\n{lines}\n\n`python -m "
-               f"experiments.references --num {args.num} --num_steps {args.num_steps}`; a further seed: `--seed 1`\n")
 
 
 def parse_args(argv=None):

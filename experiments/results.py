@@ -95,6 +95,18 @@ def markdown_table(cells):
     return lines
 
 
+def write_means(path, title, table, labels, columns, command):
+    """Prints the rows `labels` of {label: {"toy": {seed: measures}}} that are there, means and deviations over the
+    seeds, and writes them as Markdown. columns: {measure: digits}; command: what made it, of seed 0."""
+    cells = [["", *columns]]
+    for label in labels:
+        if label in table:
+            cells.append([label, *(mean_and_deviation(table[label], name, digits) for name, digits in columns.items())])
+    lines = "\n".join(markdown_table(cells))
+    print(lines)
+    write_text(path, f"# {title}\n\n{lines}\n\n{command}; a further seed: `--seed 1`\n")
+
+
 def table_lines(results):
     """The toy's values and the paper's beside them as lines of Markdown, then how alike the two order the methods."""
     measured = {name for row in results.values() for toy in row["toy"].values() for name in toy}
