@@ -7,7 +7,7 @@ import torch
 
 import data
 from experiments import shift
-from sample import Sampling, load_network, selected_shift
+from sample import CFG_SCALE, Sampling, load_network, selected_shift
 
 
 def test_select_picks_the_most_consistent_shift_within_the_loss(tmp_path, tiny_run, monkeypatch, capsys):
@@ -62,7 +62,7 @@ def test_dial_turns_from_one_domain_to_the_other(tmp_path, tiny_run, quick_judge
     assert list(drawn) == [-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
     network, held = load_network(model), data.evaluation_set(3, folder=tmp_path)
     for mode, s in (("syn", 0.0), ("real", 1.0)):
-        alone = sample_images(network, held, Sampling(mode, num_steps=1, batch=16), views=4)
+        alone = sample_images(network, held, Sampling(mode, cfg_scale=CFG_SCALE, num_steps=1, batch=16), views=4)
         assert torch.equal(alone, drawn[s])
     assert (drawn[0.0] != drawn[1.0]).any() and (tmp_path / "dial.png").exists()
     assert len(json.loads((tmp_path / "dial.json").read_text())["rows"]) == 7

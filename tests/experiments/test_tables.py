@@ -30,7 +30,7 @@ def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, quick_j
     monkeypatch.setattr(train_stage2, "object_sheet", lambda *args, **options: None)  # no pictures, no estimate
     monkeypatch.setattr(train_stage2, "announce", lambda *args: None)
     rest = " ".join(map(str, TINY_STAGE2)) + " --no-compile"
-    command = ["table2", *"--num 2 --num_steps 2 --threads 1".split(), "--results", str(tmp_path)]
+    command = ["table2", *"--num 2 --num_steps 2 --cfg_scale 1 --threads 1".split(), "--results", str(tmp_path)]
     command += ["--folder", str(tiny_run), "--train_flags", rest]
     tables.main(command)
     first = json.loads((tmp_path / "table2.json").read_text())["rows"]
@@ -70,7 +70,7 @@ def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, quick_j
 def test_rows_in_processes_of_their_own(tmp_path, tiny_run):
     """Two rows that train the same stage 1, and one that fails: the others are kept, the error names it."""
     flags = " ".join(map(str, TINY_STAGE2)) + " --no-compile"
-    command = ["table2", *"--num 2 --num_steps 2 --seed 3 --processes 3".split(), f"--train_flags={flags}"]
+    command = ["table2", *"--num 2 --num_steps 2 --cfg_scale 1 --seed 3 --processes 3".split(), f"--train_flags={flags}"]
     command += ["--results", str(tmp_path), "--folder", str(tiny_run)]
     (tiny_run / "seed3").mkdir()
     (tiny_run / "seed3" / "texturing-no_real_data.safetensors").write_bytes(b"damaged")
