@@ -15,16 +15,24 @@ def sdedit(network, images, text, t=500, sampling=Sampling(), first=0):
     visited step that is not above it (with 50 trailing steps 499, with 25 steps 479).
     Returns (N, V, C, H, W) in [-1, 1] on the CPU.
     """
-    config, like = network.dit.config, network.dit.positions            # like: its device and dtype
-    null = {"text": tokenize([""]).to(like.device)}
-    steps = ddim_timesteps(sampling.num_steps, sampling.spacing)
-    start, done = steps[steps <= t].max(), []
+    done = []
     for k, grid in enumerate(images):
-        noise = initial_noise([first + k], grid.shape[1:], sampling.seed)[0].to(like)               # (C, H, W)
-        x = add_noise(grid.to(like), noise.expand(grid.shape), start.expand(len(grid)).to(like.device))
-        predict_noise = guided_noise(network, null, domain_mode("real", config.depth), sampling.cfg_scale,
-                                     text=text[k].to(like.device))
-        views = ddim_sample(predict_noise, x[:, None], sampling.num_steps, sampling.spacing,
-                            clip_x0=config.output_skip, t_start=int(start))                         # (V, 1, C, H, W)
-        done.append(views.cpu()[:, 0])
+        noise = initial_noise([first + k], grid.shape[1:], sampling.seed).expand(grid.shape)        # (V, C, H, W)
+        done.append(denoised_again(network, grid, noise, text[k], t, sampling))
     return torch.stack(done)
+
+
+@torch.no_grad()
+def denoised_again(network, images, noise, text, t, sampling):
+    """Images (B, C, H, W) in [-1, 1] with noise like them, noised to the last visited step that is not above t, and
+    denoised by the base model, each alone and asked for its text (B, L). As they are where no step lies so low."""
+    config, like = network.dit.config, network.dit.positions            # like: its device and dtype
+    steps = ddim_timesteps(sampling.num_steps, sampling.spacing)
+    if t < steps.min():
+        return images
+    start, null = steps[steps <= t].max(), {"text": tokenize([""]).to(like.device)}
+    x = add_noise(images.to(like), noise.to(like), start.expand(len(images)).to(like.device))
+    predict_noise = guided_noise(network, null, domain_mode("real", config.depth), sampling.cfg_scale,
+                                 text=text.to(like.device))
+    return ddim_sample(predict_noise, x[:, None], sampling.num_steps, sampling.spacing, clip_x0=config.output_skip,
+                       t_start=int(start))[:, 0].cpu()

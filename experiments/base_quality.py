@@ -1,6 +1,6 @@
 """How good the toy's base model is: its photographs of held-out objects beside perfect ones.
 
-    python -m experiments.base_quality                         # 200 prompts, two minutes on one core
+    python -m experiments.base_quality                         # 200 prompts, some four minutes on one core
     python -m experiments.base_quality --base runs/toy/base.safetensors --num 100
 
 Not in the paper, whose base model is given. Everything else is trained from this one, and can be no better.

@@ -17,8 +17,7 @@ from support.launch import UsageError, finite, launch, peak_memory, run_cli, wit
 from support.speed import seconds_of, wait_for
 from toy.world import TEXT_LENGTH, VOCAB
 from training.batches import read_batch, with_noise
-from training.flags import GRIDS_A_PART, fill_defaults, parse_training, refuse_unread, \
-    training_arguments
+from training.flags import GRIDS_A_PART, fill_defaults, parse_training, refuse_unread, training_arguments
 from training.loop import Iteration, in_training, training_step
 from training.optimizers import make_optimizers
 

@@ -16,7 +16,7 @@ import torch
 
 from data import SEEDS, evaluation_set
 from evaluate import Surface, consistency, kid, surface_normals
-from experiments.results import stored_table, write_means
+from experiments.results import mean_of, stored_table, write_means
 from geometry.camera import ELEVATION
 from related import cad
 from related.score_distillation import distill_score
@@ -101,7 +101,7 @@ def lifted_surface(opacity, depth):
 
 @torch.no_grad()
 def eight_sides(shape, w, stage=2):
-    """Images, opacity and depth (N, 8, .., H, W) of N objects w from AZIMUTHS; stage 1's are not of one surface: 0."""
+    """Images, opacity and depth (N, 8, .., H, W) of N objects w from AZIMUTHS; opacity and depth are stage 2's."""
     azimuth, elevation = torch.tensor(AZIMUTHS).float(), torch.full((len(AZIMUTHS),), float(ELEVATION))
     drawn = []
     for one in w:
@@ -172,7 +172,7 @@ def compare_rows(args):
         """made: {number of the reference: (images, surface)}."""
         rows = [measure_objects(images, surface, held["labels"][k], held["image"][k, 0] / 255, judges)
                 for k, (images, surface) in made.items()]
-        row = {name: sum(one[name] for one in rows) / len(rows) for name in rows[0]}
+        row = {name: mean_of([one[name] for one in rows]) for name in rows[0]}
         images = torch.cat([images.flatten(0, 1) for images, _ in made.values()])
         row["KD"] = 1000 * kid(judges.photos, judges.net.features(images))
         with locked(args.results):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from data import SEEDS
 from evaluate import kid, measuring_flags
-from experiments.results import write_means
+from experiments.results import mean_of, write_means
 from related import refany3d
 from related.refany3d import draw, load_refany3d
 from sample import Sampling, default_base, load_network, sample_images
@@ -88,13 +88,6 @@ def measure_scenes(drawn, scenes, assets):
         rows.append(row)
     names = sorted({name for row in rows for name in row})
     return {name: mean_of([row[name] for row in rows if name in row]) for name in names}
-
-
-def mean_of(values):
-    """The mean of numbers, without those that are not finite; None if none is left."""
-    values = torch.tensor(values)
-    values = values[values.isfinite()]
-    return float(values.mean()) if len(values) else None
 
 
 def background_names(text):

@@ -3,6 +3,7 @@
 A row is a dict: "paper" {column: number}, "flags" and "mode" (experiments/paper.py), "toy" {seed: {measure: number}}.
 """
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 
 from evaluate import DIGITS, formatted, measured_settings
@@ -93,6 +94,13 @@ def markdown_table(cells):
     rule = ["-" * (widths[0] + 2)] + ["-" * (width + 1) + ":" for width in widths[1:]]
     lines.insert(1, "|" + "|".join(rule) + "|")
     return lines
+
+
+def mean_of(values):
+    """The mean of numbers, without those that are not finite; None if none is left."""
+    values = torch.tensor(values)
+    values = values[values.isfinite()]
+    return float(values.mean()) if len(values) else None
 
 
 def write_means(path, title, table, labels, columns, command):

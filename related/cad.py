@@ -269,6 +269,8 @@ def distill(args):
             raise ValueError(f"{path} is no generator of CAD, or was made from another reference, prior or base model "
                              "or with other flags: use another --name, or delete it")
     else:
+        print(f"{args.name}: {args.num_poses} poses x {args.each} samples, refined and sorted; {args.steps} steps of "
+              f"stage 1, {args.lift_steps} of stage 2, of {args.batch} images; into {folder}", flush=True)
         samples = reference_samples(reference, judge, args)
         torch.manual_seed(int(seeded_words(GAN, args.seed, 0, 0)[0] >> 1))
         G = Generator()
@@ -340,7 +342,7 @@ def parse_args(argv=None):
     picture = os.path.realpath(f"{args.out}/{args.name}.png")
     if args.reference is not None and os.path.realpath(args.reference) == picture:
         parser.error("--reference would be overwritten by the picture OUT/NAME.png: use another --name")
-    args.preset = "toy"
+    args.preset = "toy"                     # for `base_path`
     check_name(args.name, "cad")
     try:
         if not args.prompt.replace(",", " ").split():

@@ -9,14 +9,16 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from dit import PRESETS, T, add_noise
+from baselines.sdedit import denoised_again
+from dit import PRESETS, T
 from geometry.camera import VIEWS
 from geometry.hull import silhouette
 from related.view_prior import draw_views, load_prior, poses_around
-from sample import (CFG_SCALE, Sampling, ddim_sample, ddim_timesteps, domain_mode, guided_noise, initial_noise,
-                    load_network)
+from sample import CFG_SCALE, Sampling, initial_noise, load_network
 from support.files import cached, checksum, file_id, read_metadata
+from support.launch import BAR
 from support.pictures import save_picture, to_uint8
 from toy.world import tokenize
 from training.sets import base_path, check_base
@@ -34,25 +36,15 @@ def view_phrase(azimuth, named=10):
     return f", {VIEWS[quarter % 4]} view" if abs(float(azimuth) - 90 * quarter) <= named else ""
 
 
-@torch.no_grad()
 def refine(base, images, azimuth, prompt, strength, sampling):
     """Images (N, 3, H, W) in [-1, 1], noised to `strength` of the steps and denoised by the base model, which is told
     what it sees and, where there is a word for it, from which side. azimuth: (N,) degrees."""
-    like, steps = base.dit.positions, ddim_timesteps(sampling.num_steps, sampling.spacing)
-    steps = steps[steps <= strength * T]
-    if not len(steps):
-        return images
     text = tokenize([f"photo of {prompt}{view_phrase(turn)}, white background" for turn in azimuth])
-    null, start, done = {"text": tokenize([""]).to(like.device)}, steps[0], []
-    for rows in torch.arange(len(images)).split(sampling.batch):
-        x0 = images[rows, None].to(like)
+    done = []
+    for rows in tqdm(torch.arange(len(images)).split(sampling.batch), desc="refinement", unit="batch"):
         keys = (REFINEMENT + rows).tolist()                             # other noise than the samples were drawn from
-        noise = initial_noise(keys, x0.shape[1:], sampling.seed).to(like)
-        predict_noise = guided_noise(base, null, domain_mode("real", base.dit.config.depth), sampling.cfg_scale,
-                                     text=text[rows].to(like.device))
-        x = add_noise(x0, noise, start.expand(len(rows)).to(like.device))
-        done.append(ddim_sample(predict_noise, x, sampling.num_steps, sampling.spacing, clip_x0=True,
-                                t_start=int(start))[:, 0].cpu())
+        noise = initial_noise(keys, images.shape[1:], sampling.seed)
+        done.append(denoised_again(base, images[rows], noise, text[rows], strength * T, sampling))
     return torch.cat(done)
 
 
@@ -110,7 +102,8 @@ def reference_samples(reference, judge, args):
         check_base(args)
         prior, base = load_prior(prior_path(args)), load_network(base_path(args), config=PRESETS["toy"])
         guided = replace(sampling, cfg_scale=args.view_scale)
-        drawn = draw_views(prior, reference, args.elevation, poses, args.each, guided)
+        with tqdm(total=args.num_poses * args.each, desc="the prior's samples", unit="image", bar_format=BAR) as bar:
+            drawn = draw_views(prior, reference, args.elevation, poses, args.each, guided, bar)
         refined = refine(base, drawn.flatten(0, 1), poses[0].repeat_interleave(args.each), args.prompt, args.strength,
                          replace(sampling, cfg_scale=CFG_SCALE))
         return dict(drawn=to_uint8(drawn), image=to_uint8(refined).view(drawn.shape))

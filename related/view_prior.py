@@ -125,7 +125,7 @@ def poses_around(num):
     return (k * 137.50776) % 360, torch.rad2deg((low + (high - low) * k / num).asin())
 
 
-def draw_views(prior, reference, reference_elevation, poses, each, sampling):
+def draw_views(prior, reference, reference_elevation, poses, each, sampling, progress=None):
     """`each` samples of the reference (3, H, W) in [-1, 1], which is seen from azimuth 0, from each of the poses
     (azimuth, elevation (P,)): (P, each, 3, H, W). sampling.cfg_scale: guidance on the reference."""
     azimuth, elevation = (part.repeat_interleave(each) for part in poses)
@@ -133,7 +133,7 @@ def draw_views(prior, reference, reference_elevation, poses, each, sampling):
     control = view_control(reference.expand(len(azimuth), -1, -1, -1), numbers)
     inputs = dict(text=tokenize([""]).expand(len(azimuth), -1), control=control,
                   null={"control": torch.zeros_like(control[:1])})
-    return sample_images(prior, inputs, sampling)[:, 0].unflatten(0, (-1, each))
+    return sample_images(prior, inputs, sampling, progress=progress)[:, 0].unflatten(0, (-1, each))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

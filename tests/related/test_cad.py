@@ -77,7 +77,7 @@ def test_views_are_drawn_from_the_poses(monkeypatch):
     """What stands in the control channels, sample by sample; guidance drops the reference."""
     prior, given = new_prior(random_model()), []
 
-    def sample(network, inputs, sampling):
+    def sample(network, inputs, sampling, progress):
         given.append(inputs)
         return torch.zeros(len(inputs["text"]), 1, 3, 8, 8)
     monkeypatch.setattr(view_prior, "sample_images", sample)
