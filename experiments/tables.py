@@ -90,7 +90,8 @@ def flags_for(row, args):
     """The words of --train_flags, without those that would do nothing for this row."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for flag in train_stage2.unread_flags(train_stage2.parse_args(row.flags.split())):
-        parser.add_argument(f"--{flag}", **(dict(action=argparse.BooleanOptionalAction) if flag == "muon" else {}))
+        kind = dict(action=argparse.BooleanOptionalAction) if flag == "muon" else {}        # it takes no value
+        parser.add_argument(f"--{flag}", **kind)
     return parser.parse_known_args(args.train_flags.split())[1]
 
 
@@ -260,8 +261,8 @@ def check_train_flags(parser, args):
             train_stage2.parse_args(words)
             for row in TABLES[args.table][1]:
                 if row.flags is not None:
-                    own = train_stage2.parse_args([*row.flags.split(), *flags_for(row, args)])
-                    fill_defaults(own, "stage2", Launched(torch.device("cpu"), 0, 1))
+                    training = train_stage2.parse_args([*row.flags.split(), *flags_for(row, args)])
+                    fill_defaults(training, "stage2", Launched(torch.device("cpu"), 0, 1))
     except (SystemExit, ValueError) as error:
         reason = said.getvalue().strip().split("error: ")[-1] or error
         parser.error(f"--train_flags '{args.train_flags}': {reason}")

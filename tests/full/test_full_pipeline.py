@@ -66,14 +66,14 @@ def test_the_whole_pipeline_from_renders_to_measures(full_run, capsys):
 
 
 def test_the_pipeline_at_full_shapes(full_run, monkeypatch):
-    """The same commands with 512-px views, 4,096 tokens, width 1152 and text of width 4096; only the depth is 2."""
+    """The same commands with 512-px views, 4,096 tokens, width 1152 and text of width 4096; only the depth is 1."""
     run, out = full_run
-    config = replace(FULL, depth=2)
+    config = replace(FULL, depth=1)
     monkeypatch.setitem(PRESETS, "full", config)
     torch.save(random_pixart(config), "pixart.pth")
     write_toy_objects("objects", 1)
     run(full.latents, "encode", "objects", "latents", *ENCODERS)
-    run(full.real_set, "real", *DRAW, "--num_steps", 1)
+    run(full.real_set, "real", *DRAW, "--num_steps", 1, "--cfg_scale", 1)
     run(train_stage1, *TRAIN, "--steps", 1, "--dtype", "bfloat16")
     run(train_stage2, *TRAIN, "--steps", 2, "--dtype", "bfloat16", "--real_warmup", 1, "--accumulate", 4,
         "--grad_checkpointing")

@@ -31,7 +31,7 @@ class GrayPrior(ViewPrior):
 def test_an_object_becomes_what_the_prior_says():
     prior = GrayPrior(new_prior(random_model(replace(TINY, image_size=SIZE))).dit)
     poses = torch.tensor([0.0, 120, 240]), torch.tensor([15.0, 20, 25])
-    args = Namespace(steps=40, batch=2, lr=0.02, scale=1.0, seed=0)
+    args = Namespace(steps=40, batch=1, lr=0.02, scale=1.0, seed=0)
     reference = torch.zeros(3, SIZE, SIZE)
     shape = distill_score(prior, reference, 20.0, poses, args)
     torch.manual_seed(0)
