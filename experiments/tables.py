@@ -95,17 +95,17 @@ def flags_for(row, args):
     return parser.parse_known_args(args.train_flags.split())[1]
 
 
-def row_samples(row, path, task, held, args, device):
+def row_samples(row, path, task, held, sampling, base, device):
     """The row's grids of the held-out objects, uint8 (N, V, 3, H, W), kept beside the model at path."""
-    num, base, sampling = len(held["text"]), default_base("toy", args.folder), asked_sampling(args)
-    key = dict(model=file_id(path), mode=row.mode, num=num, steps=args.num_steps, cfg=args.cfg_scale, seed=args.seed,
-               version=WORLD_VERSION)
+    num = len(held["text"])
+    key = dict(model=file_id(path), mode=row.mode, num=num, steps=sampling.num_steps, cfg=sampling.cfg_scale,
+               seed=sampling.seed, version=WORLD_VERSION)
     if row.mode == "sdedit":
         key["base"] = file_id(base)
 
     def draw():
         if row.mode == "sdedit":
-            drawn = to_pixels(row_samples(row._replace(mode="real"), path, task, held, args, device))
+            drawn = to_pixels(row_samples(row._replace(mode="real"), path, task, held, sampling, base, device))
             prompts = held["text"][:, None].expand(-1, 4, -1)                   # the same for every view
             images = sdedit(load_toy(base, device), drawn, prompts, sampling=sampling)
             return dict(image=to_uint8(images))
@@ -136,20 +136,20 @@ def run_table(args):
     results = table_rows(rows, read_results(f"{out}.json", args))
     judges, weights = load_judges(folder, device), load_lpips(args.lpips) if args.lpips else None
     held = data.evaluation_set(args.num, folder=folder, device=device)
-    base = base_images(default_base("toy", args.folder), args.num, folder, device, asked_sampling(args))
-    base = judges.net.features(base / 255)
+    base, sampling = default_base("toy", args.folder), asked_sampling(args, device)
+    base_features = judges.net.features(base_images(base, args.num, folder, device, sampling) / 255)
     done = {label for label, row in results.items() if str(args.seed) in row["toy"]}
     todo = [row for row in rows if row.flags is not None and row.label in (args.rows or results.keys() - done)]
     print(f"{len(todo)} rows on {args.num} held-out objects, seed {args.seed}; into {out}.json; a missing model is "
           "trained first, about ten minutes on one core", flush=True)
-    perfect = measure(held["photo"] / 255, held, judges, base, task, weights)
+    perfect = measure(held["photo"] / 255, held, judges, base_features, task, weights)
     results = keep_row(ORACLE, held["photo"], perfect, out, args)
     if args.processes > 1:
         run_apart(todo, args)
         results, todo = table_rows(rows, read_results(f"{out}.json", args)), []
     for row in todo:
-        images = row_samples(row, trained_row(row, task, args, launched), task, held, args, device)
-        toy = measure(images / 255, held, judges, base, task, weights)
+        images = row_samples(row, trained_row(row, task, args, launched), task, held, sampling, base, device)
+        toy = measure(images / 255, held, judges, base_features, task, weights)
         results = keep_row(row.label, images, toy | dict(commit=current_commit(), device=device.type), out, args)
     with locked(args.results):
         write_table(out, results, args)

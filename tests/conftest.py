@@ -9,6 +9,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")   # bits are compared, and two ranks run on machines of one GPU
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -41,7 +42,6 @@ TINY = Config(
 )
 NULL = {"text": torch.tensor([[1] + [0] * 13])}  # the empty caption of random_inputs and tiny_sets
 ALONE = Launched(torch.device("cpu"))
-
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -168,8 +168,9 @@ def train(network, sets, null, plan, args, launched, preview=None):
             loss, bins = training_step(model, optimizers, batch, iteration, null, args)
             if threads_open and watch.calls(time.perf_counter() - began, images):
                 change_threads(step, log)
-            for name, average in ema.items():       # a short horizon at first, so that the start is forgotten
-                average.lerp_(params[name].detach(), 1 - min(args.ema, (step + 1) / (step + 10)))
+            if ema:                                 # a short horizon at first, so that the start is forgotten
+                newest = [params[name].detach() for name in ema]
+                torch._foreach_lerp_(list(ema.values()), newest, 1 - min(args.ema, (step + 1) / (step + 10)))
             log.add(step, iteration.domain, loss, bins, images)
             # on GPUs ranks ask each other where they wait for each other anyway
             asking = device.type == "cpu" or world == 1 or step % args.log_every == 0

@@ -13,6 +13,7 @@ from experiments import tables
 from experiments.paper import PAPER1, PAPER_COLUMNS, TABLES
 from experiments.results import ORACLE, seed_mean, seed_noise, table_lines
 from geometry.camera import VIEWS
+from sample import Sampling
 from support.files import save_tensors
 from support.pictures import to_uint8
 from toy.world import asset_captions, sample_assets, tokenize
@@ -100,10 +101,10 @@ def test_sdedit_starts_from_the_images_of_syn_only(tmp_path, monkeypatch):
         return -images
     for name, stand_in in (("sample_images", sample_images), ("sdedit", sdedit), ("load_toy", lambda *args: None)):
         monkeypatch.setattr(tables, name, stand_in)
-    args = tables.parse_args(["table1", "--folder", str(tmp_path), "--seed", "3"])
-    model = str(tmp_path / "syn_only.safetensors")
-    save_tensors(model, {"w": torch.ones(1)})
-    images = tables.row_samples(row, model, "texturing", held, args, "cpu")
+    model, base = (str(tmp_path / f"{name}.safetensors") for name in ("syn_only", "base"))
+    for path in (model, base):
+        save_tensors(path, {"w": torch.ones(1)})
+    images = tables.row_samples(row, model, "texturing", held, Sampling(seed=3), base, "cpu")
     assert seen["mode"] == "real" and seen["seed"] == 3 and abs(seen["images"] - 0.5).max() < 0.01
     assert (images == to_uint8(-seen["images"])).all() and images.shape == (2, 4, 3, 32, 32)
     captions = [caption for caption in asset_captions(sample_assets(2, data.SEEDS["evaluation"])) for _ in VIEWS]

@@ -109,7 +109,8 @@ def test_the_shipped_judges_and_models_are_of_this_world():
         "features_8000_5000_32_11.safetensors", "features_8000_5000_32_13.safetensors", "normals_8000_4000_32_12.safetensors"]
     for path in judge.SHIPPED.glob("*"):
         net = judge.NormalNet() if "normals" in path.name else judge.FeatureNet()
-        assert up_to_date(path, dict(net=str(net), name=path.stem, version=WORLD_VERSION))
+        shapes = {name: list(weight.shape) for name, weight in net.state_dict().items()}
+        assert up_to_date(path, dict(net=shapes, name=path.stem, version=WORLD_VERSION))    # of any version of torch
     weights = sorted(judge.SHIPPED.parent.glob("toy_*.safetensors"))
     assert len(weights) == 4 and PRESETS["toy"].world == PRESETS["small"].world == WORLD_VERSION
     for path in weights:
