@@ -5,7 +5,7 @@ epsilon objective, so that its weights can be loaded. Realiz3D adds three inputs
 trained, control and domain leave the base model exactly as it was; with one view it is the base model's in any case:
 
     control  extra input channels of the patch embedder, their weights start at zero    (texturing: normals, positions)
-    views    attention over all views of a grid, each with a learned encoding that starts at zero
+    views    attention over all views of a grid, each with a learned encoding that starts at random
     domain   a vector per block and sample, added to every token before the block       (domain_shifter.py, Sec. 4.1)
 
 and a number, frozen_blocks: how many of the first blocks run without a graph (layer-aware training, Sec. 4.2). Blocks
@@ -190,7 +190,7 @@ class Block(nn.Module):
         return x + gate2 * self.mlp(modulate(self.norm(x), shift2, scale2))                         # (B, V N, d)
 
 
-NEW_INPUTS = ("control_embedder.weight", "view_encoding")       # what Realiz3D adds to the base model, at zero
+NEW_INPUTS = ("control_embedder.weight", "view_encoding")       # what Realiz3D adds to the base model
 
 
 class DiT(nn.Module):
@@ -241,6 +241,9 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_linear.weight)            # the first prediction is zero, not noise
         if self.control_embedder is not None:
             nn.init.zeros_(self.control_embedder.weight)    # the base model stays as it is until control is trained
+        if self.view_encoding is not None:                  # from zero it does not get far enough in a fine-tuning for
+            nn.init.normal_(self.view_encoding, std=0.3,    # tokens to tell their own view from the others'
+                            generator=torch.Generator().manual_seed(0))
 
     def check_inputs(self, x, text, control, domain_shift, frozen_blocks):
         """Raises ValueError, naming the first input whose shape does not fit."""

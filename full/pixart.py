@@ -3,7 +3,7 @@
     model = load_base("pixart.safetensors", device, PRESETS["full"])        # PixArt's file, or a checkpoint of ours
 
 The paper's base model is internal and follows DiT; `dit.DiT` is PixArt-alpha's architecture, so its tensors need new
-names and nothing else. The inputs that Realiz3D adds (control and view, Sec. 4) start at zero.
+names and nothing else. The inputs that Realiz3D adds (control and view, Sec. 4) are at their start.
 """
 import torch
 
@@ -57,9 +57,9 @@ def load_pixart(path, num_heads=16, image_size=64, pos_scale=1.0):
     """Loads PixArt-alpha weights (.pth or safetensors, original or diffusers names) into a DiT with control and view
     inputs.
 
-    image_size is in latent pixels. All else follows from the shapes; the control and view weights start at zero, so
-    the model returned is PixArt-alpha. Its empty caption, where the file has one, becomes `model.null_text`. Raises
-    ValueError naming tensors that are missing, left over or of a wrong shape.
+    image_size is in latent pixels. All else follows from the shapes; the control and view weights are at their start,
+    so that a single image is PixArt-alpha's. Its empty caption, where the file has one, becomes `model.null_text`.
+    Raises ValueError naming tensors that are missing, left over or of a wrong shape.
     """
     weights, null_text = convert_pixart(load_tensors(path)[0], path)
     width, channels, patch, _ = weights["x_embedder.weight"].shape
@@ -70,7 +70,7 @@ def load_pixart(path, num_heads=16, image_size=64, pos_scale=1.0):
                     width=width, heads=num_heads, text_dim=text_dim, text_length=120, vocab_size=0, output_skip=False,
                     qk_norm=False, pos_scale=pos_scale)
     model = DiT(config)
-    for name in NEW_INPUTS:                                         # not PixArt's: as they start, at zero
+    for name in NEW_INPUTS:                                         # not PixArt's: as they start
         weights[name] = model.state_dict()[name]
     if null_text is not None:
         model.null_text = torch.empty(config.text_length, text_dim)

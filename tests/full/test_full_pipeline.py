@@ -44,7 +44,7 @@ def test_the_whole_pipeline_from_renders_to_measures(full_run, capsys):
     assert shifters.W_left.abs().max() > 1e-3
     base = load_pixart("pixart.pth", 2, 16)
     model = load_model("realiz3d_texturing.safetensors", config=CONFIG)
-    assert model.control_embedder.weight.abs().max() > 1e-3 and model.view_encoding.abs().max() > 1e-3
+    assert model.control_embedder.weight.abs().max() > 1e-3
     for (name, a), b in zip(base.state_dict().items(), model.state_dict().values()):
         assert (a - b).abs().max() > 1e-4, name
     half = base.final_linear.weight.view(2, 2, 8, 32)[:, :, 4:], model.final_linear.weight.view(2, 2, 8, 32)[:, :, 4:]
