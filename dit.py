@@ -18,6 +18,7 @@ d width, N_B depth, T = 1000 diffusion steps, alpha_bar_t = alphas_cumprod[t].
     eps = model(x, t, text)                              # x (B, V, C, H, W), t (B,), text (B, L) -> eps like x
 """
 import math
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 
@@ -205,6 +206,7 @@ class DiT(nn.Module):
             raise ValueError(f"heads {c.heads} and 4 must divide width {d}")
         self.config = config
         self.grad_checkpointing = False         # recompute each block in the backward pass: less memory, a third slower
+        self.places = None                      # see `in_grid`
         self.x_embedder = nn.Conv2d(c.channels, d, c.patch_size, c.patch_size)
         # A convolution over [x, control] is the sum of one over each; kept apart, x's weights stay the base model's.
         self.control_embedder = nn.Conv2d(c.control_channels, d, c.patch_size, c.patch_size, bias=False) \
@@ -265,9 +267,19 @@ class DiT(nn.Module):
         if not 0 <= frozen_blocks <= c.depth:
             raise ValueError(f"frozen_blocks must lie in 0..{c.depth}, not {frozen_blocks}")
 
+    @contextmanager
+    def in_grid(self, places):
+        """with model.in_grid(places): single images have the view encodings of these places (B,) of a grid, although
+        each attends to itself alone (real iterations, Sec. 4.2); None: they stand in no grid and have none."""
+        self.places = places
+        try:
+            yield
+        finally:
+            self.places = None
+
     def embed_tokens(self, x, control):
-        """Patches of all views in a row, each with its position in its view, and of several views with its view's
-        encoding: (B, V, C, H, W) -> (B, V N, d)."""
+        """Patches of all views in a row, each with its position in its view, and in a grid with its view's encoding:
+        (B, V, C, H, W) -> (B, V N, d)."""
         B, V = x.shape[:2]
         h = self.x_embedder(x.flatten(0, 1))                                                        # (B V, d, n, n)
         if control is not None:
@@ -276,6 +288,8 @@ class DiT(nn.Module):
         h = h.view(B, V, *h.shape[1:])
         if V > 1:
             h = h + self.view_encoding[:V].expand(B, V, -1)[:, :, None]                             # Sec. 4
+        elif self.places is not None:
+            h = h + self.view_encoding[self.places][:, None, None]                                  # (B, 1, N, d)
         return h.flatten(1, 2)
 
     def embed_text(self, text, text_mask):
@@ -297,8 +311,8 @@ class DiT(nn.Module):
                 frozen_blocks=0):
         """Predicts the noise in x.
 
-        x: (B, V, C, H, W) noisy views. V = 1 is single-image mode: attention inside the image, no view encoding; else
-        attention runs over all V views, view v having encoding v.
+        x: (B, V, C, H, W) noisy views. V = 1 is single-image mode: attention inside the image, no view encoding unless
+        `in_grid`; else attention runs over all V views, view v having encoding v.
         t: (B,) timesteps in [0, T). text: (B, L) ids or (B, L, text_dim) vectors; text_mask: (B, L), nonzero = a real
         token (None: ids other than 0, or every vector). control: (B, V, C_c, H, W) from data.control_maps, None =
         the empty control, zeros.

@@ -14,8 +14,9 @@ Iterations alternate between the domains (`stage2_plan`). Shifters are frozen, t
 (toy and small weigh it, see --loss):
 
     synthetic   four views of one asset, control, e_syn, attention over all views
-    real        single images, empty control, e_real; the first i blocks frozen (layer-aware training); with
-                probability p_B the first j blocks run with e_syn (domain reassignment)
+    real        single images at the places of a grid, each attending to itself alone, empty control, e_real; the
+                first i blocks frozen (layer-aware training); with probability p_B the first j blocks run with e_syn
+                (domain reassignment)
 
 What an iteration does with that is `training_step` in training/loop.py. In the toy world, stage 1 and the sets it needs
 are made first where they are missing. To resume, run it again.
@@ -53,7 +54,7 @@ def stage2_plan(args, num_blocks):
         generator = seeded_generator(DRAWS, args.seed, step)        # one i and one j a step, the same on every rank
         i = 0 if args.no_freezing else draw_frozen_blocks(generator, num_blocks, args.tau_B)
         j = 0 if args.no_reassignment else draw_reassigned_blocks(generator, num_blocks, args.p_B, args.tau_B)
-        return Iteration("real", visit, views=1, control=False, reassigned_blocks=j, frozen_blocks=i)
+        return Iteration("real", visit, grid=4, reassigned_blocks=j, frozen_blocks=i)
 
     def plan(step):
         if args.no_real_data:

@@ -184,9 +184,9 @@ def time_iterations(args, launched):
     config, alone = PRESETS[args.preset], launched._replace(rank=0, world=1)
     bench = random_bench(args, device)
     model = in_training(bench.network, args, world)
-    iterations = {"syn": Iteration("syn", 0, views=4, control=True), "real": Iteration("real", 0)}
+    iterations = {"syn": Iteration("syn", 0, views=4, control=True), "real": Iteration("real", 0, grid=4)}
     for i in range(block_count(args.tau_B, config.depth) + 1):
-        iterations[i] = Iteration("real", 0, frozen_blocks=i)
+        iterations[i] = Iteration("real", 0, grid=4, frozen_blocks=i)
     times = {name: [] for name in iterations}
     for _ in range(args.rounds + 2):
         for name, iteration in iterations.items():

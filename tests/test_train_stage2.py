@@ -44,7 +44,8 @@ def test_stage2_alternates_after_a_real_warm_up():
 @pytest.mark.parametrize("task, control", [("texturing", True), ("text", False)])
 def test_grids_see_their_task_s_control_and_real_images_are_single_and_see_none(task, control):
     steps = [stage2_plan(parse_args(["--task", task]), 10)(step) for step in range(60)]
-    assert {(it.domain, it.views, it.control) for it in steps} == {("syn", 4, control), ("real", 1, False)}
+    kinds = {(it.domain, it.views, it.grid, it.control) for it in steps}
+    assert kinds == {("syn", 4, 0, control), ("real", 1, 4, False)}  # Sec. 4.2: "a grid of arbitrary real images"
     assert all((it.frozen_last_blocks, it.timesteps) == (0, (0, 1000, 1)) for it in steps)
 
 

@@ -60,7 +60,8 @@ def draw_noise(shape, seed, step, first, count, device, timesteps=(0, T, 1)):
 
 def with_noise(batch, iteration, seed, step, first):
     """Adds to a batch what the forward process starts from: x0 (B, V, C, H, W), the clean images in the model's range;
-    t (B,), noise like x0, and u (B,), which decides whether the text is dropped.
+    t (B,), noise like x0, and u (B,), which decides whether the text is dropped; and of single images in a grid their
+    places (B,).
 
     batch: "image", uint8 pixels (B, V, C, H, W), or mean and deviation of latents (B, V, 2, C, h, w), of which the VAE
     gives a normal distribution: they are drawn anew at each visit.
@@ -75,7 +76,10 @@ def with_noise(batch, iteration, seed, step, first):
         t, both, u = draw_noise(shape, seed, step, first, len(mean), device, iteration.timesteps)
         noise, z = both.unbind(1)
         x0 = LATENT_SCALE * (mean + deviation * z)
-    return batch | dict(x0=x0, t=t, noise=noise, u=u)
+    batch = batch | dict(x0=x0, t=t, noise=noise, u=u)
+    if iteration.grid:
+        batch["places"] = torch.arange(first, first + len(x0), device=device) % iteration.grid
+    return batch
 
 
 def split_batch(batch, parts):

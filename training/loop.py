@@ -5,7 +5,8 @@ sets; everything else is here. Stage 2 alternates between two kinds of iteration
 
                         views                    control  blocks run in                 frozen
     stage 2, synthetic  4, attention over all    maps     e_syn                         shifters
-    stage 2, real       1, each image by itself  empty    e_real, the first j in e_syn  shifters, the first i blocks
+    stage 2, real       1, each image by itself, empty    e_real, the first j in e_syn  shifters, the first i blocks
+                        at a place of a grid
     stage 1             1, each image by itself  empty    e_syn or e_real               all but the shifters
 """
 import math
@@ -39,7 +40,8 @@ class Iteration:
     """What one training step does: a pure function of (seed, step), so that ranks and restarts agree."""
     domain: str                 # key of the data set: "syn" or "real" ("base": the toy's base model)
     visit: int                  # how many steps before this one used that set: where its data order stands
-    views: int = 1              # V: 1 = single-image mode, attention inside each image and no view encoding
+    views: int = 1              # V: 1 = single-image mode, attention inside each image
+    grid: int = 0               # single images: how many places the grid has in which they stand in turn, 0 = no grid
     control: bool = False       # whether the maps are seen; if not, the empty control
     reassigned_blocks: int = 0  # j of domain reassignment: how many of the first blocks run with e_syn (Sec. 4.2)
     frozen_blocks: int = 0      # i of layer-aware training: how many of the first blocks are frozen (Sec. 4.2)
@@ -61,7 +63,7 @@ def training_step(model, optimizers, batch, iteration, null, args, lap=lambda pa
     - what the stage froze for good (requires_grad is False);
     - the first i blocks and, for i > 0, the patch, control and view embedders below them: there the forward pass builds
       no graph (layer-aware training; time and text embedders and the final layer train);
-    - what a real iteration does not use: the control embedder and the view encoding;
+    - what a single image does not use: the control embedder and, out of a grid, the view encoding;
     - the last blocks of A.2: the gradient passes them on its way down, and what it leaves there is dropped.
     Such a gradient is None, not zero, so that AdamW leaves parameter, moments and step count as they are.
 
@@ -80,7 +82,7 @@ def training_step(model, optimizers, batch, iteration, null, args, lap=lambda pa
         domains = iteration.domains(dit.config.depth, len(x0), x0.device)                   # (N_B, B)
         waits = isinstance(model, DistributedDataParallel) and k + 1 < len(parts)           # for the last part
         with model.no_sync() if waits else nullcontext():
-            with autocast(x0.device, args.dtype):
+            with autocast(x0.device, args.dtype), dit.in_grid(part.get("places")):
                 prediction = model(add_noise(x0, noise, t), t, domains=domains, control=control,
                                    frozen_blocks=iteration.frozen_blocks, **text)
                 part_loss, part_bins = epsilon_loss(prediction, noise, t, even=args.loss == "even")

@@ -63,6 +63,8 @@ def test_pixels_and_latents_become_what_the_forward_process_starts_from():
     t, noise, u = draw_noise((1, 1, 1, 1), 0, 5, 2, 3, "cpu")
     assert batch["x0"].flatten().tolist() == pytest.approx([-1, 1, -0.6]) and batch["text"] == 1
     assert torch.equal(batch["t"], t) and torch.equal(batch["noise"], noise) and torch.equal(batch["u"], u)
+    in_grid = with_noise({"image": pixels, "text": 1}, Iteration("real", 0, grid=4), 0, 5, 2)
+    assert in_grid["places"].tolist() == [2, 3, 0] and "places" not in batch
     mean, deviation = torch.randn(3, 2, 4, 5, 5), torch.rand(3, 2, 4, 5, 5)
     batch = with_noise({"image": torch.stack([mean, deviation], dim=2)}, Iteration("real", 0), 0, 5, 0)
     assert batch["x0"].shape == batch["noise"].shape == mean.shape

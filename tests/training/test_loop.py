@@ -61,15 +61,18 @@ def random_batch(iteration, num):
     return batch, float(u[:2].mean())  # drops exactly one caption
 
 
-def by_hand(batch, text_dropout, domains, control, frozen, even):
-    """Loss and gradients of the backbone, written out: noise, dropped captions, domains, control, frozen blocks."""
+def by_hand(batch, text_dropout, domains, control, frozen, even, grid):
+    """Loss and gradients of the backbone, written out: noise, dropped captions, domains, control, frozen blocks, and
+    the view encodings of single images in a grid."""
     network = ShiftedDiT(random_model(), trained_shifters())
     for block in network.dit.blocks[:frozen]:
         block.register_forward_hook(lambda _, inputs, out: out.detach())
     text = torch.where((batch["u"] < text_dropout)[:, None], NULL["text"], batch["text"])
     assert (text == NULL["text"]).all(dim=1).sum() == 1
     x0, noise, t = batch["image"].float() / 127.5 - 1, batch["noise"], batch["t"]
-    shift = network.shifters(torch.tensor(domains)[:, None].expand(-1, len(x0)))
+    shift = network.shifters(torch.tensor(domains)[:, None].expand(-1, len(x0))).clone()
+    if grid:  # what every token gets before the first block, as the shift
+        shift[0] = shift[0] + network.dit.view_encoding[[k % grid for k in range(len(x0))]]
     prediction = network.dit(add_noise(x0, noise, t), t, text, control=control, domain_shift=shift)
     loss = epsilon_loss(prediction, noise, t, even=True)[0] if even else (prediction - noise).square().mean()
     loss.backward()
@@ -77,8 +80,8 @@ def by_hand(batch, text_dropout, domains, control, frozen, even):
 
 
 SYNTHETIC = Iteration("syn", 0, views=4, control=True)
-SINGLE = Iteration("real", 0, reassigned_blocks=3, frozen_blocks=2)
-NO_IMAGE = ("control_embedder", "view_encoding")  # what single-image mode does not use
+SINGLE = Iteration("real", 0, grid=2, reassigned_blocks=3, frozen_blocks=2)
+NO_IMAGE = ("control_embedder", "view_encoding")  # what a single image out of a grid does not use
 BELOW_2 = (*NO_IMAGE, "x_embedder", "blocks.0.", "blocks.1.")
 
 
@@ -87,17 +90,18 @@ BELOW_2 = (*NO_IMAGE, "x_embedder", "blocks.0.", "blocks.1.")
     [
         (SYNTHETIC, [SYN] * 4, "epsilon", 1, ()),
         (SYNTHETIC, [SYN] * 4, "even", 3, ()),
-        (replace(SINGLE, reassigned_blocks=0, frozen_blocks=0), [REAL] * 4, "epsilon", 1, NO_IMAGE),
+        (Iteration("real", 0), [REAL] * 4, "epsilon", 1, NO_IMAGE),
+        (Iteration("real", 0, grid=2), [REAL] * 4, "epsilon", 1, NO_IMAGE[:1]),
         (SINGLE, [SYN, SYN, SYN, REAL], "epsilon", 1, BELOW_2),
         (SINGLE, [SYN, SYN, SYN, REAL], "even", 2, BELOW_2),
     ],
 )
 def test_a_step_is_what_the_paper_says(iteration, domains, loss, parts, still):
     """Loss and weights after a step of plain gradient descent, against the same thing written out: single images see
-    no control and no view; frozen blocks and what is below them stay as they were, bit for bit."""
+    no control and, out of a grid, no view; frozen blocks and what is below them stay as they were, bit for bit."""
     batch, text_dropout = random_batch(iteration, 3)
     control = batch["control"] if iteration.domain == "syn" else None
-    want, grads = by_hand(batch, text_dropout, domains, control, iteration.frozen_blocks, loss == "even")
+    want, grads = by_hand(batch, text_dropout, domains, control, iteration.frozen_blocks, loss == "even", iteration.grid)
     network = ShiftedDiT(random_model(), trained_shifters().requires_grad_(False))
     before = {name: p.detach().clone() for name, p in network.dit.named_parameters()}
     optimizer = torch.optim.SGD(network.dit.parameters(), lr=1.0)
