@@ -2,7 +2,7 @@
 
 The network is PixArt-alpha's (Chen et al. 2023), the public text-to-image DiT (Peebles & Xie 2023) with the paper's
 epsilon objective, so that its weights can be loaded. Realiz3D adds three inputs to it (Sec. 4, B.2). Until they are
-trained, control and domain leave the base model exactly as it was; with one view it is the base model's in any case:
+trained, control and domain leave the base model exactly as it was; single images out of a grid are its own in any case:
 
     control  extra input channels of the patch embedder, their weights start at zero    (texturing: normals, positions)
     views    attention over all views of a grid, each with a learned encoding that starts at random
@@ -227,7 +227,7 @@ class DiT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """PixArt-alpha's initialisation; the zeros come last, each with its reason."""
+        """PixArt-alpha's initialisation; what differs from it comes last, each with its reason."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -317,7 +317,7 @@ class DiT(nn.Module):
         token (None: ids other than 0, or every vector). control: (B, V, C_c, H, W) from data.control_maps, None =
         the empty control, zeros.
         domain_shift: (N_B, B, d) from `DomainShifters`, or None.
-        frozen_blocks: i of layer-aware training (Sec. 4.2); for i > 0 the patch embedder and the first i blocks run
+        frozen_blocks: i of layer-aware training (Sec. 4.2); for i > 0 `embed_tokens` and the first i blocks run
         without a graph, so they get no gradient and the backward pass ends at block i.
         Returns epsilon (B, V, C, H, W). Raises ValueError naming an input of the wrong shape.
         """

@@ -546,7 +546,7 @@ def add_command(commands, name, run, what, *flags):
 
 
 def asked_sampling(args, device):
-    """The Sampling that the flags ask for, in the precision that is fastest here; bf16 moves psnr by less than 0.01."""
+    """The Sampling that the flags ask for, on a CPU in the faster precision: bf16 moves psnr by less than 0.01."""
     return Sampling(cfg_scale=args.cfg_scale, num_steps=args.num_steps, seed=args.seed, dtype=choose_dtype(device))
 
 

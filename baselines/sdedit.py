@@ -3,6 +3,7 @@ import torch
 
 from dit import add_noise
 from sample import Sampling, ddim_sample, ddim_timesteps, domain_mode, guided_noise, initial_noise
+from support.speed import autocast
 from toy.world import tokenize
 
 
@@ -34,5 +35,7 @@ def denoised_again(network, images, noise, text, t, sampling):
     x = add_noise(images.to(like), noise.to(like), start.expand(len(images)).to(like.device))
     predict_noise = guided_noise(network, null, domain_mode("real", config.depth), sampling.cfg_scale,
                                  text=text.to(like.device))
-    return ddim_sample(predict_noise, x[:, None], sampling.num_steps, sampling.spacing, clip_x0=config.output_skip,
-                       t_start=int(start))[:, 0].cpu()
+    with autocast(like.device, sampling.dtype):
+        x0 = ddim_sample(predict_noise, x[:, None], sampling.num_steps, sampling.spacing, clip_x0=config.output_skip,
+                         t_start=int(start))                                                        # (B, 1, C, H, W)
+    return x0[:, 0].cpu()

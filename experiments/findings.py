@@ -45,7 +45,7 @@ FINDINGS = [Finding(*row) for row in (
 
 
 def read_tables(folder):
-    """{table: {label: row}} of the tables in a folder; Table 3 may be missing, the others raise FileNotFoundError."""
+    """{table: {label: row}} of the tables in a folder. Raises FileNotFoundError where Table 1 or 2 is missing."""
     tables = {}
     for name in ("table1", "table2", "table3"):
         path = f"{folder}/{name}.json"

@@ -150,7 +150,8 @@ def run_table(args):
     for row in todo:
         images = row_samples(row, trained_row(row, task, args, launched), task, held, sampling, base, device)
         toy = measure(images / 255, held, judges, base_features, task, weights)
-        results = keep_row(row.label, images, toy | dict(commit=current_commit(), device=device.type), out, args)
+        made = dict(commit=current_commit(), device=device.type, dtype=sampling.dtype or "float32")
+        results = keep_row(row.label, images, toy | made, out, args)
     with locked(args.results):
         write_table(out, results, args)
         shown = data.shown_objects(args.num)

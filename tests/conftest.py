@@ -9,7 +9,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")   # bits are compared, and two ranks run on machines of one GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""     # bits are compared, and two ranks run on machines of one GPU
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -137,7 +137,8 @@ def kept_net(folder, name, net, build):
     """build()'s weights in the network `net`, ready to judge: those shipped under this name, else trained on one thread
     and kept in folder."""
     shapes = {part: list(weight.shape) for part, weight in net.state_dict().items()}
-    key = dict(net=shapes, name=name, version=WORLD_VERSION)        # not str(net), in which versions of torch differ
+    key = dict(net=shapes, name=name, version=WORLD_VERSION)        # not str(net), in which versions of torch differ:
+                                                                    # raise the version with what shapes do not show
     shipped, path = SHIPPED / f"{name}.safetensors", Path(folder) / f"{name}.safetensors"
     path = shipped if up_to_date(shipped, key) else path
     threads = torch.get_num_threads()

@@ -31,8 +31,13 @@ def check_base(args):
 
 
 def base_model(args, device):
-    """The base model of the preset's configuration: `base_path`'s."""
-    return load_base(base_path(args), device, PRESETS[args.preset])
+    """The base model of the preset's configuration: `base_path`'s. Raises ValueError where its view encodings are zero,
+    from which they do not learn."""
+    base = load_base(base_path(args), device, PRESETS[args.preset])
+    if base.view_encoding is not None and not base.view_encoding.any():
+        raise ValueError(f"{base_path(args)} has view encodings of zero, as base models had until 2026-11-26: take "
+                         "weights/toy_base.safetensors, or train one anew with python -m toy.pretrain")
+    return base
 
 
 def training_sets(args, launched, views, needs_real=True, control=False):

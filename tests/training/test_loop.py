@@ -101,7 +101,8 @@ def test_a_step_is_what_the_paper_says(iteration, domains, loss, parts, still):
     no control and, out of a grid, no view; frozen blocks and what is below them stay as they were, bit for bit."""
     batch, text_dropout = random_batch(iteration, 3)
     control = batch["control"] if iteration.domain == "syn" else None
-    want, grads = by_hand(batch, text_dropout, domains, control, iteration.frozen_blocks, loss == "even", iteration.grid)
+    frozen, grid = iteration.frozen_blocks, iteration.grid
+    want, grads = by_hand(batch, text_dropout, domains, control, frozen, loss == "even", grid)
     network = ShiftedDiT(random_model(), trained_shifters().requires_grad_(False))
     before = {name: p.detach().clone() for name, p in network.dit.named_parameters()}
     optimizer = torch.optim.SGD(network.dit.parameters(), lr=1.0)

@@ -4,9 +4,22 @@ import pytest
 import torch
 from conftest import TINY, random_model
 
-from dit import save_model
+from dit import PRESETS, save_model
 from support.files import save_tensors
-from training.sets import read_set
+from train_stage2 import parse_args
+from training.sets import base_model, read_set
+
+
+def test_a_base_model_of_view_encodings_that_cannot_learn_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "toy", TINY)
+    path, model = str(tmp_path / "base.safetensors"), random_model()
+    save_model(path, TINY, model)
+    args = parse_args(["--base", path])
+    assert torch.equal(base_model(args, "cpu").view_encoding, model.view_encoding)
+    torch.nn.init.zeros_(model.view_encoding)
+    save_model(path, TINY, model)
+    with pytest.raises(ValueError, match="base.safetensors has view encodings of zero"):
+        base_model(args, "cpu")
 
 
 def test_a_file_that_is_no_set_is_named(tmp_path):
