@@ -9,10 +9,11 @@ import pytest
 from conftest import ROOT
 
 SCRIPT = """
-import argparse, os, sys, time, torch
+import argparse, os, signal, sys, time, torch
 from support.beside import end_beside, with_others
 from support.launch import launch, run_cli
 
+signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell's background jobs ignore it
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("ends")
