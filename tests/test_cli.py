@@ -4,7 +4,6 @@ In this process where nothing of the process itself is tested, as importing torc
 """
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from conftest import ROOT, TINY_STAGE2, one_line_error, refuses, run_main, script
@@ -160,13 +159,15 @@ def test_a_path_that_cannot_be_written(tiny_run, tmp_path):
 
 
 def test_help_of_every_program():
-    """As processes of their own, two at a time: what one of them forgets to import, another may have imported."""
-    files = [path.relative_to(ROOT) for pattern in ("*.py", "*/*.py") for path in sorted(ROOT.glob(pattern))
+    """Each in a process that imported nothing else of the project: what one forgets to import, another may have
+    imported."""
+    files = [str(path.relative_to(ROOT)) for pattern in ("*.py", "*/*.py") for path in sorted(ROOT.glob(pattern))
              if path.parent.name != "tests" and '__name__ == "__main__"' in path.read_text()]
     assert len(files) >= 16
-    commands = [["-m", ".".join(path.with_suffix("").parts)] if path.parent.name else [path] for path in files]
-    with ThreadPoolExecutor(2) as pool:
-        for path, done in zip(files, pool.map(lambda command: script(*command, "--help"), commands)):
-            assert done.returncode == 0 and done.stdout.startswith("usage: "), (path, done.stderr)
-            first = (ROOT / path).read_text().partition("\n")[0].strip('"')
-            assert first[:40] in done.stdout, path  # what the program says it is
+    done = script("tests/help_worker.py", *files)
+    said = json.loads(done.stdout)
+    for path in files:
+        code, output = said[path]
+        assert code == 0 and output.startswith("usage: "), (path, output)
+        first = (ROOT / path).read_text().partition("\n")[0].strip('"')
+        assert first[:40] in output, path  # what the program says it is
