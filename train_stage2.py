@@ -51,10 +51,12 @@ def stage2_plan(args, num_blocks):
         return Iteration("syn", visit, views=4, control=args.task == "texturing")
 
     def real_iteration(step, visit):
-        generator = seeded_generator(DRAWS, args.seed, step)        # one i and one j a step, the same on every rank
-        i = 0 if args.no_freezing else draw_frozen_blocks(generator, num_blocks, args.tau_B)
-        j = 0 if args.no_reassignment else draw_reassigned_blocks(generator, num_blocks, args.p_B, args.tau_B)
-        return Iteration("real", visit, grid=4, reassigned_blocks=j, frozen_blocks=i)
+        # one i and one j a step, the same on every rank; drawn in any case, so that an ablation of one keeps the other
+        generator = seeded_generator(DRAWS, args.seed, step)
+        i = draw_frozen_blocks(generator, num_blocks, args.tau_B)
+        j = draw_reassigned_blocks(generator, num_blocks, args.p_B, args.tau_B)
+        return Iteration("real", visit, grid=4, frozen_blocks=0 if args.no_freezing else i,
+                         reassigned_blocks=0 if args.no_reassignment else j)
 
     def plan(step):
         if args.no_real_data:

@@ -2,7 +2,8 @@
 import torch
 
 from dit import add_noise
-from sample import Sampling, ddim_sample, ddim_timesteps, domain_mode, guided_noise, initial_noise
+from sample import Sampling, ddim_sample, ddim_timesteps, domain_mode, guided_noise
+from support.generators import EDITS, seeded_generator
 from support.speed import autocast
 from toy.world import tokenize
 
@@ -18,7 +19,9 @@ def sdedit(network, images, text, t=500, sampling=Sampling(), first=0):
     """
     done = []
     for k, grid in enumerate(images):
-        noise = initial_noise([first + k], grid.shape[1:], sampling.seed).expand(grid.shape)        # (V, C, H, W)
+        # not what the images were sampled from: DDIM, asked by the same network, would give them back
+        generator = seeded_generator(EDITS, sampling.seed, first + k)
+        noise = torch.randn(grid.shape[1:], generator=generator).expand(grid.shape)                 # (V, C, H, W)
         done.append(denoised_again(network, grid, noise, text[k], t, sampling))
     return torch.stack(done)
 

@@ -11,6 +11,7 @@ NOISE = 2               # (NOISE, seed, step, sample): timestep, noise and text 
 DRAWS = 3               # (DRAWS, seed, step): i and j of an iteration (Sec. 4.2)
 SAMPLES = 4             # (SAMPLES, seed, key): the initial noise of a sample
 GAN = 5                 # (GAN, seed, stage, step): a step of CAD's GAN; stage 0: what is drawn with it
+EDITS = 6               # (EDITS, seed, key): the noise that SDEdit adds to a sample
 
 
 def seeded_words(*key, num=1):

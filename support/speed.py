@@ -42,9 +42,10 @@ def autocast(device, dtype):
 def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d / h)) v: q (B, heads, N, d / h), k and v (B, heads, M, d / h), mask True = attend.
 
-    PyTorch's kernel, except in bf16 on a CPU: there the formula trains in half the time, on Intel's and AMD's.
+    PyTorch's kernel, except to train in bf16 on a CPU: its backward pass is slow there, with the formula a step takes
+    half the time, on Intel's and AMD's.
     """
-    if v.device.type != "cpu" or v.dtype != torch.bfloat16:
+    if v.device.type != "cpu" or v.dtype != torch.bfloat16 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     logits = (q / q.shape[-1] ** 0.5) @ k.transpose(-2, -1)                                         # (B, heads, N, M)
     if mask is not None:

@@ -55,6 +55,10 @@ def test_each_ingredient_can_be_switched_off(flag):
     assert any(it.frozen_blocks for it in steps) == (flag == "--no_reassignment")
     assert any(it.reassigned_blocks for it in steps) == (flag == "--no_freezing")
     assert any(it.domain == "real" for it in steps) == (flag != "--no_real_data")
+    whole = [stage2_plan(parse_args([]), 10)(step) for step in range(400)]
+    for name, off in (("frozen_blocks", "--no_freezing"), ("reassigned_blocks", "--no_reassignment")):
+        same = [getattr(it, name) for it in steps] == [getattr(it, name) for it in whole]
+        assert same == (flag not in (off, "--no_real_data"))  # one draws what it would draw beside the other
 
 
 def test_baselines_neither_freeze_nor_reassign():

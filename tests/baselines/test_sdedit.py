@@ -6,8 +6,8 @@ from conftest import random_model
 from baselines.sdedit import sdedit
 from dit import alphas_cumprod
 from domain_shifter import REAL, ShiftedDiT, uniform_domains
-from sample import Sampling, ddim_timesteps
-from support.generators import SAMPLES, seeded_generator
+from sample import Sampling, ddim_timesteps, initial_noise
+from support.generators import EDITS, seeded_generator
 
 
 def test_sdedit_denoises_each_view_alone_from_one_noise():
@@ -24,7 +24,8 @@ def test_sdedit_denoises_each_view_alone_from_one_noise():
     steps = ddim_timesteps(10)
     steps = steps[steps <= 500]
     assert steps[0] == 499
-    noise = torch.randn(c, size, size, generator=seeded_generator(SAMPLES, 4, 0))
+    noise = torch.randn(c, size, size, generator=seeded_generator(EDITS, 4, 0))
+    assert not torch.isclose(initial_noise([0], (4, c, size, size), 4)[0], noise).all(dim=(1, 2, 3)).any()  # DDIM's own
     a = alphas_cumprod[499]
     x = (a.sqrt() * images[0, 2] + (1 - a).sqrt() * noise).float()[None, None]
     with torch.no_grad():
