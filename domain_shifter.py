@@ -61,6 +61,7 @@ class ShiftedDiT(nn.Module):
         domain_shift = None if self.shifters is None else self.shifters(domains)                    # (N_B, B, d)
         return self.dit(x, t, text, domain_shift=domain_shift, **inputs)
 
+    @property
     def knows_domains(self):
         """Whether the domain makes a difference."""
         return self.shifters is not None

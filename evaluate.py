@@ -347,30 +347,20 @@ def compare_folders(args):
 # The oracle: what perfect photos and perfect renders score
 
 
+# what is printed of `measure`: its name, what perfect photos (and renders) should have
+ORACLE = {"silhouette IoU": ("iou", ">= 0.98"), "normals read wrong by (degrees)": ("normals", ""),
+          "re-rendered PSNR (dB)": ("psnr", ""), "re-rendered SSIM": ("ssim", ""),
+          "leave-one-out PSNR (dB)": ("psnr_loo", ">= 30"), "category read right": ("category", ""),
+          "color read right": ("color", ""), "material read right": ("material", ""),
+          "called a photo": ("photo", "near 1, near 0"), "  by the second judge": ("photo_2", "near 1, near 0"),
+          "Frechet distance to photos": ("FD_I", "small, large"), "kernel distance x1000": ("KD_I", "small, large")}
+
+
 def oracle(folder="runs/toy/sets", num=64):
     """Dict of (perfect photos, perfect renders, target) per measure on num held-out objects."""
     held, judges = data.evaluation_set(num, folder=folder), load_judges(folder)
-    net, pictures = judges.net, [held["photo"] / 255, held["image"] / 255]
-    surface = Surface(held["position"], held["normal"], held["mask"] / 255)
-    views = [consistency(x, surface) for x in pictures]
-    angles = [judges.normals.angular_error(x, held["normal"]).mean().item() for x in pictures]
-    rows = {"silhouette IoU": (*(silhouette_iou(x, surface.mask).mean().item() for x in pictures), ">= 0.98"),
-            "normals read wrong by (degrees)": (*angles, ""),
-            "re-rendered PSNR (dB)": (*(x["psnr"].nanmean().item() for x in views), ""),
-            "re-rendered SSIM": (*(x["ssim"].nanmean().item() for x in views), ""),
-            "leave-one-out PSNR (dB)": (*(x["psnr_loo"].nanmean().item() for x in views), ">= 30"),
-            "  surface seen twice (share)": (*(x["covered"].mean().item() for x in views), "")}
-    labels = held["labels"].repeat_interleave(held["image"].shape[1], dim=0)                        # (num V, 3)
-    said = [read(x.flatten(0, 1), labels, judges) for x in pictures]
-    for head in ("category", "color", "material"):
-        rows[f"{head} read right"] = (*(row[head] for row in said), "")
-    for name, judge in (("domain read right", "photo"), ("  by the second judge", "photo_2")):
-        rows[name] = (said[0][judge], 1 - said[1][judge], ">= 0.99")
-    photos = net.features(data.photo_set(4 * num, folder=folder)["image"].flatten(0, 1) / 255)
-    features = [net.features(x.flatten(0, 1)) for x in pictures]
-    rows["Frechet distance to photos"] = (*(fid(photos, x) for x in features), "small, large")
-    rows["kernel distance x1000"] = (*(1000 * kid(photos, x) for x in features), "small, large")
-    return rows
+    photos, renders = (measure(held[name] / 255, held, judges) for name in ("photo", "image"))
+    return {name: (photos[key], renders[key], target) for name, (key, target) in ORACLE.items()}
 
 
 def print_oracle(args):
@@ -439,14 +429,14 @@ def base_images(path, num, folder, device, sampling):
     The prompts are those that the models get, the captions of the evaluation ("a red wooden mug"), four images each.
     """
     key = dict(model=file_id(path), num=num, steps=sampling.num_steps, cfg=sampling.cfg_scale, seed=sampling.seed,
-               prompts="evaluation captions", version=WORLD_VERSION)
+               dtype=sampling.dtype, prompts="evaluation captions", version=WORLD_VERSION)
 
     def draw():
         captions = asset_captions(sample_assets(num, data.SEEDS["evaluation"]))
         text = tokenize(captions).repeat_interleave(4, dim=0)                                       # (4 num, L)
         with tqdm(total=len(text), desc="base model", unit="image", bar_format=BAR) as progress:
-            images = sample_images(load_network(path, device), {"text": text}, replace(sampling, mode="real"),
-                                   progress=progress)
+            images = sample_images(load_network(path, device), {"text": text},
+                                   replace(sampling, mode="real", batch=32), progress=progress)
         return dict(image=to_uint8(images)[:, 0])
     return cached(Path(folder) / f"base_images_{num}_{sampling.seed}.safetensors", key, draw)["image"]
 
@@ -481,7 +471,7 @@ def toy_table(args):
             ("realiz3d, real mode", network, "real"), ("realiz3d, shifted", network, "shifted")]
     with tqdm(total=len(runs) * args.num * 4, desc="sampling", bar_format=BAR) as progress:
         for name, model, mode in runs:
-            drawn = sample_images(model, held, replace(sampling, mode=mode, batch=16), views=4, progress=progress)
+            drawn = sample_images(model, held, replace(sampling, mode=mode), views=4, progress=progress)
             images[name] = to_uint8(drawn) / 255
     rows = {name: measure(grids, held, judges) for name, grids in images.items()}
     free = dict.fromkeys(("iou", "normals", "psnr", "ssim", "psnr_loo", "loo_gap"))
@@ -546,8 +536,11 @@ def add_command(commands, name, run, what, *flags):
 
 
 def asked_sampling(args, device):
-    """The Sampling that the flags ask for, on a CPU in the faster precision: bf16 moves psnr by less than 0.01."""
-    return Sampling(cfg_scale=args.cfg_scale, num_steps=args.num_steps, seed=args.seed, dtype=choose_dtype(device))
+    """The Sampling that the flags ask for, on a CPU in the faster precision (bf16 moves psnr by less than 0.01), and
+    compiled where it takes minutes."""
+    pays = device.type == "cpu" and args.num * args.num_steps >= 500
+    return Sampling(cfg_scale=args.cfg_scale, num_steps=args.num_steps, seed=args.seed, batch=8, compile=pays,
+                    dtype=choose_dtype(device))
 
 
 def measured_settings(args):

@@ -26,6 +26,7 @@ class AdaptedDiT(ShiftedDiT):
         self.domains = domains
         return super().forward(x, t, text, domains, **inputs)
 
+    @property
     def knows_domains(self):
         """Whether the domain makes a difference."""
         return self.adapter.knows_domains

@@ -41,7 +41,7 @@ def base_quality(args):
     perfect = to_uint8(2 * render(assets, Look("photo"), azimuth, geometry=False).rgb - 1)[:, 0]
     with tqdm(total=args.num, desc="base model", unit="image", bar_format=BAR) as progress:
         drawn = sample_images(load_toy(path, device), {"text": tokenize(captions)},
-                              replace(asked_sampling(args, device), mode="real"), progress=progress)
+                              replace(asked_sampling(args, device), mode="real", batch=32), progress=progress)
     images = {"perfect photos": perfect, "base model": to_uint8(drawn)[:, 0]}
     rows = {name: image_quality(few / 255, assets, judges) for name, few in images.items()}
     print(f"{args.num} prompts, {args.num_steps} steps, seed {args.seed}; {path}")

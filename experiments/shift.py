@@ -52,7 +52,7 @@ def select_shift(args):
     held = data.evaluation_set(args.num, data.SEEDS["validation"], folder=args.folder, device=device)
     inputs = held if task == "texturing" else {"text": held["text"]}
     judges = load_judges(args.folder, device)
-    sampling, tried = replace(asked_sampling(args, device), mode="shifted", batch=16), {}
+    sampling, tried = replace(asked_sampling(args, device), mode="shifted"), {}
 
     def try_shift(B_max, t_max):
         images = sample_images(network, inputs, replace(sampling, B_max=B_max, t_max=t_max), views=4, progress=progress)
@@ -101,10 +101,10 @@ def turn_dial(args):
     device = launch(args.threads).device
     path = args.model or default_model("toy", "texturing")
     network = load_toy(path, device)
-    if not network.knows_domains() or trained_task(path) != "texturing":
+    if not network.knows_domains or trained_task(path) != "texturing":
         raise ValueError(f"{path} is not a texturing model with Domain Shifters: there is no dial to turn")
     held, judges = data.evaluation_set(args.num, folder=args.folder, device=device), load_judges(args.folder, device)
-    sampling, rows, pictures = replace(asked_sampling(args, device), batch=16), {}, []
+    sampling, rows, pictures = asked_sampling(args, device), {}, []
     with tqdm(total=len(DIAL) * 4 * args.num, desc="dial", unit="image", bar_format=BAR) as progress:
         for s in DIAL:
             images = to_uint8(sample_images(network, held, replace(sampling, mode=s), views=4, progress=progress))

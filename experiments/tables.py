@@ -99,7 +99,7 @@ def row_samples(row, path, task, held, sampling, base, device):
     """The row's grids of the held-out objects, uint8 (N, V, 3, H, W), kept beside the model at path."""
     num = len(held["text"])
     key = dict(model=file_id(path), mode=row.mode, num=num, steps=sampling.num_steps, cfg=sampling.cfg_scale,
-               seed=sampling.seed, version=WORLD_VERSION)
+               seed=sampling.seed, dtype=sampling.dtype, version=WORLD_VERSION)
     if row.mode == "sdedit":
         key["base"] = file_id(base)
 
@@ -111,7 +111,7 @@ def row_samples(row, path, task, held, sampling, base, device):
             return dict(image=to_uint8(images))
         inputs = held if task == "texturing" else {"text": held["text"]}
         with tqdm(total=4 * num, desc=row.label, unit="image", bar_format=BAR) as progress:
-            images = sample_images(load_toy(path, device), inputs, replace(sampling, mode=row.mode, batch=16), views=4,
+            images = sample_images(load_toy(path, device), inputs, replace(sampling, mode=row.mode), views=4,
                                    progress=progress)
         return dict(image=to_uint8(images))
     return cached(f"{path.removesuffix('.safetensors')}-{row.mode}.samples", key, draw)["image"]

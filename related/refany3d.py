@@ -167,6 +167,7 @@ class RefAny3D(nn.Module):
         self.blocks = self.adapter.blocks                                       # what --compile compiles
         self.register_buffer("places", branch_positions(dit, config), persistent=False)             # (2, K, N, d)
 
+    @property
     def knows_domains(self):
         """Whether the domain makes a difference."""
         return self.shifters is not None

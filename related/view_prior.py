@@ -57,6 +57,7 @@ class ViewPrior(nn.Module):
         """A hook: the time embedding (B, d) and the pose's."""
         return out + self.adapter(self.pose).to(out.dtype)
 
+    @property
     def knows_domains(self):
         """Realiz3D's domains are no input here."""
         return False

@@ -39,6 +39,13 @@ def autocast(device, dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
+def compile_blocks(blocks):
+    """torch.compile for each of a network's blocks. What cannot be compiled runs as it is, and says so."""
+    torch._dynamo.config.suppress_errors = True
+    for block in blocks:
+        block.compile(dynamic=False)
+
+
 def attend(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d / h)) v: q (B, heads, N, d / h), k and v (B, heads, M, d / h), mask True = attend.
 

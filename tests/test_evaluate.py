@@ -373,14 +373,14 @@ def test_fid_b_compares_with_base_images_of_the_prompts_that_the_models_get(tmp_
     assert evaluate.base_images(*options).shape == evaluate.base_images(*options).shape == (12, 3, 32, 32)
     (text, sampling), = asked  # the second time from the file
     assert torch.equal(text.view(3, 4, -1), held["text"][:, None].expand(3, 4, -1))
-    assert sampling == Sampling("real", num_steps=4, seed=5)
+    assert sampling == Sampling("real", num_steps=4, seed=5, batch=32)
 
 
 def test_oracle_prints_each_measure_beside_its_target(tmp_path, quick_judges, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "load_judges", lambda *args: quick_judges)
     evaluate.main(["oracle", "--num", "3", "--folder", str(tmp_path)])
     head, *lines = capsys.readouterr().out.splitlines()
-    assert "3 held-out objects" in head and len(lines) == 13
+    assert "3 held-out objects" in head and len(lines) == 12
     for line in lines:
         photos, renders = (float(word) for word in line[32:].split()[:2])
         for target, low in ((">= 0.98", 0.98), (">= 30", 30)):

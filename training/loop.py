@@ -25,7 +25,7 @@ from data import set_shape
 from dit import T, add_noise, epsilon_loss, save_model
 from domain_shifter import SYN, real_after, uniform_domains
 from support.launch import barrier
-from support.speed import Watch, autocast, choose_threads
+from support.speed import Watch, autocast, choose_threads, compile_blocks
 from training.batches import read_ahead, read_batch, split_batch, with_noise
 from training.log import Log
 from training.optimizers import make_optimizers
@@ -157,8 +157,7 @@ def train(network, sets, null, plan, args, launched, preview=None):
         return step, iteration, first, batch
     batches = read_ahead(read, range(start, args.steps), args.workers)
     bar = tqdm(batches, initial=start, total=args.steps, desc=args.name, disable=rank > 0)
-    # what cannot be compiled runs as it is, and says so
-    with signals_caught() as stop, torch._dynamo.config.patch(suppress_errors=True):
+    with signals_caught() as stop:
         for step, iteration, first, batch in bar:
             last = step + 1 == args.steps
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
@@ -216,9 +215,8 @@ def learning_rate(step, args):
 
 def in_training(network, args, world):
     """The network with the flags --compile and --grad_checkpointing, in DDP where there are several processes."""
-    if args.compile:            # four compilations serve all blocks, domains and i: grids, single images with a graph,
-        for block in getattr(network, "blocks", network.dit.blocks):    # without one, and where the graph begins
-            block.compile(dynamic=False)
+    if args.compile:            # four compilations serve all blocks, domains and i: grids; single images with a graph,
+        compile_blocks(getattr(network, "blocks", network.dit.blocks))              # without, and where it begins
     network.dit.grad_checkpointing = args.grad_checkpointing
     if world == 1:
         return network

@@ -45,7 +45,7 @@ def test_an_adapter_starts_as_the_base_learns_at_once_and_comes_off_exactly(kind
             assert torch.equal(network(*inputs, domains), base)
         assert torch.equal(network(*inputs, domains), moved)
         other = network(*inputs, uniform_domains(SYN, 4, 2))
-    assert torch.equal(other, moved) == (kind != "switcher") == (not network.knows_domains())
+    assert torch.equal(other, moved) == (kind != "switcher") == (not network.knows_domains)
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def test_realiz3ds_shifters_move_the_images_tokens_alone():
     moved = (taken[1] - taken[0]).abs().amax(dim=(0, 3, 4))                     # (G, K)
     assert moved[0, 0] > 1e-2 and (images[1] - images[0]).abs().max() > 1e-3
     moved[0, 0] = 0
-    assert moved.max() == 0 and made.knows_domains() and not RefAny3D(base, VIEWS).knows_domains()
+    assert moved.max() == 0 and made.knows_domains and not RefAny3D(base, VIEWS).knows_domains
     assert not any(p.requires_grad for p in made.shifters.parameters())
 
 

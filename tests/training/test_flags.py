@@ -64,7 +64,7 @@ def test_stage_1_sees_three_epochs_of_each_of_its_domains(adapter, domains):
     for preset, (assets, grids) in ASSETS_AND_GRIDS.items():
         args = filled(train_stage1, "stage1", "--preset", preset, "--adapter", adapter)
         assert args.steps == domains * math.ceil(3 * assets / grids)
-    sees_real = new_network(random_model(), adapter, 2).knows_domains()  # what `run_stage1` asks
+    sees_real = new_network(random_model(), adapter, 2).knows_domains  # what `run_stage1` asks
     assert domains == (2 if sees_real else 1)
 
 
