@@ -129,11 +129,18 @@ def table_lines(results):
     if any(noise.values()):
         cells.append(["deviation between seeds", *(formatted(noise[name], digits) for name, digits in columns.items()),
                       *[""] * len(PAPER_COLUMNS)])
-    lines, both = markdown_table(cells), trained_rows(results).values()
+    return [*markdown_table(cells), *order_lines(trained_rows(results)), "", disagreement(results)]
+
+
+def order_lines(rows):
+    """How alike the toy and the paper order the rows, as lines; none for one or two of them."""
+    lines = []
     for what, ours, theirs in (("consistency", "psnr", "PSNR"), ("realism", "KD_I", "KID_I")):
-        rho = spearmanr([seed_mean(row, ours) for row in both], [row["paper"][theirs] for row in both]).statistic
-        lines += ["", f"Spearman correlation of the order by {what} ({ours} here, {theirs} in the paper): {rho:.2f}"]
-    return lines + ["", disagreement(results)]
+        if len(rows) > 2:
+            pairs = [(seed_mean(row, ours), row["paper"][theirs]) for row in rows.values()]
+            lines += ["", f"Spearman correlation of the order of {len(rows)} rows by {what} ({ours} here, {theirs} in "
+                      f"the paper): {spearmanr(*zip(*pairs)).statistic:.2f}"]
+    return lines
 
 
 def disagreement(results, most=0.05):
