@@ -307,8 +307,7 @@ class DiT(nn.Module):
         x = tokens.view(len(tokens), V, n, n, p, p, -1)                                             # PixArt: (p, q, c)
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
-    def forward(self, x, t, text, text_mask=None, control=None, domain_shift=None,
-                frozen_blocks=0):
+    def forward(self, x, t, text, text_mask=None, control=None, domain_shift=None, frozen_blocks=0):
         """Predicts the noise in x.
 
         x: (B, V, C, H, W) noisy views. V = 1 is single-image mode: attention inside the image, no view encoding unless

@@ -215,6 +215,7 @@ def readability_plot(path, found):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Command line
 
 
 def prompts_of(args, network):
@@ -237,8 +238,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--model", "--base", help="checkpoint, ours or PixArt-alpha's .pth or safetensors (default: the base model of "
         "the toy's run folder, else the shipped one)")
-    add("--num", type=within(1, 10 ** 5), default=60, help="prompts, all of them in the PCA (default %(default)s)")
-    add("--num_objects", type=within(1, 10 ** 5), default=800, help="objects that readings are fitted and tested "
+    add("--num", type=within(10, 10 ** 5), default=60, help="prompts, all of them in the PCA (default %(default)s)")
+    add("--num_objects", type=within(10, 10 ** 5), default=800, help="objects that readings are fitted and tested "
         "on (default %(default)s)")
     add("--prompt", nargs="+", help="full: captions of many objects in many styles")
     add("--text_encoder", metavar="DIR", help="full: PixArt's text_encoder folder (needs transformers)")
@@ -252,8 +253,6 @@ def main(argv=None):
     add("--out", default="runs/toy/pca.png", help="the figure; the plot gets _readable before .png (default "
         "%(default)s)")
     args = parser.parse_args(argv)
-    if min(args.num_objects, args.num) < 10:
-        parser.error("--num and --num_objects must be at least 10")
     check_out(args.out)
     network = load_network(args.model or default_base("toy"), launch(args.threads).device)
     pixels = not network.dit.config.latent

@@ -106,7 +106,8 @@ class DomainSwitcher(nn.Module):
         def hook(_, inputs, out):
             if not network.adapter_on:
                 return out
-            domain = network.domains[-1, :, None].to(self.domain_embeddings)        # here all blocks run in one
+            # one for all blocks, the last one's: shifted sampling shifts steps alone
+            domain = network.domains[-1, :, None].to(self.domain_embeddings)                        # (B, 1)
             e_domain = torch.lerp(*self.domain_embeddings, domain)                                  # (B, d)
             return out + e_domain.to(out.dtype)
         network.dit.t_embedder.register_forward_hook(hook)

@@ -320,9 +320,6 @@ def main(argv=None):
     parser.add_argument("--size", type=within(1, 2 ** 12), default=512, help="pixels to a side")
     parser.add_argument("--seed", type=a_seed, default=0, help="which objects")
     args = parser.parse_args(argv)
-    for name in ("num", "size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
     write_toy_objects(args.out, args.num, args.size, args.seed)
 
 

@@ -118,7 +118,7 @@ def test_pixels_make_the_figure_and_the_readings_as_a_command(tmp_path, capsys):
     config = replace(TINY, image_size=16)
     save_model(str(tmp_path / "base.safetensors"), config, random_model(config))
     flags = ("--base", tmp_path / "base.safetensors", "--out", tmp_path / "pca.png", "--threads", 1)
-    refuses(pca_features, (*flags, "--num", 9), 2, "--num and --num_objects must be at least 10")
+    refuses(pca_features, (*flags, "--num", 9), 2, "--num: 9 does not lie in [10, 100000]")
     run_main(pca_features, *flags, "--num", 10, "--num_objects", 12, "--num_steps", 4)
     printed = capsys.readouterr().out
     assert "variance explained" in printed and "blocks until 90 %" in printed

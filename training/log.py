@@ -43,7 +43,7 @@ class Log:
             torch.distributed.all_reduce(sums)
         for (bad, domain, _, _), finite in zip(self.pending, losses.isfinite().tolist()):
             if not finite:
-                raise FloatingPointError(f"{self.args.name}: the loss is not finite at step {bad} ({domain} "
+                raise FloatingPointError(f"{self.args.name}: the loss is not finite at step {bad + 1} ({domain} "
                                          f"iteration); the last good state stays in {self.out}")
         speed, memory = self.images / (time.time() - self.clock), peak_memory(self.launched.device)
         text = []
@@ -59,13 +59,12 @@ class Log:
         self.pending, self.images, self.clock = [], 0, time.time()
         return f"loss {', '.join(text)}, {speed:.0f} images/s"
 
-    def note(self, step, **what):
-        """Says and writes down what else happened at a step: threads=1, for they change how sums are rounded."""
-        self.lines.append(dict(step=step + 1) | what)
+    def note_threads(self, step, threads):
+        """Says and writes down that a step changed the number of threads, which changes how sums are rounded."""
+        self.lines.append(dict(step=step + 1, threads=threads))
         with open(self.path, "a") as file:
             file.write(json.dumps(self.lines[-1]) + "\n")
-        said = ", ".join(f"{name} {value}" for name, value in what.items())
-        tqdm.write(f"step {step + 1}: much slower than before, goes on with {said}", file=sys.stderr)
+        tqdm.write(f"step {step + 1}: much slower than before, goes on with threads {threads}", file=sys.stderr)
 
     def finish(self):
         """Draws loss.png; returns {domain: mean loss over the last tenth of the steps}."""

@@ -204,7 +204,7 @@ def change_threads(step, log):
     torch.set_num_threads(now)
     if now != before:
         torch.compiler.reset()              # compiled code is for one number of threads
-        log.note(step, threads=now)
+        log.note_threads(step, now)
 
 
 def learning_rate(step, args):
@@ -215,8 +215,9 @@ def learning_rate(step, args):
 
 def in_training(network, args, world):
     """The network with the flags --compile and --grad_checkpointing, in DDP where there are several processes."""
-    if args.compile:            # four compilations serve all blocks, domains and i: grids; single images with a graph,
-        compile_blocks(getattr(network, "blocks", network.dit.blocks))              # without, and where it begins
+    if args.compile:
+        # four compilations serve all blocks, domains and i: grids; single images with a graph, without, where it begins
+        compile_blocks(getattr(network, "blocks", network.dit.blocks))
     network.dit.grad_checkpointing = args.grad_checkpointing
     if world == 1:
         return network

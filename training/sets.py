@@ -64,6 +64,8 @@ def training_sets(args, launched, views, needs_real=True, control=False):
     if not needs_real:
         return {"syn": synthetic}
     path = args.real
+    if not path and args.synthetic:                             # C.1: real images have the captions of the renders
+        raise ValueError("--synthetic names renders of your own: name real images with the same captions with --real")
     if not path:
         path = real_set_path(args)
         sampling = Sampling(num_steps=args.real_steps, dtype=args.dtype)

@@ -202,14 +202,14 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_state(tmp_path,
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     calls, original = [], training.loop.epsilon_loss
 
-    def nan_at_step_5(*inputs, **options):
+    def nan_at_the_sixth_step(*inputs, **options):
         loss, bins = original(*inputs, **options)
         calls.append(1)
         return (loss * float("nan") if len(calls) == 6 else loss), bins
 
-    monkeypatch.setattr(training.loop, "epsilon_loss", nan_at_step_5)
+    monkeypatch.setattr(training.loop, "epsilon_loss", nan_at_the_sixth_step)
     flags = ("--steps", 9, "--batch", 1, "--save_every", 2, "--log_every", 100, "--real_warmup", 0)
-    with pytest.raises(FloatingPointError, match=r"tiny: the loss is not finite at step 5 \(real iteration\)"):
+    with pytest.raises(FloatingPointError, match=r"tiny: the loss is not finite at step 6 \(real iteration\)"):
         train_tiny(tmp_path, "mixed", *flags)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert load_tensors(states(tmp_path)[-1])[1]["step"] == 4

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import TINY, random_model
+from conftest import ALONE, TINY, random_model, tiny_sets
 
 from dit import PRESETS, save_model
 from support.files import save_tensors
 from train_stage2 import parse_args
-from training.sets import base_model, read_set
+from training.sets import base_model, read_set, training_sets
 
 
 def test_a_base_model_of_view_encodings_that_cannot_learn_is_refused(tmp_path, monkeypatch):
@@ -20,6 +20,19 @@ def test_a_base_model_of_view_encodings_that_cannot_learn_is_refused(tmp_path, m
     save_model(path, TINY, model)
     with pytest.raises(ValueError, match="base.safetensors has view encodings of zero"):
         base_model(args, "cpu")
+
+
+def test_renders_of_ones_own_take_real_images_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "toy", TINY)
+    paths = [str(tmp_path / f"{domain}.safetensors") for domain in ("syn", "real")]
+    for path, tensors in zip(paths, tiny_sets().values()):
+        save_tensors(path, tensors)
+    alone = parse_args(["--synthetic", paths[0]])
+    assert set(training_sets(alone, ALONE, views=4, needs_real=False)) == {"syn"}
+    with pytest.raises(ValueError, match="--synthetic names renders of your own: .* with --real"):
+        training_sets(alone, ALONE, views=4)
+    both = training_sets(parse_args(["--synthetic", paths[0], "--real", paths[1]]), ALONE, views=4)
+    assert {domain: len(made["image"]) for domain, made in both.items()} == {"syn": 6, "real": 24}
 
 
 def test_a_file_that_is_no_set_is_named(tmp_path):
