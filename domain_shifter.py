@@ -141,10 +141,9 @@ def load_shifters(path, device="cpu", config=None):
 
 def load_part(path, part, config=None):
     """A checkpoint's Config, what it holds of `part` ("shifters" or "adapter") in fp32, and the kind of its adapter."""
-    tensors, metadata = load_tensors(path)
+    tensors, metadata = load_tensors(path, prefix=f"{part}.")
     found = read_config(path, metadata)
     if config is not None:
         require_config(path, found, config)
-    weights = {name.removeprefix(f"{part}."): tensor.float() for name, tensor in tensors.items()
-               if name.startswith(f"{part}.")}
+    weights = {name.removeprefix(f"{part}."): tensor.float() for name, tensor in tensors.items()}
     return found, weights, metadata.get("adapter_kind")

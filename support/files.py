@@ -31,9 +31,10 @@ def save_tensors(path, tensors, **metadata):
             os.remove(partial)
 
 
-def load_tensors(path, device="cpu"):
+def load_tensors(path, device="cpu", prefix=""):
     """({name: tensor}, metadata) of what `save_tensors` wrote, or of another program's safetensors or torch.save file
-    (.pth, .pt; weights only, no metadata). Raises FileNotFoundError, ValueError if damaged."""
+    (.pth, .pt; weights only, no metadata). prefix: of safetensors, only what is called so is read. Raises
+    FileNotFoundError, ValueError if damaged."""
     metadata = read_metadata(path)
     if str(path).endswith((".pth", ".pt")):
         try:
@@ -45,7 +46,7 @@ def load_tensors(path, device="cpu"):
             raise ValueError(f"{path} holds no state_dict, a dictionary of tensors")
         return tensors, metadata
     with safe_open(path, "pt", device=str(device)) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}, metadata
 
 
 def read_metadata(path):
