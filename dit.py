@@ -373,6 +373,8 @@ def read_config(path, metadata):
         if type(value) not in (field.type, int) or not 0 <= value <= 2 ** 13 \
                 or value == 0 and field.name not in MAY_BE_ZERO:
             raise ValueError(f"{path} has a configuration that cannot be: {field.name} {value!r}")
+    if stored["image_size"] > 256 * stored["patch_size"]:
+        raise ValueError(f"{path} has a configuration that cannot be: more than 256 x 256 tokens")
     return Config(**stored)
 
 
@@ -393,11 +395,14 @@ def load_model(path, device="cpu", config=None):
     found = read_config(path, metadata)
     if config is not None:
         require_config(path, found, config)
-    model = DiT(found)
     weights = {name: tensor.float() for name, tensor in tensors.items()
                if not name.startswith(("shifters.", "adapter."))}
     if not weights:
         raise ValueError(f"{path} holds Domain Shifters only (or an adapter); a model is needed here")
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if len(blocks) != found.depth:
+        raise ValueError(f"{path} does not fit the model: it holds {len(blocks)} blocks of {found.depth}")
+    model = DiT(found)
     if "null_text" in weights:
         model.null_text = torch.empty(found.text_length, found.text_dim)
     load_strictly(model, weights, path)

@@ -132,8 +132,8 @@ def load_shifters(path, device="cpu", config=None):
     found, weights, _ = load_part(path, "shifters", config)
     if not weights:
         return None
-    if "W_right" not in weights:
-        raise ValueError(f"{path} does not fit the model: shifters.W_right is missing")
+    if "W_right" not in weights or weights["W_right"].dim() != 3:
+        raise ValueError(f"{path} does not fit the model: it must hold shifters.W_right (N_B, r, d)")
     shifters = DomainShifters(found, rank=weights["W_right"].shape[1])
     load_strictly(shifters, weights, path)
     return shifters.to(device)

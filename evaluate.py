@@ -264,9 +264,10 @@ def check_cameras(position, azimuths, elevation, folder):
     mask = position.isfinite().all(dim=1)                                                           # (V, H, W)
     for v in range(len(azimuths)):
         gap = torch.stack([row[v] - rows, column[v] - columns]).norm(dim=0)[mask[v]]
-        if len(gap) and gap.median() > 1:
-            raise ValueError(f"{folder}/position_{v:03}.npy lies {gap.median():.1f} pixels off its camera: see "
-                             "--azimuths, --elevation and --extent")
+        if not len(gap) or not gap.median() <= 1:
+            off = f"{gap.median():.1f} pixels" if len(gap) else "wholly"
+            raise ValueError(f"{folder}/position_{v:03}.npy lies {off} off its camera: see --azimuths, --elevation and "
+                             "--extent")
 
 
 def folder_consistency(images, positions, azimuths, elevation, extent, lpips_weights=None):
@@ -435,7 +436,7 @@ def base_images(path, num, folder, device, sampling):
         captions = asset_captions(sample_assets(num, data.SEEDS["evaluation"]))
         text = tokenize(captions).repeat_interleave(4, dim=0)                                       # (4 num, L)
         with tqdm(total=len(text), desc="base model", unit="image", bar_format=BAR) as progress:
-            images = sample_images(load_network(path, device), {"text": text},
+            images = sample_images(load_toy(path, device), {"text": text},
                                    replace(sampling, mode="real", batch=32), progress=progress)
         return dict(image=to_uint8(images)[:, 0])
     return cached(Path(folder) / f"base_images_{num}_{sampling.seed}.safetensors", key, draw)["image"]
@@ -454,7 +455,9 @@ def load_toy(path, device):
 def toy_table(args):
     """Samples the held-out objects with syn_only and with realiz3d in each mode, prints the table beside the rows of
     the oracle and of the base model, which knows no control, and writes it with a picture."""
-    check_out(args.out)
+    stem = args.out.removesuffix(".png")
+    for path in (args.out, f"{stem}.png", f"{stem}.json"):
+        check_out(path)
     device = launch(args.threads).device
     realiz3d = args.model or default_model("toy", "texturing")
     syn_only = args.syn_only or default_model("toy", "texturing", "syn_only")
@@ -573,15 +576,12 @@ def parse_args(argv=None):
                      "not measured)")
     sub.add_argument("--positions", metavar="DIR", help="position maps DIR/ID/position_000.npy, .. of the views "
                      "OURS/ID/color_000.png, .., for 3D consistency (default: not measured)")
-    sub.add_argument("--azimuths", type=finite, nargs="+", default=AZIMUTHS, help="of the views, degrees (default "
-                     f"{' '.join(map(str, AZIMUTHS))})")
+    sub.add_argument("--azimuths", type=within(-1e4, 1e4, float), nargs="+", default=AZIMUTHS, help="of the views, "
+                     f"degrees (default {' '.join(map(str, AZIMUTHS))})")
     sub.add_argument("--elevation", type=finite, default=ELEVATION, help="of the views, degrees (default %(default)s)")
-    sub.add_argument("--extent", type=finite, default=EXTENT, help="half the width of a view in the maps' units "
-                     "(default %(default)s)")
-    args = parser.parse_args(argv)
-    if getattr(args, "extent", 1) <= 0:
-        parser.error(f"--extent must be more than 0, not {args.extent}")
-    return args
+    sub.add_argument("--extent", type=within(1e-6, 1e6, float), default=EXTENT, help="half the width of a view in the "
+                     "maps' units (default %(default)s)")
+    return parser.parse_args(argv)
 
 
 def main(argv=None):

@@ -18,7 +18,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -34,8 +33,8 @@ from geometry.camera import VIEWS
 from geometry.files import read_mesh
 from geometry.mesh import mesh_views
 from geometry.texture import save_meshes
-from support.files import (file_id, load_tensors, locked, read_json, read_metadata, save_tensors, up_to_date,
-                           write_json)
+from support.files import (checksum, file_id, load_tensors, locked, read_json, read_metadata, save_tensors, up_to_date,
+                           write_array, write_json)
 from support.generators import SAMPLES, seeded_generator
 from support.launch import (BAR, UsageError, a_seed, barrier, check_out, finite, launch, run_cli, some_steps,
                             some_threads, within)
@@ -265,7 +264,8 @@ def selected_shift(path):
     try:
         stored = read_json(choice)
         shift, model = (float(stored["B_max"]), int(stored["t_max"])), stored["model"]
-    except (KeyError, TypeError, ValueError):
+        Sampling(B_max=shift[0], t_max=shift[1])                # raises where they are out of their ranges
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(f"{choice} is damaged: delete it, or make it again with python -m experiments.shift select") \
             from None
     if model != file_id(path):
@@ -312,7 +312,8 @@ def write_real_set(path, base, num_assets, sampling, launched, chunk=64):
         barrier(launched)
         if rank == 0:
             images = torch.cat([load_tensors(f"{parts}/{start:08d}.safetensors")[0]["image"] for start in starts])
-            save_tensors(path, {"image": images, "text": tokenize(train)}, key=key)
+            tensors = {"image": images, "text": tokenize(train)}
+            save_tensors(path, tensors, key=key, checksum=checksum(tensors))
             rows = [(train[k], images[k:k + 4, 0]) for k in range(0, min(40, len(train)), 4)]
             save_picture(f"{path.removesuffix('.safetensors')}.png", rows, column_titles=VIEWS)
             shutil.rmtree(parts)
@@ -379,10 +380,9 @@ def save_views(folder, images, objects, names):
             if "captions" in objects:
                 write_json(f"{folder}/{mode}/{name}/meta.json", {"caption": objects["captions"][k]})
     for k, name in enumerate(names if "position" in objects else ()):
-        os.makedirs(f"{folder}/positions/{name}", exist_ok=True)
         maps = (objects["position"][k] + 0.5).masked_fill(objects["mask"][k] < 255, math.nan)
         for v, position in enumerate(maps):
-            np.save(f"{folder}/positions/{name}/position_{v:03}.npy", position.permute(1, 2, 0).cpu().numpy())
+            write_array(f"{folder}/positions/{name}/position_{v:03}.npy", position.permute(1, 2, 0).cpu().numpy())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,7 +420,7 @@ def parse_args(argv=None):
         "GLB, glTF, PLY, STL with pip install trimesh")
     add("--beside", nargs="+", default=[], metavar="MODEL", help="what other models draw of the same, above "
         "it; NAME=MODEL names the row")
-    add("--texture_size", type=within(8, 2 ** 14), help="--textured: texels to a side (default 1024)")
+    add("--texture_size", type=within(64, 2 ** 14), help="--textured: texels to a side (default 1024)")
     add("--objects", nargs="+", metavar="DIR", help="full: folders of rendered objects, in place of --object")
     add("--vae", metavar="DIR", help="full: PixArt's vae folder (needs diffusers)")
     add("--text_encoder", metavar="DIR", help="full: PixArt's text_encoder folder (needs transformers)")
@@ -459,11 +459,10 @@ def check_flags(parser, args):
     for number in args.object:
         if not 0 <= number < 10 ** 4:                               # all objects before it are made too
             parser.error(f"--object must lie in [0, {10 ** 4 - 1}], not {number}")
-    if args.out is not None:
-        check_out(args.out)
-    for flag, path in (("views", args.views), ("textured", args.textured)):
-        if path and os.path.isfile(path):
-            parser.error(f"--{flag} {path} is a file, it must be a folder")
+    check_out(f"runs/{args.preset}/sample.png" if args.out is None else args.out)
+    for flag, path in (("views", args.views), ("textured", args.textured), ("real_set", args.real_set)):
+        if path:
+            check_out(path if flag == "real_set" else f"{path}/turntable.png", f"--{flag}")
     if args.prompt and not args.text_encoder:                       # then it is in words of the toy world
         try:
             tokenize(args.prompt)
@@ -545,7 +544,7 @@ def draw_real_set(args, launched):
     is_set = args.real_set.endswith(".safetensors")
     if is_set and os.path.isfile(args.real_set):
         made = read_metadata(args.real_set).get("key")
-        is_set = isinstance(made, dict) and "base" in made
+        is_set = isinstance(made, dict) and {"base", "num_assets"} <= made.keys()
     if not is_set:
         raise UsageError(f"--real_set {args.real_set} must be a .safetensors file that is not there yet, or a real set")
     config = read_metadata(base).get("config")

@@ -20,7 +20,7 @@ from toy.world import asset_captions, sample_assets, tokenize
 from training.estimate import choose, launch_training
 from training.flags import parse_training, refuse_unread, stage1_file, stage1_folder, training_arguments
 from training.loop import Iteration, save_trained, train
-from training.sets import base_model, null_caption, training_sets
+from training.sets import base_model, base_path, null_caption, training_sets
 
 
 def stage1_plan(domains):
@@ -45,7 +45,7 @@ def run_stage1(args, launched):
                    domain_preview(network, args))
     is_default = args.name == stage1_folder(args.adapter, args.rank)
     path = stage1_file(args) if is_default else f"{args.out}/{args.name}.safetensors"
-    return save_trained(path, network, args, losses, launched, keep=("shifters", "adapter"))
+    return save_trained(path, network, args, losses, launched, ("shifters", "adapter"), base_path(args))
 
 
 def domain_preview(network, args):

@@ -33,13 +33,13 @@ from data import SHOWN, evaluation_set
 from dit import NEW_INPUTS
 from domain_shifter import P_B, TAU_B, draw_frozen_blocks, draw_reassigned_blocks
 from sample import CFG_SCALE, Sampling, object_sheet
-from support.files import read_metadata
+from support.files import file_id, read_metadata
 from support.generators import DRAWS, seeded_generator
 from support.launch import finite, run_cli
 from training.estimate import announce, launch_training
 from training.flags import fill_defaults, parse_training, refuse_unread, stage1_file, training_arguments
 from training.loop import Iteration, save_trained, train
-from training.sets import base_model, null_caption, training_sets
+from training.sets import base_model, base_path, null_caption, training_sets
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which iteration comes when (Sec. 4.2)
@@ -106,13 +106,18 @@ def stage1_path(args, launched):
 
 
 def check_stage1(path, network, args):
-    """Raises ValueError where the file of stage 1 holds something else than this method's shifters or adapter."""
+    """Raises ValueError where the file of stage 1 holds something else than this method's shifters or adapter, or was
+    trained beside another base model."""
     found = "shifters" if network.shifters is not None else getattr(network.adapter, "kind", "neither")
     ranks = {p.shape[-2] for name, p in network.named_parameters() if name.endswith("W_right")}
     if found != args.adapter or ranks - {args.rank}:
         raise ValueError(f"{path} holds {found} of rank {', '.join(map(str, ranks)) or 'none'}, but --method "
                          f"{args.method} takes {args.adapter} of rank {args.rank}: name another file with --shifters, "
                          "or another --rank")
+    beside = read_metadata(path).get("base")                    # [name, checksum]; files of earlier commits have none
+    if beside and beside[1] != file_id(base_path(args))[1]:
+        raise ValueError(f"{path} was trained beside another base model, {beside[0]}: name that one with --base, or "
+                         "delete the file, and stage 1 is trained anew")
 
 
 def stage1_flags(args, launched):

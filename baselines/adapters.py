@@ -154,7 +154,9 @@ def load_adapter(path, device="cpu", config=None):
         return None
     if kind not in ADAPTERS:
         raise ValueError(f"{path} holds an adapter of unknown kind {kind!r}, must be one of {', '.join(ADAPTERS)}")
-    ranks = [tensor.shape[1] for name, tensor in weights.items() if name.endswith("W_right")]
+    ranks = [tensor.shape[1] for name, tensor in weights.items() if name.endswith("W_right") and tensor.dim() == 3]
+    if kind != "switcher" and not ranks:
+        raise ValueError(f"{path} does not fit the model: its adapter must hold matrices W_right of three dimensions")
     adapter = ADAPTERS[kind](found, ranks[0] if ranks else None)
     load_strictly(adapter, weights, path)
     return adapter.to(device)

@@ -2,11 +2,13 @@
 
 Everything is written to a temporary name and moved into place, so that a stop leaves the old file or the new one.
 """
+import io
 import json
 import os
 import zlib
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -66,7 +68,7 @@ def parse_metadata(value):
     """What `save_tensors` wrote as JSON; a plain word of another program's file ("format": "pt") as it is."""
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -133,6 +135,16 @@ def write_bytes(path, content):
         os.replace(f"{path}.tmp", path)
     except OSError as error:
         raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
+
+
+def write_array(path, array):
+    """Writes a NumPy array as .npy, as `write_bytes`."""
+    content = io.BytesIO()
+    np.save(content, array)
+    write_bytes(path, content.getvalue())
 
 
 def write_text(path, text):
@@ -150,7 +162,7 @@ def read_json(path):
     try:
         with open(path) as file:
             return json.load(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, or take it from git") from None
 
 

@@ -51,8 +51,10 @@ def read_caption(path):
             return stored["caption"]
     for name in (beside, of_all):
         if os.path.isfile(name):
-            with open(name) as file:
-                return file.read().strip()
+            try:
+                return Path(name).read_text(encoding="utf-8").strip()
+            except UnicodeDecodeError:
+                raise ValueError(f"{name} is no text in UTF-8") from None
     raise FileNotFoundError(f"no caption for {path}: --clip wants {beside}, or a 'caption' in {meta}")
 
 

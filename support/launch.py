@@ -88,11 +88,14 @@ class UsageError(ValueError):
 
 
 def check_out(path, flag="--out"):
-    """Raises UsageError where no file can be written at path, a flag's value: a folder, or below a file."""
+    """Raises UsageError where no file can be written at path, a flag's value: a folder or a device, below a file, or a
+    name that is too long."""
     parent = os.path.dirname(path) or "."
-    while not os.path.exists(parent):
+    while not os.path.lexists(parent):
         parent = os.path.dirname(parent) or "."
-    if not path or os.path.isdir(path) or not os.path.isdir(parent):
+    is_other = os.path.lexists(path) and not os.path.isfile(path)
+    too_long = any(len(name.encode()) > 200 for name in path.split("/"))        # what is written first ends in .PID.tmp
+    if not os.path.basename(path).strip() or is_other or too_long or not os.path.isdir(parent):
         raise UsageError(f"{flag} '{path}' must be the name of a file, and is none, a folder or below a file")
 
 
@@ -119,7 +122,10 @@ def run_cli(main):
         sys.exit(f"error: {error}")         # sys.exit prints a string to stderr and exits with 1
     except KeyboardInterrupt:
         sys.exit(130)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        # of what PyTorch raises on a CPU only the words tell that memory is short
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            sys.exit("error: out of memory: use a smaller --batch, --num or size")
         if "gloo" not in str(error):                        # whose connection to another process has closed
             raise
         sys.exit("error: another process has ended; where this was a training, the same command goes on from its last "

@@ -23,9 +23,11 @@ def load_inception(path, device="cpu"):
     def features(images):
         return net((images * 255).round().byte().to(device), return_features=True).float().cpu()
     try:
-        features(torch.zeros(1, 3, 32, 32))
-    except RuntimeError:
-        raise ValueError(f"{path} gives no features of an image; --inception wants inception-2015-12-05.pt") from None
+        works = bool(features(torch.zeros(1, 3, 32, 32)).isfinite().all())
+    except (RuntimeError, AttributeError):
+        works = False
+    if not works:
+        raise ValueError(f"{path} gives no features of an image; --inception wants inception-2015-12-05.pt")
     return features
 
 
@@ -44,6 +46,9 @@ def load_lpips(path):
     missing = set(names + [f"lin{k}.model.1.weight" for k in range(5)]) - set(weights)
     if missing:
         raise ValueError(f"{path} lacks {min(missing)}: --lpips wants the state_dict of lpips.LPIPS(net='alex')")
+    broken = [name for name in names if weights[name].dim() not in (1, 4) or not weights[name].isfinite().all()]
+    if broken:
+        raise ValueError(f"{path} holds no weights in {broken[0]}: --lpips wants those of lpips.LPIPS(net='alex')")
     return weights
 
 

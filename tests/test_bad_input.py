@@ -21,11 +21,12 @@ from dit import save_model
 from domain_shifter import DomainShifters
 from experiments import benchmark, layer_selective, shift, tables
 from related import refany3d
-from support.files import save_tensors
+from support.files import load_tensors, save_tensors
 from support.folders import find_images, read_caption, read_image, read_views
-from support.networks import load_inception
+from support.networks import LPIPS_LAYERS, load_inception, load_lpips
 from toy import pretrain
 from training.log import Log
+from training.states import stored_speed
 
 NUMBERS = [
     (train_stage2, ("--lr", "nan"), "--lr"), (train_stage2, ("--lr", "-1"), "--lr"),
@@ -80,6 +81,13 @@ NUMBERS = [
     (refany3d, ("--prompt", "a mug", "--steps", "9"), "--steps would do nothing"),
     (refany3d, ("--num_steps", "9"), "--num_steps would do nothing"),
     (data, ("--out", "."), "--out"), (pca_features, ("--out", "."), "--out"), (evaluate, ("toy", "--out", ""), "--out"),
+    (train_stage2, ("--lr", "100"), "--lr"), (train_stage2, ("--clip", "0"), "--clip"),
+    (train_stage2, ("--name", " "), "--name"), (train_stage2, ("--name", "a" * 250), "--name"),
+    (evaluate, ("folders", "a", "b", "--extent", "1e-300"), "--extent"),
+    (evaluate, ("folders", "a", "b", "--azimuths", "1e300"), "--azimuths"),
+    (sample, ("--texture_size", "8", "--textured", "t"), "--texture_size"), (sample, ("--out", "/dev/null"), "--out"),
+    (sample, ("--out", "new/"), "--out"), (sample, ("--out", "b" * 250 + ".png"), "--out"),
+    (sample, ("--views", "/dev/null/views"), "--views"), (sample, ("--real_set", "."), "--real_set"),
     (refany3d, ("--mesh", "", "--object", "3", "--prompt", "a mug"), "--mesh and --object both name what to draw"),
 ]
 NAMES = ["base", "shifters", "stage1", "lora_5", "shifters_4", "sets", "sets/real_4", "../elsewhere", ".", ".."]
@@ -177,11 +185,13 @@ def test_the_real_set_replaces_no_other_file(tiny_toy):
 
 @pytest.mark.parametrize("field, value", [
     ("depth", "4"), ("depth", None), ("depth", 10 ** 6), ("heads", 0), ("patch_size", 0), ("width", -16),
-    ("qk_norm", 2.5), ("pos_scale", 0), ("image_size", True)])
+    ("qk_norm", 2.5), ("pos_scale", 0), ("image_size", True), ("image_size", 8000)])
 def test_a_configuration_that_cannot_be_names_the_field(field, value, tmp_path):
     path = str(tmp_path / "model.safetensors")
     save_tensors(path, dict(random_model().state_dict()), config=asdict(TINY) | {field: value})
-    refuses(sample, ("--model", path), 1, path, field, repr(value))
+    refuses(sample, ("--model", path), 1, path, *(("256 x 256 tokens",) if value == 8000 else (field, repr(value))))
+    save_tensors(path, dict(random_model().state_dict()), config=asdict(TINY) | dict(depth=8000))
+    refuses(sample, ("--model", path), 1, path, "holds 4 blocks of 8000")         # at once: 8,000 take minutes to make
 
 
 @pytest.mark.parametrize("settings", ["a string", ["a list"], None, 3])
@@ -192,13 +202,17 @@ def test_settings_that_are_no_dictionary_are_no_settings(settings, tmp_path):
 
 def test_lines_of_a_log_that_are_none_are_left_out(tmp_path):
     lines = ("[1]", "3", '"a"', '{"loss": 1}', '{"step": "a"}', '{"step": 1, "domain": "syn"}',
-             '{"step": 1, "domain": "syn", "loss": 1.0}', '{"step"')
+             '{"step": 1, "domain": "syn", "loss": Infinity}', '{"step": 1, "domain": "syn", "loss": NaN}', '{"step": -1}',
+             '{"step": 1e400}', "[" * 10 ** 5, '{"step": 1, "domain": "syn", "loss": 1.0}', '{"step"')
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
     log = Log(str(tmp_path), None, ALONE, 5)
     assert log.lines == [dict(step=1, domain="syn", loss=1.0)]
 
 
-@pytest.mark.parametrize("stored", ["[]", "{}", '{"B_max": 0.3}', '{"t_max": 950, "model": ["m", 0]}', "null", "no"])
+@pytest.mark.parametrize("stored", [
+    "[]", "{}", '{"B_max": 0.3}', '{"t_max": 950, "model": ["m", 0]}', "null", "no", "[" * 10 ** 5,
+    '{"B_max": 5, "t_max": 950, "model": 0}', '{"B_max": NaN, "t_max": 950, "model": 0}',
+    '{"B_max": 0.3, "t_max": Infinity, "model": 0}'])
 def test_a_shift_that_cannot_be_read_is_named(stored, tmp_path):
     path = str(tmp_path / "m.safetensors")
     save_tensors(path, {"x": torch.zeros(1)})
@@ -220,11 +234,57 @@ def test_results_that_are_none_are_named(stored, tmp_path):
 
 
 @pytest.mark.parametrize("in_the_way", ["realiz3d_texturing.png", "realiz3d_texturing.safetensors", "stage1.png"])
-def test_a_folder_in_the_way_is_found_before_the_training(in_the_way, tiny_toy):
+def test_a_folder_in_the_way_is_found_before_stage_1(in_the_way, tiny_toy):
     out, seen = tiny_toy
     (out / in_the_way).mkdir()
-    refuses(train_stage2, ("--out", out, *TINY_STAGE2), 1, in_the_way, "is a folder")
-    assert not list(out.glob("realiz3d_texturing/state*"))
+    refuses(train_stage2, ("--out", out, *TINY_STAGE2), 2, in_the_way, "--out and --name")
+    assert not seen and len(list(out.iterdir())) == 2
+
+
+def test_shifters_of_another_base_model_are_refused(tiny_toy):
+    out, seen = tiny_toy
+    run_main(train_stage2, "--out", out, *TINY_STAGE2)
+    save_model(f"{out}/base.safetensors", TINY, random_model(seed=3))
+    flags = ("--out", out, "--name", "again", *TINY_STAGE2)
+    refuses(train_stage2, flags, 1, "shifters.safetensors was trained beside another base model, base.safetensors")
+    assert "again" not in seen
+
+
+@pytest.mark.parametrize("part", [dict(shifters=trained_shifters()), dict(adapter=ADAPTERS["lora"](TINY, 8))])
+def test_low_rank_matrices_of_another_shape_are_named(part, tiny_toy):
+    out, _ = tiny_toy
+    path = f"{out}/flat.safetensors"
+    save_model(path, TINY, random_model(), **part, adapter_kind="lora")
+    tensors, metadata = load_tensors(path)
+    flat = {name: tensor.flatten() if name.endswith("W_right") else tensor for name, tensor in tensors.items()}
+    save_tensors(path, flat, **metadata)
+    refuses(sample, ("--model", path, "--prompt", "a mug"), 1, path, "W_right")
+
+
+def test_weights_that_16_bits_do_not_hold_are_not_written(tiny_toy):
+    out, _ = tiny_toy
+    flags = ("--method", "syn_only", "--num_assets", 4, "--batch", 1, "--steps", 1, "--picture_steps", 1)
+    refuses(train_stage2, ("--out", out, *flags, "--lr", 10, "--weight_decay", 1e6, "--warmup", 0), 1, "--lr")
+    assert not (out / "syn_only_texturing.safetensors").exists()
+
+
+@pytest.mark.parametrize("speed", [
+    dict(threads=-5, dtype="float32"), dict(threads=1, dtype=["float32"]), dict(threads=1),
+    dict(threads=1, dtype="float32", processes=0), dict(threads=1, dtype="float32", processes=10 ** 6), [], 3])
+def test_a_speed_that_cannot_be_is_not_gone_on_with(speed, tmp_path):
+    save_tensors(f"{tmp_path}/state_00000001.safetensors", {"x": torch.zeros(1)}, speed=speed)
+    assert stored_speed([str(tmp_path)]) == {}
+    good = dict(threads=2, dtype="bfloat16", processes=2)
+    save_tensors(f"{tmp_path}/state_00000001.safetensors", {"x": torch.zeros(1)}, speed=good)
+    assert stored_speed([str(tmp_path)]) == good
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_one_line(error):
+    def main(flags):
+        raise error
+    refuses(Namespace(main=main), (), 1, "out of memory", "--batch")
 
 
 def test_what_a_kill_left_half_written_is_cleared_away(tiny_toy):
@@ -278,6 +338,32 @@ def test_captions_that_are_none_name_their_file(meta, error, tmp_path):
     (tmp_path / "ours" / "a" / "meta.json").write_text(meta)
     with pytest.raises(error, match="meta.json"):
         read_caption(f"{tmp_path}/ours/a/color_000.png")
+
+
+def test_captions_that_are_no_text_name_their_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="a.txt is no text in UTF-8"):
+        read_caption(f"{tmp_path}/a.png")
+
+
+def test_a_map_off_its_camera_or_of_nothing_is_named():
+    position = torch.full((1, 3, 8, 8), torch.nan)
+    with pytest.raises(ValueError, match="position_000.npy lies wholly off its camera"):
+        evaluate.check_cameras(position, [0], 20, "maps")
+
+
+@pytest.mark.parametrize("change", ["nan", "flat"])
+def test_lpips_weights_that_are_none_are_named(change, tmp_path):
+    path = str(tmp_path / "lpips.safetensors")
+    weights = {f"{name}.{part}": torch.ones((2, 2, 1, 1) if part == "weight" else 2)
+               for name, _, _ in LPIPS_LAYERS for part in ("weight", "bias")}
+    weights |= {f"lin{k}.model.1.weight": torch.ones(1, 2, 1, 1) for k in range(5)}
+    save_tensors(path, weights)
+    assert load_lpips(path)
+    first = f"{LPIPS_LAYERS[0][0]}.weight"
+    save_tensors(path, weights | {first: weights[first] * torch.nan if change == "nan" else torch.ones(2, 2)})
+    with pytest.raises(ValueError, match=f"lpips.safetensors holds no weights in {first}"):
+        load_lpips(path)
 
 
 def test_a_network_without_features_is_named(tmp_path):

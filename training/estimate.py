@@ -12,7 +12,7 @@ from baselines.adapters import sees_both_domains
 from baselines.methods import METHODS
 from dit import PRESETS, DiT
 from support.beside import end_beside, with_others
-from support.launch import launch
+from support.launch import check_out, launch
 from support.speed import CPU_DTYPES, MOST_THREADS, autocast, choose_speed, seconds_of, thread_counts, time_choices
 from toy.render import render
 from toy.world import sample_assets, tokenize
@@ -43,8 +43,9 @@ def launch_training(args, stage, may_spread):
     end_beside()
     launched = launch(args.threads or MOST_THREADS)         # until the trial
     filled = fill_defaults(copy.copy(args), stage, launched)
-    if stage != "base":
+    if stage != "base" or filled.base:
         check_base(filled)
+    check_places(filled, stage)
     is_open = args.threads is None and args.batch is None and "WORLD_SIZE" not in os.environ
     if may_spread and is_open and launched.device.type == "cpu" and not PRESETS[args.preset].latent:
         processes, threads = choose_processes(filled, resumed(filled, stage))
@@ -53,6 +54,16 @@ def launch_training(args, stage, may_spread):
             launched = with_others(processes, threads)
     fill_defaults(args, stage, launched)
     return launched
+
+
+def check_places(args, stage):
+    """Raises UsageError where what a training writes, or stage 1 on the way to stage 2, cannot be written."""
+    names = [args.name]
+    if stage == "stage2" and stage1_comes_first(args):
+        names.append(stage1_folder(args.adapter, args.rank))
+    for name in names:
+        for ending in (".png", ".safetensors", "/log.jsonl"):
+            check_out(f"{args.out}/{name}{ending}", "what --out and --name lead to,")
 
 
 def resumed(args, stage):

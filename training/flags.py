@@ -48,11 +48,11 @@ COLUMNS_OF_DEFAULTS = ("lr", "warmup", "weight_decay", "ema")
 # the least and the most that each of these may be
 LEAST = dict(batch=1, rank=1, log_every=1, save_every=1, sample_every=1, picture_steps=1, real_steps=1, num_assets=1,
              num_base_images=1, stage1_steps=1, accumulate=1, threads=1, workers=0, warmup=0, real_warmup=0, seed=0,
-             lr=0, clip=0, weight_decay=0, ema=0, text_dropout=0, p_B=0, tau_B=0,
+             lr=0, clip=1e-6, weight_decay=0, ema=0, text_dropout=0, p_B=0, tau_B=0,
              steps=1)                                                           # last, as it follows from the others
 MOST = dict(threads=2 ** 10, batch=2 ** 16, rank=2 ** 13, picture_steps=T, real_steps=T, num_assets=10 ** 8,
-            num_base_images=10 ** 8, stage1_steps=10 ** 8, workers=2 ** 8, seed=2 ** 63 - 1, ema=1, text_dropout=1,
-            p_B=1, tau_B=1, steps=10 ** 8)
+            num_base_images=10 ** 8, stage1_steps=10 ** 8, workers=2 ** 8, seed=2 ** 63 - 1, lr=10, ema=1,
+            text_dropout=1, p_B=1, tau_B=1, steps=10 ** 8)
 
 
 def training_arguments(parser):
@@ -147,7 +147,7 @@ def fill_defaults(args, stage, launched):
 
 def check_name(name, stage):
     """Refuses a name that is no plain one, or that another stage's folder or file has in the run folder."""
-    plain = os.path.basename(name) == name and name.isprintable() and name not in ("", ".", "..", "sets")
+    plain = os.path.basename(name) == name and name.isprintable() and name.strip() not in ("", ".", "..", "sets")
     left_by_stage1 = re.fullmatch(f"({'|'.join(('shifters', *ADAPTERS))})(_[0-9]+)?", name)
     of_another_stage = any(name.startswith(other) for other in ("base", "stage1") if other != stage)
     if not plain or left_by_stage1 or of_another_stage:

@@ -8,6 +8,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from support.files import write_text
 from support.launch import peak_memory
 from support.pictures import save_plot
 
@@ -23,10 +24,7 @@ class Log:
             with open(self.path, errors="replace") as file:
                 self.lines = [line for line in map(parse_json, file) if line["step"] <= start]
         if launched.rank == 0:
-            os.makedirs(out, exist_ok=True)
-            with open(f"{self.path}.tmp", "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self.lines)
-            os.replace(f"{self.path}.tmp", self.path)
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, step, domain, loss, bins, images):
         """One step: its domain, loss (scalar) and loss by timestep bin, (2, LOSS_BINS) of sums and counts."""
@@ -54,16 +52,22 @@ class Log:
             self.lines.append(line)
             text.append(f"{name} {line['loss']:.4f}")
             if self.launched.rank == 0:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(line) + "\n")
+                self.append(line)
         self.pending, self.images, self.clock = [], 0, time.time()
         return f"loss {', '.join(text)}, {speed:.0f} images/s"
+
+    def append(self, line):
+        """Adds a line to log.jsonl."""
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error}") from None
 
     def note_threads(self, step, threads):
         """Says and writes down that a step changed the number of threads, which changes how sums are rounded."""
         self.lines.append(dict(step=step + 1, threads=threads))
-        with open(self.path, "a") as file:
-            file.write(json.dumps(self.lines[-1]) + "\n")
+        self.append(self.lines[-1])
         tqdm.write(f"step {step + 1}: much slower than before, goes on with threads {threads}", file=sys.stderr)
 
     def finish(self):
@@ -85,9 +89,9 @@ def parse_json(line):
     try:
         value = json.loads(line)
         is_note = "domain" not in value
-        is_loss = isinstance(value.get("domain"), str) and isinstance(value.get("loss"), float)
-        if isinstance(value["step"], int) and (is_note or is_loss):
+        is_loss = isinstance(value.get("domain"), str) and math.isfinite(value.get("loss"))
+        if value["step"] in range(1, 10 ** 9) and (is_note or is_loss):
             return value
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         pass
     return dict(step=math.inf)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from data import set_shape
 from dit import T, add_noise, epsilon_loss, save_model
 from domain_shifter import SYN, real_after, uniform_domains
+from support.files import file_id
 from support.launch import barrier
 from support.speed import Watch, autocast, choose_threads, compile_blocks
 from training.batches import read_ahead, read_batch, split_batch, with_noise
@@ -246,10 +247,12 @@ def describe(network, params, sets, plan, args, launched, start):
         return
     trained, total = sum(p.numel() for p in params.values()), sum(p.numel() for p in network.parameters())
     images = args.batch * args.images_per_grid
-    turns, seen = [plan(step).domain for step in range(args.steps)], []
+    seen = []
     for domain, dataset in sets.items():
         num, views = set_shape(dataset)
-        epochs = turns.count(domain) * images * launched.world / (num * views)
+        backwards = (plan(step) for step in range(args.steps - 1, -1, -1))
+        visits = next((iteration.visit + 1 for iteration in backwards if iteration.domain == domain), 0)
+        epochs = visits * images * launched.world / (num * views)
         seen.append(f"{domain} set of {num} x {views} image(s), {epochs:.3g} epochs")
     print(f"{args.name}: trains {trained:,} of {total:,} parameters, {args.steps - start} of {args.steps} steps of "
           f"{images} images x {launched.world} process(es) = {images * launched.world}, on {launched.device} in "
@@ -296,21 +299,31 @@ def swapped(params, ema):
     swap()
 
 
-def save_trained(path, network, args, losses, launched, keep=("model", "shifters", "adapter")):
+def save_trained(path, network, args, losses, launched, keep=("model", "shifters", "adapter"), base=None):
     """Writes the trained weights in 16 bits for use (the states keep 32), with how they were made; returns the path.
 
-    keep: which parts of the network go into the file.
+    keep: which parts of the network go into the file; base: path of the base model that they belong beside.
     """
     if launched.rank == 0:
         made = dict(name=args.name, command=args.command, loss=losses, torch=torch.__version__,
+                    base=file_id(base) if base else None,
                     settings=training_settings(args), machine=f"{platform.machine()}, {os.cpu_count()} cores, "
                     f"{launched.world} process(es) on {launched.device}")
         parts = {"model": network.dit, "shifters": network.shifters, "adapter": network.adapter}
         parts = {name: module for name, module in parts.items() if name in keep}
         if parts.get("adapter") is not None:
             made["adapter_kind"] = network.adapter.kind
+        check_range(parts, args)
         save_model(path, network.dit.config, **parts, dtype=torch.float16, **made)
         print(f"{args.name}: done, loss {', '.join(f'{k} {v:.4f}' for k, v in losses.items())} -> {path}; "
               f"log and pictures: {args.out}/{args.name}*", flush=True)
     barrier(launched)
     return path
+
+
+def check_range(parts, args):
+    """Raises FloatingPointError where weights are not finite, or not in 16 bits, before a file is written."""
+    for module in parts.values():
+        for name, tensor in ({} if module is None else module.state_dict()).items():
+            if not tensor.half().isfinite().all():
+                raise FloatingPointError(f"{args.name}: {name} has grown beyond what 16 bits hold: use a smaller --lr")

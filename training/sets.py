@@ -8,7 +8,7 @@ from dit import PRESETS, read_config, require_config
 from full.latents import LatentSet
 from full.pixart import load_base
 from sample import Sampling, default_base, trained_task, write_real_set
-from support.files import load_tensors, read_metadata
+from support.files import checksum, load_tensors, read_metadata
 from support.launch import on_rank_0_first
 from toy.world import TEXT_LENGTH, VOCAB, tokenize
 
@@ -97,7 +97,9 @@ def latent_sets(args, views, needs_real, control):
 def read_set(path, size, views):
     """A set of the toy world in a file: {"image": uint8 (N, views, 3, size, size), "text": int64 (N, L), perhaps
     "control": float16 (N, views, 6, size, size)}. Raises ValueError if it holds no such set."""
-    tensors, _ = load_tensors(path)
+    tensors, metadata = load_tensors(path)
+    if metadata.get("checksum") not in (None, checksum(tensors)):
+        raise ValueError(f"{path} is damaged, its bytes have changed: make it again, or delete it")
     if not {"image", "text"} <= tensors.keys():
         raise ValueError(f"{path} is no set of images: it holds no 'image' and 'text'")
     num = len(tensors["image"]) if tensors["image"].dim() else 0

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from support.files import checksum, load_tensors, read_metadata, save_tensors
+from support.speed import CPU_DTYPES
 
 # flags that do not decide the result of a training; files decide by what is in them, see `made_from`
 NOT_SETTINGS = ("out", "log_every", "save_every", "sample_every", "picture_steps", "compile", "grad_checkpointing",
@@ -143,7 +144,9 @@ def stored_speed(folders):
             speed = read_metadata(path).get("speed")
         except ValueError:
             continue                    # `load_state` says so
-        if isinstance(speed, dict) and all(isinstance(speed.get(name, 1), int) for name in ("threads", "processes")):
+        if not isinstance(speed, dict) or speed.get("dtype") not in CPU_DTYPES:
+            continue
+        if all(speed.get(name, 1) in range(1, 2 ** 10) for name in ("threads", "processes")):
             return speed
     return {}
 
