@@ -15,7 +15,7 @@ def test_fid_benchmark_agrees_on_the_value(capsys):
 
 
 @pytest.mark.parametrize("flag, value, allowed", [("--rounds", 0, "[1, 10000]"), ("--num", 10 ** 5, "[2, 50000]"),
-                                                  ("--width", 10 ** 5, "[1, 4096]")])
+                                                  ("--width", 10 ** 5, "[1, 2048]")])
 def test_what_fits_no_memory_is_refused(flag, value, allowed, monkeypatch):
     monkeypatch.setattr(fid_benchmark, "benchmark_fid", None)
     refuses(fid_benchmark, (flag, value), 2, f"{flag}: {value} does not lie in {allowed}")
