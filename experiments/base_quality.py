@@ -67,7 +67,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.num < PICTURED:
         parser.error(f"--num must be at least {PICTURED}, not {args.num}")
-    check_out(args.out)
+    out = args.out.removesuffix(".png")
+    for path in (args.out, f"{out}.png", f"{out}.json"):
+        check_out(path)
     return args
 
 

@@ -7,16 +7,14 @@ Each row makes a 3D object, or many, of each reference: held-out assets, as rend
 drawn from eight sides. Writes results/cad.json and .md, and a sheet.
 """
 import argparse
-import io
 import os
 from argparse import Namespace
-from contextlib import redirect_stderr, redirect_stdout
 
 import torch
 
 from data import SEEDS, evaluation_set
 from evaluate import Surface, consistency, kid, surface_normals
-from experiments.results import mean_of, stored_table, write_means
+from experiments.results import check_places, check_row_flags, kept_rows, mean_of, write_means
 from geometry.camera import ELEVATION
 from related import cad
 from related.score_distillation import distill_score
@@ -25,7 +23,7 @@ from related.view_prior import load_prior, poses_around
 from sample import default_base
 from support.files import cached, file_id, locked, read_metadata, write_json
 from support.generators import GAN, seeded_generator
-from support.launch import a_seed, check_out, launch, run_cli, some_threads, within
+from support.launch import a_seed, launch, run_cli, some_threads, within
 from support.pictures import save_picture, to_pixels, to_uint8
 from toy.judge import load_judges
 from toy.render import Look, render
@@ -153,10 +151,9 @@ def made_objects(label, number, prompt, args):
 
 def compare_rows(args):
     """Trains what is missing, draws and measures every row, and writes the table."""
-    launch(args.threads or 1)           # as many as a row's training sets
     path = f"{args.results}/cad.json"
-    for name in (path, f"{args.results}/cad.md", f"{args.results}/cad_sheet.png"):
-        check_out(name, "--results")
+    check_places(args, "cad", ".json", ".md", "_sheet.png")
+    launch(args.threads or 1)           # as many as a row's training sets
     load_prior(args.prior or f"{args.folder}/view_prior.safetensors")
     stored_rows(path, args)
     judges = load_judges(f"{args.folder}/sets")
@@ -202,13 +199,8 @@ def table_settings_of(args):
 
 
 def stored_rows(path, args):
-    """The rows of a results file, {} where there is none. Raises ValueError if it was made with other settings."""
-    if not os.path.isfile(path):
-        return {}
-    settings, rows = stored_table(path)
-    if settings != table_settings_of(args) or rows.keys() - {PERFECT, *ROWS}:
-        raise ValueError(f"{path} was made with {settings}: name another folder with --results")
-    return rows
+    """`kept_rows` of this table."""
+    return kept_rows(path, table_settings_of, args, (PERFECT, *ROWS))
 
 
 def parse_args(argv=None):
@@ -228,21 +220,9 @@ def parse_args(argv=None):
     add("--threads", type=some_threads, help="CPU threads (default: 1)")
     add("--train_flags", default="", help="more flags for related.cad, as --train_flags='--steps 500'")
     args = parser.parse_args(argv)
-    check_flags_of_cad(parser, args.train_flags.split())
+    check_row_flags(parser, args.train_flags, OF_THE_ROWS,
+                    lambda words: cad.parse_args(["--object", "0", "--prompt", "a mug", *words]))
     return args
-
-
-def check_flags_of_cad(parser, words):
-    """Ends with a line of usage at --train_flags that rows or this program's flags decide, or that related.cad refuses.
-    """
-    own, said = OF_THE_ROWS & {word.partition("=")[0] for word in words}, io.StringIO()
-    if own:
-        parser.error(f"--train_flags must not name {', '.join(sorted(own))}: the rows and this command's flags do")
-    try:
-        with redirect_stderr(said), redirect_stdout(said):
-            cad.parse_args(["--object", "0", "--prompt", "a mug", *words])
-    except SystemExit:
-        parser.error(f"--train_flags '{' '.join(words)}': {said.getvalue().strip().split('error: ')[-1]}")
 
 
 def main(argv=None):

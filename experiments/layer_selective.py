@@ -17,7 +17,7 @@ from dit import PRESETS, T
 from evaluate import fid, kid, measured_settings
 from sample import Sampling, sample_images
 from support.files import write_json
-from support.launch import launch, on_rank_0_first, run_cli, within
+from support.launch import check_out, launch, on_rank_0_first, run_cli, within
 from support.pictures import save_picture, to_uint8
 from support.speed import MOST_THREADS
 from toy.judge import train_feature_net, world_features
@@ -178,6 +178,8 @@ def main(argv=None):
     args = parse_args(argv)
     launched = launch(args.threads or MOST_THREADS)         # until the trial
     fill_defaults(args, "selective", launched)
+    for ending in (".png", ".json"):
+        check_out(f"{args.out}/layer_selective{ending}")
     layer_selective(args, launched)
 
 

@@ -9,6 +9,7 @@ and there its colour and its surface are known. Half of the cases are assets tha
 assets before the one background that each was never shown before. Writes results/refany3d.json and .md, and a sheet.
 """
 import argparse
+import json
 import os
 
 import torch
@@ -16,18 +17,20 @@ import torch.nn.functional as F
 
 from data import SEEDS
 from evaluate import kid, measuring_flags
-from experiments.results import mean_of, write_means
+from experiments.results import check_places, check_row_flags, kept_rows, mean_of, write_means
 from related import refany3d
 from related.refany3d import draw, load_refany3d
 from sample import Sampling, default_base, load_network, sample_images
-from support.files import cached, file_id, locked, read_json, write_json
-from support.launch import a_seed, launch, run_cli
+from support.files import cached, file_id, locked, read_metadata, write_json
+from support.launch import Launched, a_seed, launch, run_cli
 from support.pictures import save_picture, to_pixels, to_uint8
 from toy.judge import train_feature_net
 from toy.render import backdrops, texture
 from toy.scenes import SCENES, scene_set
 from toy.trace import gradient, nearest
 from toy.world import BACKGROUNDS, CATEGORIES, PALETTE, SHAPES, VOCAB, WORLD_VERSION, Assets, exaggerated, sample_assets
+from training.flags import fill_defaults
+from training.states import training_settings
 
 ROWS = {                                # what is trained: flags of related.refany3d; None: nothing, the base model
     "text only":                        None,
@@ -42,6 +45,10 @@ ROWS = {                                # what is trained: flags of related.refa
     "renders alone":                    "--renders",
     "renders, Realiz3D's shifters":     "--renders --shifters SHIFTERS",            # beyond both papers
 }
+# flags of related.refany3d that the rows, or flags of this command, decide
+OF_THE_ROWS = {"--out", "--base", "--name", "--seed", "--threads", "--preset", "--num_references", "--points",
+               "--no-points", "--shared_positions", "--no-shared_positions", "--text_agnostic", "--no-text_agnostic",
+               "--domain_lora", "--no-domain_lora", "--renders", "--shifters", "--prompt", "--help", "-h"}
 PERFECT = "perfect scenes"
 COLUMNS = dict(color=2, material=2, hue=1, tone=2, surface=3, pose=2, outline=2, matches=1, category=2, background=2,
               KD=0, photo=2)
@@ -181,18 +188,43 @@ def stage1_shifters(folder):
     return own if os.path.isfile(own) else f"{shipped}.safetensors"
 
 
+def row_training(label, args):
+    """Path of a row's model, and the flags of related.refany3d that train it."""
+    name, words = "refany3d-" + label.replace(" ", "_").replace(",", ""), (ROWS[label] or "").split()
+    out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
+    flags = ["--out", out, "--base", default_base("toy", args.folder), "--name", name, "--seed", str(args.seed)]
+    flags += ["--threads", str(args.threads)] if args.threads else []
+    flags += [stage1_shifters(args.folder) if word == "SHIFTERS" else word for word in words]
+    return f"{out}/{name}.safetensors", flags + args.train_flags.split()
+
+
+def parse_row(flags):
+    """The flags of related.refany3d, completed and checked as its training does. Raises ValueError."""
+    return fill_defaults(refany3d.parse_args(flags), "refany3d", Launched(torch.device("cpu")))
+
+
+def check_row(label, args):
+    """Raises ValueError where the file in the place of a row's model was trained with other flags than the row's, or
+    beside another base model."""
+    path, flags = row_training(label, args)
+    if ROWS[label] is None or not os.path.isfile(path):
+        return
+    made, asked = read_metadata(path).get("settings"), json.loads(json.dumps(training_settings(parse_row(flags))))
+    if not isinstance(made, dict):
+        raise ValueError(f"{path} holds no RefAny3D: name another --folder, or delete it")
+    asked["base_file"] = file_id(default_base("toy", args.folder))[1]
+    other = [f"{name} {made[name]} (now {value})" for name, value in asked.items()
+             if name in made and value not in (None, made[name])]                       # None: what is fastest here
+    if other:
+        raise ValueError(f"{path} was trained with {', '.join(other)}: name another --folder, or delete it")
+
+
 def drawn_row(label, scenes, args, device):
     """What a row draws of the cases, uint8 (N, K, 3, H, W), kept in the run folder; trained first where it must be."""
-    base, name = default_base("toy", args.folder), "refany3d-" + label.replace(" ", "_").replace(",", "")
-    out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
-    path, sampling = f"{out}/{name}.safetensors", Sampling(num_steps=args.num_steps, seed=args.seed, batch=16)
-    if ROWS[label] is None:
-        path = base
-    elif not os.path.isfile(path):
-        flags = ["--out", out, "--base", base, "--name", name, "--seed", str(args.seed), *args.train_flags.split()]
-        flags += ["--threads", str(args.threads)] if args.threads else []
-        flags += ROWS[label].replace("SHIFTERS", stage1_shifters(args.folder)).split()
-        with locked(f"{out}/{name}"):
+    base, (path, flags) = default_base("toy", args.folder), row_training(label, args)
+    out, sampling = path.removesuffix(".safetensors"), Sampling(num_steps=args.num_steps, seed=args.seed, batch=16)
+    if ROWS[label] is not None and not os.path.isfile(path):
+        with locked(out):
             torch.compiler.reset()      # what was compiled for the last model counts against this one's limit
             refany3d.main(flags)
 
@@ -200,26 +232,42 @@ def drawn_row(label, scenes, args, device):
         if ROWS[label] is None:
             return dict(image=to_uint8(sample_images(load_network(base, device), {"text": scenes["text"]}, sampling)))
         return dict(image=to_uint8(draw(load_refany3d(path, base, device), scenes, sampling)))
-    key = dict(model=file_id(path), num=args.num, steps=args.num_steps, seed=args.seed, version=WORLD_VERSION)
-    return cached(f"{out}/{name}.samples", key, sample)["image"]
+    key = dict(model=file_id(base if ROWS[label] is None else path), base=file_id(base), num=args.num,
+               steps=args.num_steps, seed=args.seed, version=WORLD_VERSION)
+    return cached(f"{out}.samples", key, sample)["image"]
+
+
+def settings_of_cases(args):
+    """The flags that decide the numbers and the base model, for the results file."""
+    shared = {name: getattr(args, name) for name in ("num", "num_steps", "train_flags")}
+    return shared | dict(base=file_id(default_base("toy", args.folder)))
+
+
+def rows_of_cases(path, args):
+    """`kept_rows` of this table."""
+    return kept_rows(path, settings_of_cases, args, (PERFECT, *ROWS))
 
 
 def run_rows(args):
     """Trains what is missing, draws and measures every row, and writes the table."""
+    path, todo = f"{args.results}/refany3d.json", args.rows or list(ROWS)
+    check_places(args, "refany3d", ".json", ".md", "_sheet.png")
+    rows_of_cases(path, args)
+    for label in todo:
+        check_row(label, args)
     device, sets = launch(args.threads).device, f"{args.folder}/sets"
     scenes, assets = evaluation_cases(args.num, sets)
     judge = train_feature_net(sets, num=4000, steps=3000, world="scenes")
     photos = judge.features(scene_set(250, SEEDS["photos"], folder=sets)["image"][:, 0] / 255)
-    path, todo = f"{args.results}/refany3d.json", args.rows or list(ROWS)
     print(f"{len(todo)} rows of {args.num} cases, seed {args.seed}, into {path}; a missing model is trained first, "
           "half an hour on one core", flush=True)
 
     def keep(label, drawn):
         row = measure_scenes(drawn, scenes, assets) | judged(drawn[:, 0] / 255, scenes["labels"], judge, photos)
         with locked(args.results):
-            rows = read_json(path) if os.path.isfile(path) else {}
+            rows = rows_of_cases(path, args)
             rows.setdefault(label, {"toy": {}})["toy"][str(args.seed)] = row
-            write_json(path, rows)
+            write_json(path, dict(settings=settings_of_cases(args), rows=rows))
         return rows
     sheet = {PERFECT: scenes["image"]}
     rows = keep(PERFECT, scenes["image"])
@@ -253,6 +301,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.num < 12:
         parser.error(f"--num must be at least 12, not {args.num}")
+    check_row_flags(parser, args.train_flags, OF_THE_ROWS, parse_row)
     return args
 
 

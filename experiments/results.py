@@ -1,7 +1,13 @@
-"""What is printed of a table: {label: row}, means and deviations over seeds, beside the paper's numbers.
+"""What the tables have in common: their files, the flags that train their rows, and what is printed of them, {label:
+row}, means and deviations over seeds, beside the paper's numbers.
 
 A row is a dict: "paper" {column: number}, "flags" and "mode" (experiments/paper.py), "toy" {seed: {measure: number}}.
 """
+import io
+import json
+import os
+from contextlib import redirect_stderr, redirect_stdout
+
 import numpy as np
 import torch
 from scipy.stats import spearmanr
@@ -9,14 +15,57 @@ from scipy.stats import spearmanr
 from evaluate import DIGITS, formatted, measured_settings
 from experiments.paper import PAPER_COLUMNS
 from support.files import read_json, write_text
+from support.launch import check_out
 from support.pictures import draw_points, save_image, side_by_side
 
 ORACLE = "perfect photos (oracle)"                                      # a row of every table: the best there is
+WORDS = ("commit", "device", "dtype")   # what stands among a seed's measures and is no number
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and flags
+
+
+def check_places(args, name, *endings):
+    """Raises UsageError where --results takes no file of this name with one of the endings, or --folder no sets."""
+    for ending in endings:
+        check_out(f"{args.results}/{name}{ending}", "--results")
+    check_out(f"{args.folder}/sets/{name}", "--folder")
+
+
+def check_row_flags(parser, text, of_the_rows, parse):
+    """Ends with a line of usage at words of --train_flags, `text`, that are in of_the_rows or that parse(words), of the
+    program that they are for, refuses; it must not take flags that are cut short (allow_abbrev)."""
+    words, said = text.split(), io.StringIO()
+    own = of_the_rows & {word.partition("=")[0] for word in words}
+    if own:
+        parser.error(f"--train_flags must not name {', '.join(sorted(own))}: the rows and this command's flags do")
+    try:
+        with redirect_stderr(said), redirect_stdout(said):
+            parse(words)
+    except (SystemExit, ValueError) as error:
+        parser.error(f"--train_flags '{text}': {said.getvalue().strip().split('error: ')[-1] or error}")
+
+
+def kept_rows(path, settings_of, args, labels=None):
+    """The rows of a results file, {} where there is none. Raises ValueError where it is no such file, was made with
+    other settings than settings_of(args), the flags that decide the numbers, or holds a row that is not in labels."""
+    if not os.path.isfile(path):
+        return {}
+    was, rows = stored_table(path)
+    now = json.loads(json.dumps(settings_of(args)))
+    other = [f"--{name} {was.get(name)} (now {value})" for name, value in now.items() if was.get(name) != value]
+    other += [] if labels is None else [f"a row {label!r}" for label in rows if label not in labels]
+    if other:
+        raise ValueError(f"{path} was made with {', '.join(other)}: name another folder with --results")
+    return rows
 
 
 def stored_table(path):
     """(settings, rows) of a results file. Raises ValueError where it is none."""
-    stored = read_json(path)
+    try:
+        stored = read_json(path)
+    except RecursionError:                  # a hundred thousand brackets
+        stored = None
     if not is_table(stored):
         raise ValueError(f"{path} is no file of results: delete it, or name another folder with --results")
     return stored["settings"], stored["rows"]
@@ -30,8 +79,8 @@ def is_table(stored):
         seeds = row.get("toy") if isinstance(row, dict) else None
         if not isinstance(seeds, dict) or not all(isinstance(measures, dict) for measures in seeds.values()):
             return False
-        values = [value for measures in seeds.values() for name, value in measures.items() if name in DIGITS]
-        if not all(value is None or isinstance(value, (int, float)) and np.isfinite(value) for value in values):
+        values = [value for measures in seeds.values() for name, value in measures.items() if name not in WORDS]
+        if not all(value is None or isinstance(value, (int, float)) and abs(value) < 1e100 for value in values):
             return False
     return True
 
@@ -50,6 +99,10 @@ def table_rows(rows, stored):
     results[ORACLE] = dict(paper=dict.fromkeys(PAPER_COLUMNS), flags=None, mode="",
                            toy=stored.get(ORACLE, {}).get("toy", {}))
     return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Means and what is printed
 
 
 def seed_mean(row, name):

@@ -17,7 +17,7 @@ from evaluate import (DIGITS, SAMPLING_FLAGS, add_command, asked_sampling, forma
 from geometry.camera import VIEWS
 from sample import default_model, sample_images, trained_task
 from support.files import file_id, write_json
-from support.launch import BAR, check_out, finite, launch, run_cli
+from support.launch import BAR, check_out, launch, run_cli, within
 from support.pictures import draw_plot, draw_points, save_image, save_picture, to_uint8
 from toy.judge import load_judges
 
@@ -36,16 +36,19 @@ def loss_limit(tried, max_loss):
 
 def best_shift(tried, max_loss):
     """Of {(B_max, t_max): measures} the most consistent one that loses no more realism than `loss_limit`."""
-    within = [shift for shift in tried if tried[shift]["KD_I"] <= loss_limit(tried, max_loss)]
-    return max(within, key=lambda shift: tried[shift]["psnr"])
+    allowed = [shift for shift in tried if tried[shift]["KD_I"] <= loss_limit(tried, max_loss)]
+    return max(allowed, key=lambda shift: tried[shift]["psnr"])
 
 
 def select_shift(args):
     """Tries B_max over 0, 10, .. 40 % of the blocks, then t_max over 800, 850, .. 1000, on validation objects; of those
     whose kernel distance to photos exceeds the unshifted model's by no more than the share --max_loss, the one with the
     highest re-rendered PSNR wins. Writes the choice beside the model, for sample.py, and a picture of the trade-off."""
-    device = launch(args.threads).device
     path = args.model or default_model("toy", "texturing")
+    out = path.removesuffix(".safetensors")
+    for ending in (".shift.json", ".shift.png"):
+        check_out(f"{out}{ending}", "--model")
+    device = launch(args.threads).device
     network, task = load_toy(path, device), trained_task(path)
     if network.shifters is None or task is None:
         raise ValueError(f"{path} is not a Realiz3D model of stage 2: there is no domain to shift")
@@ -67,7 +70,6 @@ def select_shift(args):
         for t_max in TIME_SHIFTS:
             try_shift(by_layer, t_max)
     B_max, t_max = best_shift(tried, args.max_loss)
-    out = path.removesuffix(".safetensors")
     draw_shifts(f"{out}.shift.png", tried, args.max_loss)
     rows = [dict(B_max=layer, t_max=time, **row) for (layer, time), row in tried.items()]
     settings = measured_settings(args) | dict(seed=args.seed)
@@ -97,7 +99,9 @@ def some_measures(row, names):
 def turn_dial(args):
     """Turns s from render to photograph in e(s) = (1 - s) e_syn + s e_real: the same objects, control and noise at
     seven settings, and below them the share called a photo and how well the silhouette follows the control."""
-    check_out(args.out)
+    out = args.out.removesuffix(".png")
+    for path in (args.out, f"{out}.png", f"{out}.json"):
+        check_out(path)
     device = launch(args.threads).device
     path = args.model or default_model("toy", "texturing")
     network = load_toy(path, device)
@@ -114,7 +118,6 @@ def turn_dial(args):
         print(f"s {s:5.2f}  {some_measures(row, 'photo iou normals psnr psnr_loo KD_I')}")
     curves = {"called a photo": [(s, row["photo"]) for s, row in rows.items()],
               "silhouette IoU": [(s, row["iou"]) for s, row in rows.items()]}
-    out = args.out.removesuffix(".png")
     plot = draw_plot(curves, "s: 0 synthetic, 1 real", "", size=(880, 300), y_range=(0, 1))
     save_picture(f"{out}.png", pictures, scale=2, column_titles=VIEWS * 3, below=plot)
     write_json(f"{out}.json", dict(settings=measured_settings(args) | dict(seed=args.seed), rows=rows))
@@ -128,8 +131,8 @@ def parse_args(argv=None):
     sub = add_command(commands, "select", select_shift, "how far to shift: B_max and t_max of a model, kept where "
                       "sample.py finds them", "model", *SAMPLING_FLAGS, "folder")
     sub.set_defaults(num=20)
-    sub.add_argument("--max_loss", type=finite, default=0.25, help="share by which the kernel distance may grow "
-                     "(default %(default)s)")
+    sub.add_argument("--max_loss", type=within(0, 1000, float), default=0.25, help="share by which the kernel distance "
+                     "may grow (default %(default)s)")
     sub = add_command(commands, "dial", turn_dial, "mix the two domains: e(s) from render to photograph", "model",
                       *SAMPLING_FLAGS, "folder")
     sub.set_defaults(num=20)

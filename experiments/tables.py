@@ -12,13 +12,11 @@ stands in TABLE.json is not made again, so that another machine, without the run
 makes it anew.
 """
 import argparse
-import io
-import json
 import math
 import os
 import subprocess
 import sys
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 
@@ -30,7 +28,7 @@ import train_stage2
 from baselines.sdedit import sdedit
 from evaluate import asked_sampling, base_images, load_toy, measure, measured_settings, measuring_flags
 from experiments.paper import TABLES
-from experiments.results import ORACLE, stored_table, table_rows, write_table
+from experiments.results import ORACLE, check_places, check_row_flags, kept_rows, table_rows, write_table
 from geometry.camera import VIEWS
 from sample import default_base, sample_images
 from support.files import cached, file_id, load_tensors, locked, read_metadata, save_tensors, write_json
@@ -78,7 +76,7 @@ def trained_row(row, task, args, launched):
             print(f"{row.label}: python train_stage2.py {' '.join(more + flags)}", flush=True)
             torch.compiler.reset()          # what was compiled for the last model counts against this one's limit
             train_stage2.main(more + flags)
-    made = read_metadata(path)["command"].split()
+    made = str(read_metadata(path).get("command")).split()
     missing = [word for word in flags if word not in made]
     if missing:
         raise ValueError(f"{path} was trained by '{' '.join(made)}', without {' '.join(missing)}: name another "
@@ -124,6 +122,7 @@ def row_samples(row, path, task, held, sampling, base, device):
 def run_table(args):
     """Trains what is missing, samples and measures every row of one of the paper's tables, and prints the toy's values
     beside the paper's. Other seeds than 0 add to the file: what is printed is the mean over the seeds of a row."""
+    check_places(args, args.table, ".json", ".md", ".png", "_sheet.png", ".samples")
     launched = launch(args.threads)
     if launched.world > 1:
         raise ValueError("a table takes no torchrun: start it several times, with other --rows or another --seed")
@@ -208,16 +207,8 @@ def table_settings(args):
 
 
 def read_results(path, args):
-    """The rows of a results file, {} where there is none. Raises ValueError if it was made with other settings."""
-    if not os.path.isfile(path):
-        return {}
-    settings, rows = stored_table(path)
-    now = json.loads(json.dumps(table_settings(args)))
-    other = [f"--{name} {settings.get(name)} (now {value})" for name, value in now.items()
-             if settings.get(name) != value]
-    if other:
-        raise ValueError(f"{path} was made with {', '.join(other)}: name another folder with --results")
-    return rows
+    """`kept_rows` of one of the paper's tables."""
+    return kept_rows(path, table_settings, args)
 
 
 def current_commit():
@@ -247,26 +238,18 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.processes > 1 and args.threads:
         parser.error("--processes gives each of them one thread: leave out --threads")
-    check_train_flags(parser, args)
+    check_row_flags(parser, args.train_flags, OF_THE_ROWS, lambda words: parse_rows(words, args))
     return args
 
 
-def check_train_flags(parser, args):
-    """Ends with a line of usage at --train_flags that a row has of its own, or that train_stage2.py refuses."""
-    words, said = args.train_flags.split(), io.StringIO()
-    own = OF_THE_ROWS & {word.partition("=")[0] for word in words}
-    if own:
-        parser.error(f"--train_flags must not name {', '.join(sorted(own))}: the rows and this command's flags do")
-    try:
-        with redirect_stderr(said), redirect_stdout(said):
-            train_stage2.parse_args(words)
-            for row in TABLES[args.table][1]:
-                if row.flags is not None:
-                    training = train_stage2.parse_args([*row.flags.split(), *flags_for(row, args)])
-                    fill_defaults(training, "stage2", Launched(torch.device("cpu"), 0, 1))
-    except (SystemExit, ValueError) as error:
-        reason = said.getvalue().strip().split("error: ")[-1] or error
-        parser.error(f"--train_flags '{args.train_flags}': {reason}")
+def parse_rows(words, args):
+    """Parses train_stage2.py's flags `words` alone and beside each row's own; ends as it does at those that it refuses.
+    """
+    train_stage2.parse_args(words)
+    for row in TABLES[args.table][1]:
+        if row.flags is not None:
+            training = train_stage2.parse_args([*row.flags.split(), *flags_for(row, args)])
+            fill_defaults(training, "stage2", Launched(torch.device("cpu"), 0, 1))
 
 
 def main(argv=None):

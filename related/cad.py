@@ -30,7 +30,8 @@ from geometry.camera import ELEVATION
 from geometry.hull import silhouette
 from geometry.mesh import surface_mesh
 from geometry.texture import save_meshes
-from related.cad_samples import prior_path, reference_samples, samples_key, view_phrase
+from related.cad_samples import load_models, reference_samples, samples_key, view_phrase
+from related.flags import refuse_blank_name, refuse_unknown_words
 from related.triplanes import SAMPLES_A_RAY, SIZE, Discriminator, Generator, Z, adapted, augment, enlarged, r1
 from support.files import checksum, load_strictly, load_tensors, read_metadata, save_tensors
 from support.folders import read_image
@@ -39,7 +40,6 @@ from support.launch import a_seed, check_out, launch, run_cli, some_steps, some_
 from support.pictures import save_picture, to_pixels, to_uint8
 from toy.judge import train_feature_net
 from toy.poses import BAND, pose_numbers
-from toy.world import tokenize
 from training.flags import check_name, parse_training, refuse_unread
 from training.loop import signals_caught
 from training.states import Trained, hold, load_state, save_state, stored_speed
@@ -255,8 +255,9 @@ def distill(args):
     """All steps for one reference -> OUT/NAME.safetensors, the generator, and OUT/NAME.png."""
     path, folder = f"{args.out}/{args.name}.safetensors", f"{args.out}/{args.name}"
     before = stored_speed([f"{folder}/stage2", f"{folder}/stage1"])     # as many threads as the run that was stopped
+    check_out(f"{folder}/samples.safetensors")
+    models = load_models(args)
     launch(args.threads or before.get("threads"))
-    prior_path(args)
     if args.mesh:
         check_out(f"{args.mesh}/{args.name}.glb", "--mesh")
     reference, judge = read_reference(args), train_feature_net(f"{args.out}/sets")
@@ -271,7 +272,7 @@ def distill(args):
     else:
         print(f"{args.name}: {args.num_poses} poses x {args.each} samples, refined and sorted; {args.steps} steps of "
               f"stage 1, {args.lift_steps} of stage 2, of {args.batch} images; into {folder}", flush=True)
-        samples = reference_samples(reference, judge, args)
+        samples = reference_samples(models, reference, judge, args)
         torch.manual_seed(int(seeded_words(GAN, args.seed, 0, 0)[0] >> 1))
         G = Generator()
         for stage in (1, 2):
@@ -298,7 +299,8 @@ def load_generator(path):
 
 def parse_args(argv=None):
     """The command line of this program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)        # experiments/distillation.py looks for whole names
     add = parser.add_argument
     add("--object", type=within(0, 10 ** 4 - 1), help="the reference: number of a held-out asset")
     add("--reference", help="or an image of the object before white, as wide as the object's frame, from the front")
@@ -343,13 +345,11 @@ def parse_args(argv=None):
     if args.reference is not None and os.path.realpath(args.reference) == picture:
         parser.error("--reference would be overwritten by the picture OUT/NAME.png: use another --name")
     args.preset = "toy"                     # for `base_path`
+    refuse_blank_name(parser, args.name)
     check_name(args.name, "cad")
-    try:
-        if not args.prompt.replace(",", " ").split():
-            raise ValueError("it has no words")
-        tokenize([f"photo of {args.prompt}{view_phrase(0)}, white background"])
-    except ValueError as error:
-        parser.error(f"--prompt: {error}")
+    if not args.prompt.replace(",", " ").split():
+        parser.error("--prompt: it has no words")
+    refuse_unknown_words(parser, [f"photo of {args.prompt}{view_phrase(0)}, white background"])
     return args
 
 

@@ -81,6 +81,14 @@ def prior_path(args):
     return path
 
 
+def load_models(args):
+    """The prior and the base model that refines what it draws, before any work. Raises FileNotFoundError, or ValueError
+    where one is another thing."""
+    prior = load_prior(prior_path(args))
+    check_base(args)
+    return prior, load_network(base_path(args), config=PRESETS["toy"])
+
+
 def samples_key(reference, args):
     """What the samples of a reference are made from."""
     flags = ("prompt", "elevation", "num_poses", "each", "num_steps", "view_scale", "strength", "seed")
@@ -88,9 +96,9 @@ def samples_key(reference, args):
                 base=file_id(base_path(args)), **{flag: getattr(args, flag) for flag in flags})
 
 
-def reference_samples(reference, judge, args):
+def reference_samples(models, reference, judge, args):
     """Steps 1 to 3 of one reference: {"image": uint8 (N, 3, H, W), "azimuth", "elevation": (N,)}, drawn before any
-    training of the GAN, and a picture of them. Kept in OUT/NAME/samples.safetensors."""
+    training of the GAN, and a picture of them. Kept in OUT/NAME/samples.safetensors. models: from `load_models`."""
     poses, sampling = poses_around(args.num_poses), Sampling(num_steps=args.num_steps, seed=args.seed)
     path, key = f"{args.out}/{args.name}/samples.safetensors", json.loads(json.dumps(samples_key(reference, args)))
     before = read_metadata(path).get("key") if os.path.isfile(path) else key
@@ -99,8 +107,7 @@ def reference_samples(reference, judge, args):
         raise ValueError(f"{path} was made with other settings: {', '.join(other)}; use another --name, or delete it")
 
     def build():
-        check_base(args)
-        prior, base = load_prior(prior_path(args)), load_network(base_path(args), config=PRESETS["toy"])
+        prior, base = models
         guided = replace(sampling, cfg_scale=args.view_scale)
         with tqdm(total=args.num_poses * args.each, desc="the prior's samples", unit="image", bar_format=BAR) as bar:
             drawn = draw_views(prior, reference, args.elevation, poses, args.each, guided, bar)

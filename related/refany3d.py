@@ -3,8 +3,8 @@
     python -m related.refany3d                                  # trains on the toy world, and shows held-out assets
     python -m related.refany3d --object 14 --prompt "a duck, sunset background"     # draws with what was trained
     python -m related.refany3d --mesh FILE.glb --prompt "a mug, sunset background"  # a textured mesh of your own
-    python -m related.refany3d --no_shared_positions            # ablations; also --no_text_agnostic, --no_domain_lora,
-                                                                # --no_points, --num_references 4
+    python -m related.refany3d --no-shared_positions            # ablations; also --no-text_agnostic, --no-domain_lora,
+                                                                # --no-points, --num_references 4
     torchrun --nproc_per_node=8 -m related.refany3d --preset full --base BASE --synthetic DIR   # see full/scenes.py
     python -m related.refany3d --renders --shifters runs/toy/shifters.safetensors   # beyond both papers, see below
 
@@ -35,8 +35,9 @@ from domain_shifter import load_part, load_shifters
 from full.encoders import encode_captions, load_text_encoder, load_vae
 from full.pixart import load_base
 from full.scenes import SceneLatents
+from related.flags import refuse_blank_name, refuse_unknown_words
 from sample import Sampling, sample_images
-from support.files import load_strictly, read_metadata
+from support.files import file_id, load_strictly, read_metadata
 from support.launch import UsageError, check_out, finite, launch, on_rank_0_first, run_cli, some_steps, within
 from support.pictures import save_picture, to_pixels, to_uint8
 from support.speed import attend
@@ -280,7 +281,8 @@ def draw_sheet(path, network, scenes, sampling=Sampling(), vae=None):
 
 
 def load_refany3d(path, base, device="cpu"):
-    """RefAny3D from its adapter's file, beside the base model's. Raises ValueError where either is another thing."""
+    """RefAny3D from its adapter's file, beside the base model's. Raises ValueError where either is another thing, or
+    the base model not the one that it was trained beside."""
     dit = load_base(base, device)
     _, weights, kind = load_part(path, "adapter", dit.config)
     made = read_metadata(path).get("settings")
@@ -289,12 +291,24 @@ def load_refany3d(path, base, device="cpu"):
     if kind != RefAny3DAdapter.kind or not config or not known or config["num_references"] not in VIEW_COUNTS \
             or not 1 <= config["rank"] <= MOST["rank"]:
         raise ValueError(f"{path} holds no RefAny3D: train one with python -m related.refany3d")
+    given = file_id(base)[1]
+    if made.get("base_file", given) != given:               # adapters of earlier commits do not say
+        raise ValueError(f"{path} was trained beside another base model than {base}: name that one with --base")
     shifters = load_shifters(path, device, dit.config)
     if config["shifted"] != (shifters is not None):
         raise ValueError(f"{path} says shifted {config['shifted']}, but holds {'other' if shifters else 'no'} shifters")
     network = RefAny3D(dit, References(**config), shifters=shifters)
     load_strictly(network.adapter, weights, path)
     return network.to(device).eval()
+
+
+def frozen_parts(args, device):
+    """The base model, and the Domain Shifters of --shifters, or None. Raises ValueError where one is another thing."""
+    base = base_model(args, device)
+    shifters = load_shifters(args.shifters, device, base.config) if args.shifters else None
+    if args.shifters and shifters is None:
+        raise ValueError(f"{args.shifters} holds no Domain Shifters: train them with train_stage1.py")
+    return base, shifters
 
 
 def train_refany3d(args, launched):
@@ -304,10 +318,8 @@ def train_refany3d(args, launched):
     if args.preset == "full" and not args.synthetic:
         raise UsageError("--preset full needs --synthetic DIR: shards of scenes, from python -m full.scenes encode")
     torch.manual_seed(args.seed)
-    base = base_model(args, device)
-    shifters = load_shifters(args.shifters, device, base.config) if args.shifters else None
-    if args.shifters and shifters is None:
-        raise ValueError(f"{args.shifters} holds no Domain Shifters: train them with train_stage1.py")
+    base, shifters = frozen_parts(args, device)
+    base_file = file_id(base_path(args))[1]
     network = RefAny3D(base, config, shifters=shifters)
 
     def toy_scenes(num, seed):
@@ -326,6 +338,7 @@ def train_refany3d(args, launched):
     def plan(step):
         return Iteration("syn", step, views=1 + config.points, control=True, control_dropout=0.1)
     losses = train(network, {"syn": scenes}, null_caption(base, scenes), plan, args, launched, preview)
+    args.base_file = base_file                              # now, as states of earlier commits do not have it
     path = f"{args.out}/{args.name}.safetensors"
     return save_trained(path, network, args, losses, launched, keep=("adapter", "shifters"))
 
@@ -333,7 +346,7 @@ def train_refany3d(args, launched):
 def draw_objects(args):
     """Draws held-out assets, or that of --mesh, in the scenes of --prompt with what was trained ->
     OUT/refany3d_drawn.png."""
-    device, folder = launch(args.threads).device, args.out or f"runs/{args.preset}"
+    folder = args.out or f"runs/{args.preset}"
     if args.mesh is not None and args.object:
         raise UsageError("--mesh and --object both name what to draw: give one of them")
     check_out(f"{folder}/refany3d_drawn.png")
@@ -344,6 +357,7 @@ def draw_objects(args):
                          "each, or one for all")
     num = max(assets, len(args.prompt))
     captions = args.prompt if len(args.prompt) == num else args.prompt * num
+    device = launch(args.threads).device
     network = load_refany3d(f"{folder}/{args.name or 'refany3d'}.safetensors", base_path(args), device)
     config, vae = network.dit.config, None
     if config.latent:
@@ -372,7 +386,8 @@ def draw_objects(args):
 
 def parse_args(argv=None):
     """The command line of this program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)        # experiments/references.py looks for whole names
     training_arguments(parser)
     add = parser.add_argument
     add("--num_references", type=int, default=8, choices=VIEW_COUNTS, help="V, views of the asset (default 8)")
@@ -394,6 +409,7 @@ def parse_args(argv=None):
     parser.set_defaults(adapter=None)
     args = parse_training(parser, "-m related.refany3d", argv)
     args.shifted = args.shifters is not None
+    refuse_blank_name(parser, args.name)
     drawing = {"prompt", "object", "mesh", "num_steps", "view_scale", "vae", "text_encoder"}
     unread = {*drawing, "real", "real_steps", "synthetic"}
     if args.preset == "full":
@@ -406,6 +422,7 @@ def parse_args(argv=None):
         refuse_unread(parser, args, ["vae", "text_encoder"], "with the toy's pixels and words")
         if args.shifters and not args.renders:
             parser.error("--shifters are for --renders: photographs would be learned as renders")
+        refuse_unknown_words(parser, args.prompt or [""])
     return args
 
 
@@ -413,6 +430,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.prompt:
         return draw_objects(args)
+    if args.preset == "toy":                    # full has no trial of the speed
+        frozen_parts(args, "cpu")               # what is wrong with them is named before it
     launched = launch_training(args, "refany3d", __name__ == "__main__")
     choose(args, launched, args.name)
     train_refany3d(args, launched)

@@ -14,6 +14,7 @@ import torch.nn as nn
 from data import SEEDS
 from dit import PRESETS, DiT, require_config
 from full.pixart import load_base
+from related.flags import refuse_blank_name
 from sample import Sampling, sample_images
 from support.files import load_strictly, load_tensors, read_metadata
 from support.launch import on_rank_0_first, run_cli
@@ -143,10 +144,12 @@ def draw_views(prior, reference, reference_elevation, poses, each, sampling, pro
 
 def parse_args(argv=None):
     """The command line of this program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     training_arguments(parser)
     parser.set_defaults(adapter=None, rank=None, num_assets=2000)
     args = parse_training(parser, "-m related.view_prior", argv)
+    refuse_blank_name(parser, args.name)
     refuse_unread(parser, args, ["synthetic", "real", "real_steps", "text_dropout"], "here: it learns from pairs of "
                   "renders, without words")
     return args
@@ -154,6 +157,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.preset == "toy":                    # no other has this training
+        base_model(args, "cpu")                 # what is wrong with it is named before a trial of the speed
     launched = launch_training(args, "view_prior", __name__ == "__main__")
     choose(args, launched, args.name)
     train_prior(args, launched)

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from conftest import refuses, run_main
 
@@ -29,3 +30,10 @@ def test_base_quality_as_a_command(tmp_path, tiny_run, quick_judges, monkeypatch
     assert len(stored["captions"]) == 20 and stored["captions"][0].endswith(", white background")
     assert (tmp_path / "b.png").exists() and "20 prompts" in capsys.readouterr().out
     refuses(base_quality, ("--num", 3), 2, "--num must be at least 20")
+
+
+@pytest.mark.parametrize("out, in_the_way", [("b.png", "b.json"), ("b", "b.json"), ("e3", "e3.png")])
+def test_a_folder_in_the_way_is_found_before_any_work(out, in_the_way, tmp_path, monkeypatch):
+    monkeypatch.setattr(base_quality, "launch", None)
+    (tmp_path / in_the_way).mkdir()
+    refuses(base_quality, ("--out", tmp_path / out), 2, f"--out '{tmp_path}/{in_the_way}'")

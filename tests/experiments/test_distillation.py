@@ -87,3 +87,27 @@ def test_a_table_of_three_rows(tmp_path, monkeypatch, quick_judges):
     refuses(distillation, [*command, "--prior", tmp_path / "none.safetensors"], 1, "none.safetensors")
     (tmp_path / "results" / "cad.json").write_text("[]")
     refuses(distillation, command, 1, "cad.json is no file of results")
+
+
+@pytest.mark.parametrize("flags, word", [
+    (("--train_flags=--obj 3",), "--train_flags '--obj 3': unrecognized arguments"),
+    (("--train_flags=--na x",), "--train_flags '--na x': unrecognized arguments"),
+    (("--results", "file"), "--results 'file/cad.json'"), (("--results", "."), "--results './cad.md'"),
+    (("--folder", "file"), "--folder 'file/"),
+])
+def test_flags_are_refused_at_once(flags, word, tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation, "launch", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "cad.md").mkdir()
+    refuses(distillation, flags, 2, word)
+
+
+@pytest.mark.parametrize("measures", ['"a"', '["a"]', '{"likeness": "a"}', '{"likeness": [1]}', '{"likeness": NaN}',
+                                      '{"likeness": 1%s}' % (400 * "0")])
+def test_values_that_are_no_numbers_are_found_before_any_work(measures, tmp_path, monkeypatch):
+    for name, stand_in in (("load_prior", lambda path: None), ("load_judges", None)):
+        monkeypatch.setattr(distillation, name, stand_in)
+    settings = json.dumps(distillation.table_settings_of(distillation.parse_args([])))
+    (tmp_path / "cad.json").write_text('{"settings": %s, "rows": {"CAD": {"toy": {"0": %s}}}}' % (settings, measures))
+    refuses(distillation, ("--threads", 1, "--results", tmp_path), 1, "cad.json is no file of results")

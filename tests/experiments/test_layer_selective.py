@@ -65,3 +65,10 @@ def test_layer_selective_experiment_as_a_command(tmp_path, monkeypatch, capsys):
     )
     assert "+-" in capsys.readouterr().out and (tmp_path / "base.safetensors").read_bytes() == before
     refuses(layer_selective, ("--seeds", 0), 2, "--seeds: 0 does not lie in [1, 1000]")
+
+
+@pytest.mark.parametrize("ending", [".png", ".json"])
+def test_a_folder_in_the_way_is_found_before_any_work(ending, tmp_path, monkeypatch):
+    monkeypatch.setattr(layer_selective, "layer_selective", None)
+    (tmp_path / f"layer_selective{ending}").mkdir()
+    refuses(layer_selective, ("--out", tmp_path, "--threads", 1), 2, f"layer_selective{ending}")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import refuses
 
 import data
 from experiments import shift
@@ -68,3 +69,17 @@ def test_dial_turns_from_one_domain_to_the_other(tmp_path, tiny_run, quick_judge
     assert len(json.loads((tmp_path / "dial.json").read_text())["rows"]) == 7
     with pytest.raises(ValueError, match="no dial to turn"):
         shift.main(["dial", "--model", str(tiny_run / "base.safetensors")])
+
+
+@pytest.mark.parametrize("flags, word", [
+    (("select", "--max_loss", -5), "--max_loss: -5 does not lie in [0, 1000]"),
+    (("select", "--model", "m.safetensors"), "--model 'm.shift.json'"),
+    (("select", "--model", "n.safetensors"), "--model 'n.shift.png'"),
+    (("dial", "--out", "e3"), "--out 'e3.png'"), (("dial", "--out", "b.png"), "--out 'b.json'"),
+])
+def test_what_cannot_be_chosen_or_written_is_refused_before_any_work(flags, word, tmp_path, monkeypatch):
+    monkeypatch.setattr(shift, "launch", None)
+    monkeypatch.chdir(tmp_path)
+    for name in ("m.shift.json", "n.shift.png", "e3.png", "b.json"):
+        (tmp_path / name).mkdir()
+    refuses(shift, flags, 2, word)

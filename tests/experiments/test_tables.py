@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_STAGE2
+from conftest import ALONE, TINY_STAGE2, refuses
 
 import data
 import train_stage2
@@ -158,3 +158,24 @@ def test_the_papers_numbers_are_complete():
     assert len(TABLES["table1"][1]) == 14 and len(TABLES["table3"][1]) == 15
     syn, ours = PAPER1["syn only"], PAPER1["Realiz3D"]
     assert syn[0] > ours[0] and syn[6] > ours[6]  # it trades some consistency for realism
+
+
+@pytest.mark.parametrize("flags, word", [
+    (("--results", "file"), "--results 'file/table1.json'"), (("--folder", "file"), "--folder 'file/"),
+    *((("--results", ending), f"--results '{ending}/table1{ending}'")
+      for ending in (".json", ".md", ".png", "_sheet.png", ".samples")),
+])
+def test_places_that_take_no_table_are_named_before_any_work(flags, word, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "launch", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for ending in (".json", ".md", ".png", "_sheet.png", ".samples"):
+        (tmp_path / ending / f"table1{ending}").mkdir(parents=True)
+    refuses(tables, ("table1", *flags), 2, word)
+
+
+def test_a_model_without_its_command_is_no_row_s(tmp_path):
+    save_tensors(f"{tmp_path}/texturing-method_syn_only.safetensors", {"w": torch.ones(1)})
+    (row,) = [row for row in TABLES["table1"][1] if row.label == "syn only"]
+    with pytest.raises(ValueError, match="syn_only.safetensors was trained by 'None', without --task"):
+        tables.trained_row(row, "texturing", tables.parse_args(["table1", "--folder", str(tmp_path)]), ALONE)

@@ -8,7 +8,7 @@ from conftest import TINY, random_model, refuses, run_main
 from PIL import Image
 
 from dit import PRESETS, save_model
-from domain_shifter import ShiftedDiT
+from domain_shifter import DomainShifters, ShiftedDiT
 from geometry.hull import silhouette
 from related import cad, view_prior
 from related.cad import (Batch, field_mesh, gan_batch, invert, read_reference, stage1_losses, stage2_losses, turned,
@@ -285,3 +285,32 @@ def test_a_picture_as_reference(tmp_path):
     Image.new("I;16", (64, 64)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="more than 8 bits a colour"):
         read_reference(args)
+
+
+@pytest.mark.parametrize("flags, word", [
+    (("--name", " "), "--name ' ' is blank"), (("--obj", 3), "unrecognized arguments: --obj 3"),
+    (("--out", "file"), "--out 'file/cad_1"),
+])
+def test_flags_are_refused_at_once(flags, word, tmp_path, monkeypatch):
+    monkeypatch.setattr(cad, "launch", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    refuses(cad, ("--object", 1, "--prompt", PROMPT, *flags), 2, word)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("flag, name, word", [
+    ("--prior", "base", "base.safetensors holds no view-conditioned model"), ("--prior", "none", "(--prior): train it"),
+    ("--base", "shifters", "shifters.safetensors holds Domain Shifters only"), ("--base", "none", "(--base)"),
+])
+def test_wrong_models_are_named_before_any_work(flag, name, word, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "toy", TINY)
+    monkeypatch.setattr(cad, "launch", None)
+    base, prior = random_model(), new_prior(random_model())
+    save_model(f"{tmp_path}/base.safetensors", TINY, base)
+    save_model(f"{tmp_path}/shifters.safetensors", TINY, shifters=DomainShifters(TINY))
+    save_model(f"{tmp_path}/prior.safetensors", prior.dit.config, prior.dit, adapter=prior.adapter, adapter_kind="pose")
+    given = {"--prior": "prior", "--base": "base"} | {flag: name}
+    flags = [word for flag, name in given.items() for word in (flag, f"{tmp_path}/{name}.safetensors")]
+    refuses(cad, ("--object", 1, "--prompt", PROMPT, "--out", tmp_path / "run", *flags), 1, word)
+    assert not (tmp_path / "run").exists()

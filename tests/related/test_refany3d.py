@@ -1,7 +1,7 @@
 """RefAny3D: who attends to whom, whose tokens the LoRAs touch, positions and timesteps of the branches, against
 hand-written cases; and a training as a whole."""
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ from conftest import TINY, random_model, refuses, run_main
 
 from dit import PRESETS, save_model, timestep_embedding
 from domain_shifter import REAL, SYN, DomainShifters, ShiftedDiT, uniform_domains
-from related import refany3d
+from related import refany3d, view_prior
 from related.refany3d import RefAny3D, References, TwoLoRAs, branch_positions, branches, draw, load_refany3d
 from sample import Sampling
-from support.files import load_tensors
+from support.files import file_id, load_tensors
 from training.loop import Iteration, seen_control
 
 VIEWS = References(num_references=3, rank=2)
@@ -193,13 +193,14 @@ def test_trained_and_read_back(tmp_path, monkeypatch):
     tensors, metadata = load_tensors(path)
     assert tensors and all(name.startswith("adapter.") for name in tensors)
     assert metadata["adapter_kind"] == "refany3d" and metadata["settings"]["num_references"] == 2
+    assert metadata["settings"]["base_file"] == file_id(base)[1]
     assert any(p.abs().max() > 0 for name, p in made.adapter.named_parameters() if name.endswith("W_left"))
     lines = [json.loads(line) for line in open(tmp_path / "refany3d" / "log.jsonl")]
     assert lines[-1]["step"] == 4 and lines[-1]["loss"] > 0
     drawing = ["--out", tmp_path, "--num_steps", 2, "--threads", 1]
     run_main(refany3d, *drawing, "--object", 2, 0, "--prompt", "a mug, sunset background")
     assert (tmp_path / "refany3d_drawn.png").exists()
-    refuses(refany3d, [*drawing, "--prompt", "a mug, moonlit background"], 1, "unknown word 'moonlit'")
+    refuses(refany3d, [*drawing, "--prompt", "a mug, moonlit background"], 2, "--prompt: unknown word")
     refuses(refany3d, [*drawing, "--object", -1, "--prompt", "a mug"], 2, "--object: -1 does not lie in [0, 9999]")
     refuses(refany3d, [*drawing, "--object", 0, 1, 2, "--prompt", "a mug", "a car"], 2, "--prompt names 2 scenes")
     refuses(refany3d, [*drawing, "--object", 1, "--mesh", "a.glb", "--prompt", "a mug"], 2, "give one of them")
@@ -222,3 +223,53 @@ def test_trained_and_read_back(tmp_path, monkeypatch):
     refuses(refany3d, [*flags, "--renders", "--shifters", base, "--name", "none"], 1, "holds no Domain Shifters")
     refuses(refany3d, [*flags, "--shifters", base], 2, "--shifters are for --renders")
     refuses(refany3d, [*drawing, "--prompt", "a mug", "--vae", "there"], 2, "--vae would do nothing")
+
+
+def test_an_adapter_is_read_beside_the_base_model_that_it_was_trained_on(tmp_path):
+    """Whatever its file is called; adapters of earlier commits, which do not say, beside any."""
+    base, renamed, other, path = (str(tmp_path / f"{name}.safetensors") for name in ("base", "renamed", "other", "a"))
+    for file, seed in ((base, 0), (renamed, 0), (other, 1)):
+        save_model(file, TINY, random_model(seed=seed))
+    config, record = References(num_references=2, rank=2), {"base_file": file_id(base)[1]}
+    adapter = RefAny3D(random_model(), config).adapter
+    save_model(path, TINY, adapter=adapter, adapter_kind="refany3d", settings=asdict(config) | record)
+    assert load_refany3d(path, base).config == load_refany3d(path, renamed).config == config
+    with pytest.raises(ValueError, match="a.safetensors was trained beside another base model than .*other.*--base"):
+        load_refany3d(path, other)
+    save_model(path, TINY, adapter=adapter, adapter_kind="refany3d", settings=asdict(config))
+    assert load_refany3d(path, other).config == config
+
+
+@pytest.mark.parametrize("program, flags, word", [
+    (refany3d, ("--prompt", "a moonlit mug"), "--prompt: unknown word 'moonlit'"),
+    (refany3d, ("--prompt", "a mug", "--name", " "), "--name ' ' is blank"),
+    (refany3d, ("--name", " "), "--name ' ' is blank"), (view_prior, ("--name", "  "), "--name '  ' is blank"),
+    (refany3d, ("--num_ref", 4), "unrecognized arguments: --num_ref 4"),
+    (view_prior, ("--pict", 4), "unrecognized arguments: --pict 4"),
+])
+def test_flags_are_refused_at_once(program, flags, word, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "launch_training", None)
+    monkeypatch.chdir(tmp_path)
+    refuses(program, flags, 2, word)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program, flags, word", [
+    (refany3d, ("--renders", "--shifters", "base.safetensors"), "base.safetensors holds no Domain Shifters: train them"),
+    (refany3d, ("--renders", "--shifters", "none.safetensors"), "no such file: none.safetensors"),
+    (refany3d, ("--base", "shifters.safetensors"), "shifters.safetensors holds Domain Shifters only"),
+    (view_prior, ("--base", "shifters.safetensors"), "shifters.safetensors holds Domain Shifters only"),
+])
+def test_wrong_models_are_named_before_a_trial_of_the_speed(program, flags, word, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "toy", TINY)
+    monkeypatch.setattr(program, "launch_training", None)
+    monkeypatch.chdir(tmp_path)
+    save_model("base.safetensors", TINY, random_model())
+    save_model("shifters.safetensors", TINY, shifters=DomainShifters(TINY))
+    refuses(program, ("--base", "base.safetensors", *flags), 1, word)
+
+
+def test_a_folder_in_the_pictures_place_is_found_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(refany3d, "launch", None)
+    (tmp_path / "refany3d_drawn.png").mkdir()
+    refuses(refany3d, ("--prompt", "a mug", "--out", tmp_path), 2, "refany3d_drawn.png")
