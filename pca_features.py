@@ -22,7 +22,7 @@ from full.encoders import encode_captions, load_text_encoder
 from geometry.camera import AZIMUTHS, camera
 from sample import (CFG_SCALE, LATENT_CFG_SCALE, Sampling, ddim_sample, ddim_timesteps, default_base, domain_mode,
                     guidance, guided_noise, initial_noise, load_network)
-from support.launch import a_seed, check_out, finite, launch, run_cli, some_steps, some_threads, within
+from support.launch import UsageError, a_seed, check_out, finite, launch, run_cli, some_steps, some_threads, within
 from support.pictures import draw_plot, save_image, save_picture, side_by_side
 from toy.render import Look, render
 from toy.world import STYLES, asset_captions, sample_assets, tokenize
@@ -222,13 +222,13 @@ def prompts_of(args, network):
     """What the command line asks for, as `sampled_features` takes it: random objects in random styles, or --prompt."""
     if not network.dit.config.latent:
         if args.prompt or args.text_encoder:
-            raise ValueError("--prompt and --text_encoder are for models of latents; the toy has prompts of its own, "
+            raise UsageError("--prompt and --text_encoder are for models of latents; the toy has prompts of its own, "
                              "as many as --num says")
         assets, generator = sample_assets(args.num, 100 + args.seed), torch.Generator().manual_seed(args.seed)
         styles = [STYLES[k] for k in torch.randint(len(STYLES), (args.num,), generator=generator).tolist()]
         return {"text": tokenize(asset_captions(assets, styles)), "null": {"text": tokenize([""])}}
     if not (args.prompt and args.text_encoder):
-        raise ValueError("a model of latents: give it --prompt and --text_encoder")
+        raise UsageError("a model of latents: give it --prompt and --text_encoder")
     device = network.dit.positions.device
     return encode_captions(args.prompt, load_text_encoder(args.text_encoder, device), network.dit)
 

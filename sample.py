@@ -41,7 +41,7 @@ from support.launch import (BAR, UsageError, a_seed, barrier, check_out, finite,
 from support.pictures import save_image, save_picture, to_uint8
 from support.speed import CPU_DTYPES, autocast, choose_dtype, compile_blocks
 from toy.render import asset_mesh
-from toy.world import WORLD_VERSION, exaggerated, sample_assets, take, tokenize
+from toy.world import WORLD_VERSION, exaggerated, refuse_unknown_words, sample_assets, take, tokenize
 
 CFG_SCALE = 1.5         # guidance on the text, 1 = none: materials show, and photographs are as close (docs/toy.md)
 LATENT_CFG_SCALE = 4.5  # PixArt-alpha's, which draws poorly without
@@ -464,10 +464,7 @@ def check_flags(parser, args):
         if path:
             check_out(path if flag == "real_set" else f"{path}/turntable.png", f"--{flag}")
     if args.prompt and not args.text_encoder:                       # then it is in words of the toy world
-        try:
-            tokenize(args.prompt)
-        except ValueError as error:
-            parser.error(f"--prompt: {error}")
+        refuse_unknown_words(parser, args.prompt)
 
 
 def check_fit(args, path, network, task):

@@ -62,10 +62,7 @@ def kept_rows(path, settings_of, args, labels=None):
 
 def stored_table(path):
     """(settings, rows) of a results file. Raises ValueError where it is none."""
-    try:
-        stored = read_json(path)
-    except RecursionError:                  # a hundred thousand brackets
-        stored = None
+    stored = read_json(path)
     if not is_table(stored):
         raise ValueError(f"{path} is no file of results: delete it, or name another folder with --results")
     return stored["settings"], stored["rows"]

@@ -31,7 +31,6 @@ from geometry.hull import silhouette
 from geometry.mesh import surface_mesh
 from geometry.texture import save_meshes
 from related.cad_samples import load_models, reference_samples, samples_key, view_phrase
-from related.flags import refuse_blank_name, refuse_unknown_words
 from related.triplanes import SAMPLES_A_RAY, SIZE, Discriminator, Generator, Z, adapted, augment, enlarged, r1
 from support.files import checksum, load_strictly, load_tensors, read_metadata, save_tensors
 from support.folders import read_image
@@ -40,6 +39,7 @@ from support.launch import a_seed, check_out, launch, run_cli, some_steps, some_
 from support.pictures import save_picture, to_pixels, to_uint8
 from toy.judge import train_feature_net
 from toy.poses import BAND, pose_numbers
+from toy.world import refuse_unknown_words
 from training.flags import check_name, parse_training, refuse_unread
 from training.loop import signals_caught
 from training.states import Trained, hold, load_state, save_state, stored_speed
@@ -345,7 +345,6 @@ def parse_args(argv=None):
     if args.reference is not None and os.path.realpath(args.reference) == picture:
         parser.error("--reference would be overwritten by the picture OUT/NAME.png: use another --name")
     args.preset = "toy"                     # for `base_path`
-    refuse_blank_name(parser, args.name)
     check_name(args.name, "cad")
     if not args.prompt.replace(",", " ").split():
         parser.error("--prompt: it has no words")

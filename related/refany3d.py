@@ -35,14 +35,13 @@ from domain_shifter import load_part, load_shifters
 from full.encoders import encode_captions, load_text_encoder, load_vae
 from full.pixart import load_base
 from full.scenes import SceneLatents
-from related.flags import refuse_blank_name, refuse_unknown_words
 from sample import Sampling, sample_images
 from support.files import file_id, load_strictly, read_metadata
 from support.launch import UsageError, check_out, finite, launch, on_rank_0_first, run_cli, some_steps, within
 from support.pictures import save_picture, to_pixels, to_uint8
 from support.speed import attend
 from toy.scenes import SCENES, SIDES, mesh_references, scene_set
-from toy.world import VOCAB, tokenize
+from toy.world import VOCAB, refuse_unknown_words, tokenize
 from training.estimate import choose, launch_training
 from training.flags import MOST, parse_training, refuse_unread, training_arguments
 from training.loop import Iteration, save_trained, train
@@ -409,7 +408,6 @@ def parse_args(argv=None):
     parser.set_defaults(adapter=None)
     args = parse_training(parser, "-m related.refany3d", argv)
     args.shifted = args.shifters is not None
-    refuse_blank_name(parser, args.name)
     drawing = {"prompt", "object", "mesh", "num_steps", "view_scale", "vae", "text_encoder"}
     unread = {*drawing, "real", "real_steps", "synthetic"}
     if args.preset == "full":

@@ -14,7 +14,6 @@ import torch.nn as nn
 from data import SEEDS
 from dit import PRESETS, DiT, require_config
 from full.pixart import load_base
-from related.flags import refuse_blank_name
 from sample import Sampling, sample_images
 from support.files import load_strictly, load_tensors, read_metadata
 from support.launch import on_rank_0_first, run_cli
@@ -149,7 +148,6 @@ def parse_args(argv=None):
     training_arguments(parser)
     parser.set_defaults(adapter=None, rank=None, num_assets=2000)
     args = parse_training(parser, "-m related.view_prior", argv)
-    refuse_blank_name(parser, args.name)
     refuse_unread(parser, args, ["synthetic", "real", "real_steps", "text_dropout"], "here: it learns from pairs of "
                   "renders, without words")
     return args

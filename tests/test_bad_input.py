@@ -202,8 +202,8 @@ def test_settings_that_are_no_dictionary_are_no_settings(settings, tmp_path):
 
 def test_lines_of_a_log_that_are_none_are_left_out(tmp_path):
     lines = ("[1]", "3", '"a"', '{"loss": 1}', '{"step": "a"}', '{"step": 1, "domain": "syn"}',
-             '{"step": 1, "domain": "syn", "loss": Infinity}', '{"step": 1, "domain": "syn", "loss": NaN}', '{"step": -1}',
-             '{"step": 1e400}', "[" * 10 ** 5, '{"step": 1, "domain": "syn", "loss": 1.0}', '{"step"')
+             '{"step": 1, "domain": "syn", "loss": Infinity}', '{"step": 1, "domain": "syn", "loss": NaN}',
+             '{"step": -1}', '{"step": 1e400}', "[" * 10 ** 5, '{"step": 1, "domain": "syn", "loss": 1.0}', '{"step"')
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
     log = Log(str(tmp_path), None, ALONE, 5)
     assert log.lines == [dict(step=1, domain="syn", loss=1.0)]
@@ -280,7 +280,8 @@ def test_a_speed_that_cannot_be_is_not_gone_on_with(speed, tmp_path):
 
 
 @pytest.mark.parametrize("error", [
-    MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_too_little_memory_is_one_line(error):
     def main(flags):
         raise error

@@ -108,7 +108,7 @@ def test_latents_with_caption_vectors_make_the_figure(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(pca_features, "load_text_encoder", load_text_encoder)
     flags = ("--model", tmp_path / "latent.safetensors", "--out", tmp_path / "pca.png", "--threads", 1)
-    refuses(pca_features, flags, 1, "--text_encoder")
+    refuses(pca_features, flags, 2, "--text_encoder")
     run_main(pca_features, *flags, "--text_encoder", "t5", "--prompt", "a mug", "a cat", "two")
     assert f"wrote {tmp_path / 'pca.png'}" in capsys.readouterr().out
     assert Image.open(tmp_path / "pca.png").height > 13 * 64

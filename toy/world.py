@@ -266,6 +266,14 @@ def tokenize(captions):
     return tokens
 
 
+def refuse_unknown_words(parser, captions):
+    """Ends with a line of usage at captions, of --prompt, that `tokenize` does not take."""
+    try:
+        tokenize(captions)
+    except ValueError as error:
+        parser.error(f"--prompt: {error}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Objects
 

@@ -45,7 +45,7 @@ def launch_training(args, stage, may_spread):
     filled = fill_defaults(copy.copy(args), stage, launched)
     if stage != "base" or filled.base:
         check_base(filled)
-    check_places(filled, stage)
+    check_writable(filled, stage)
     is_open = args.threads is None and args.batch is None and "WORLD_SIZE" not in os.environ
     if may_spread and is_open and launched.device.type == "cpu" and not PRESETS[args.preset].latent:
         processes, threads = choose_processes(filled, resumed(filled, stage))
@@ -56,7 +56,7 @@ def launch_training(args, stage, may_spread):
     return launched
 
 
-def check_places(args, stage):
+def check_writable(args, stage):
     """Raises UsageError where what a training writes, or stage 1 on the way to stage 2, cannot be written."""
     names = [args.name]
     if stage == "stage2" and stage1_comes_first(args):

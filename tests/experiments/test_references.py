@@ -133,7 +133,8 @@ def test_flags_are_refused_at_once(flags, word, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stored, word", [
-    *((text, "is no file of results") for text in ("[]", "null", 10 ** 5 * "[", '{"text only": {"toy": {}}}')),
+    *((text, "is no file of results") for text in ("[]", "null", '{"text only": {"toy": {}}}')),
+    (10 ** 5 * "[", "is damaged"),
     *(('{"settings": {}, "rows": {"text only": %s}}' % row, "is no file of results")
       for row in ("{}", "[]", '{"toy": {"0": {"hue": "a"}}}')),
     (dict(settings=dict(num_steps=9)), "made with --num_steps 9 (now 50): name another folder with --results"),

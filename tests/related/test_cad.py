@@ -288,7 +288,7 @@ def test_a_picture_as_reference(tmp_path):
 
 
 @pytest.mark.parametrize("flags, word", [
-    (("--name", " "), "--name ' ' is blank"), (("--obj", 3), "unrecognized arguments: --obj 3"),
+    (("--name", " "), "--name ' ' is no plain name"), (("--obj", 3), "unrecognized arguments: --obj 3"),
     (("--out", "file"), "--out 'file/cad_1"),
 ])
 def test_flags_are_refused_at_once(flags, word, tmp_path, monkeypatch):
