@@ -28,7 +28,7 @@ from sample import (CFG_SCALE, Sampling, default_base, default_model, load_netwo
                     trained_task)
 from support.files import cached, file_id, write_json
 from support.folders import find_images, in_batches, read_caption, read_image, read_views
-from support.launch import BAR, a_seed, check_out, finite, launch, run_cli, some_steps, some_threads, within
+from support.launch import BAR, a_seed, check_picture, finite, launch, run_cli, some_steps, some_threads, within
 from support.networks import LPIPS_LAYERS, load_clip, load_inception, load_lpips
 from support.pictures import save_picture, to_uint8
 from support.speed import choose_dtype
@@ -455,9 +455,7 @@ def load_toy(path, device):
 def toy_table(args):
     """Samples the held-out objects with syn_only and with realiz3d in each mode, prints the table beside the rows of
     the oracle and of the base model, which knows no control, and writes it with a picture."""
-    stem = args.out.removesuffix(".png")
-    for path in (args.out, f"{stem}.png", f"{stem}.json"):
-        check_out(path)
+    check_picture(args.out)
     device = launch(args.threads).device
     realiz3d = args.model or default_model("toy", "texturing")
     syn_only = args.syn_only or default_model("toy", "texturing", "syn_only")

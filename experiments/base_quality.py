@@ -15,7 +15,7 @@ from data import SEEDS
 from evaluate import SAMPLING_FLAGS, asked_sampling, fid, formatted, kid, load_toy, measured_settings, measuring_flags
 from sample import default_base, sample_images
 from support.files import write_json
-from support.launch import BAR, check_out, launch, run_cli
+from support.launch import BAR, check_picture, launch, run_cli
 from support.pictures import save_picture, to_uint8
 from toy.judge import load_judges, read
 from toy.render import Look, render
@@ -67,9 +67,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.num < PICTURED:
         parser.error(f"--num must be at least {PICTURED}, not {args.num}")
-    out = args.out.removesuffix(".png")
-    for path in (args.out, f"{out}.png", f"{out}.json"):
-        check_out(path)
+    check_picture(args.out)
     return args
 
 

@@ -17,7 +17,7 @@ from evaluate import (DIGITS, SAMPLING_FLAGS, add_command, asked_sampling, forma
 from geometry.camera import VIEWS
 from sample import default_model, sample_images, trained_task
 from support.files import file_id, write_json
-from support.launch import BAR, check_out, launch, run_cli, within
+from support.launch import BAR, check_out, check_picture, launch, run_cli, within
 from support.pictures import draw_plot, draw_points, save_image, save_picture, to_uint8
 from toy.judge import load_judges
 
@@ -99,9 +99,7 @@ def some_measures(row, names):
 def turn_dial(args):
     """Turns s from render to photograph in e(s) = (1 - s) e_syn + s e_real: the same objects, control and noise at
     seven settings, and below them the share called a photo and how well the silhouette follows the control."""
-    out = args.out.removesuffix(".png")
-    for path in (args.out, f"{out}.png", f"{out}.json"):
-        check_out(path)
+    check_picture(args.out)
     device = launch(args.threads).device
     path = args.model or default_model("toy", "texturing")
     network = load_toy(path, device)
@@ -118,6 +116,7 @@ def turn_dial(args):
         print(f"s {s:5.2f}  {some_measures(row, 'photo iou normals psnr psnr_loo KD_I')}")
     curves = {"called a photo": [(s, row["photo"]) for s, row in rows.items()],
               "silhouette IoU": [(s, row["iou"]) for s, row in rows.items()]}
+    out = args.out.removesuffix(".png")
     plot = draw_plot(curves, "s: 0 synthetic, 1 real", "", size=(880, 300), y_range=(0, 1))
     save_picture(f"{out}.png", pictures, scale=2, column_titles=VIEWS * 3, below=plot)
     write_json(f"{out}.json", dict(settings=measured_settings(args) | dict(seed=args.seed), rows=rows))

@@ -99,6 +99,13 @@ def check_out(path, flag="--out"):
         raise UsageError(f"{flag} '{path}' must be the name of a file, and is none, a folder or below a file")
 
 
+def check_picture(out):
+    """`check_out` of a picture, --out with or without its .png, and of the numbers that stand beside it, .json."""
+    stem = out.removesuffix(".png")
+    for path in (out, f"{stem}.png", f"{stem}.json"):
+        check_out(path)
+
+
 def refuse_empty(words):
     """Raises UsageError at an empty word on the command line, as a shell's unset variable leaves; a --prompt may be."""
     before, flag = "the program's name", ""
