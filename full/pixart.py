@@ -106,7 +106,7 @@ def convert_pixart(source, path="the state_dict"):
 
 
 def take_tensor(source, name, dim, path):
-    """Takes a tensor of `dim` dimensions out of {name: tensor}. Raises ValueError naming it where there is none such."""
+    """Takes a tensor of `dim` dimensions out of {name: tensor}. Raises ValueError naming it where there is none."""
     if name not in source:
         raise ValueError(f"{path} is no checkpoint of this project, nor PixArt-alpha's: {name} is missing")
     tensor = source.pop(name)
