@@ -9,7 +9,8 @@ An object ID, a folder that full/objects.py reads, becomes four tensors of a sha
     ID.color, ID.normal, ID.position    (V, 2, C, h, w)     mean and deviation of the unscaled latents
     ID.text                             (n, D)              its valid tokens; the shard's null_text is the empty caption
 
-The real set (full/real_set.py) is of the same form, without maps.
+The real set (full/real_set.py) is of the same form, without maps. The same command again makes the shards that are
+missing, and those whose renders have changed: a file is newer than the shard, or there are others, or of another size.
 """
 import argparse
 import os
@@ -129,7 +130,7 @@ def shard_header(path):
     key, captions = [header.get(part) for part in ("key", "captions")] if isinstance(header, dict) else (None, None)
     whole = isinstance(key, dict) and {"scale", "text_encoder"} <= key.keys() and isinstance(captions, dict)
     if not whole or not captions or not all(isinstance(caption, str) for caption in captions.values()):
-        raise ValueError(f"{path} is no shard of {WRITERS}")
+        raise ValueError(f"{path} is no shard of {WRITERS}: its header lacks how it was made, or captions")
     return header
 
 
@@ -169,8 +170,8 @@ class LatentSet:
             raise ValueError(f"task texturing needs control maps, but {folder} has none: use --task text")
         wanted, width = [config.channels, config.image_size, config.image_size], stored_shape(file, "null_text")[-1:]
         if latent != wanted or not self.grid or width != [config.text_dim]:
-            raise ValueError(f"{folder} has latents of {latent} and text of width {sum(width)}, the model takes "
-                             f"{wanted} and {config.text_dim}")
+            raise ValueError(f"{folder} has latents of {latent} and text of width {sum(width)} in float16, the model "
+                             f"takes {wanted} and {config.text_dim}")
         self.check_shapes(folder, MAPS if control else MAPS[:1])
         words, num = file.get_tensor("null_text"), len(self.places)                                 # (n, D)
         if not is_finite(words):
