@@ -23,7 +23,7 @@ from tqdm import tqdm
 from evaluate import clip_score, measured_settings
 from support.files import write_json
 from support.folders import find_images, in_batches, read_image
-from support.launch import UsageError, launch, run_cli, some_threads, within
+from support.launch import UsageError, check_out, launch, run_cli, some_threads, within
 from support.networks import load_clip
 from support.pictures import save_image, save_picture
 
@@ -47,9 +47,10 @@ def stem(image):
     return os.path.splitext(image)[0]
 
 
-def class_images(source, k):
+def class_images(source, k, masks=None):
     """{class: names of its images} of a folder with a folder of images per class. Raises where there is none, where a
-    class has fewer than k images, or two that would be written under one name."""
+    class has fewer than k images, two that would be written under one name, or fewer than k masks in `masks`, if any:
+    one of the chosen would lack one."""
     classes = {path.name: find_images(path) for path in sorted(Path(source).glob("*")) if path.is_dir()}
     if not classes:
         raise FileNotFoundError(f"{source} holds no folder of images per class, as {source}/coffee_mug")
@@ -59,6 +60,9 @@ def class_images(source, k):
         names = [stem(image) for image in images]
         if len(set(names)) < len(names):
             raise ValueError(f"{source}/{name} has two images called {max(names, key=names.count)}: rename one")
+        if masks and (cut := sum(os.path.isfile(f"{masks}/{name}/{image}.png") for image in names)) < k:
+            raise FileNotFoundError(f"{masks}/{name} has {cut} mask(s) of the images in {source}/{name}, fewer than "
+                                    f"--k {k}: --masks wants one of every chosen image")
     return classes
 
 
@@ -77,15 +81,22 @@ def best_of_each(classes, embed, args):
     return chosen
 
 
+def chosen_pixels(name, image, args):
+    """A chosen image (3, H, W) in [0, 1], on white where there are masks. Raises as `cut_out`."""
+    pixels = read_image(f"{args.source}/{name}/{image}")
+    return cut_out(pixels, f"{args.masks}/{name}/{stem(image)}.png") if args.masks else pixels
+
+
 def write_chosen(chosen, args):
-    """Writes the chosen images into --out, on white where there are masks, and all on one sheet beside it."""
+    """Writes the chosen images into OUT, on white where there are masks, and all on one sheet beside it. Raises as
+    `cut_out`, before it writes the first."""
+    for name, image in [(name, image) for name in chosen for image in chosen[name]]:
+        chosen_pixels(name, image, args)
     rows = []
     for name in tqdm(chosen, desc=args.out, unit="class"):
         tiles = []
         for image in chosen[name]:
-            pixels = read_image(f"{args.source}/{name}/{image}")
-            if args.masks:
-                pixels = cut_out(pixels, f"{args.masks}/{name}/{stem(image)}.png")
+            pixels = chosen_pixels(name, image, args)
             picture = Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
             if args.size:
                 picture = ImageOps.fit(picture, (args.size, args.size))
@@ -103,7 +114,10 @@ def curate(args):
     for folder in filter(None, (args.source, args.masks)):
         if out.resolve().is_relative_to(Path(folder).resolve()):
             raise ValueError(f"{out} lies in {folder}: name a folder outside it for the chosen images")
-    chosen = best_of_each(class_images(args.source, args.k), load_clip(args.clip, device), args)
+    classes = class_images(args.source, args.k, args.masks)
+    for path in (f"{out}.json", f"{out}.png", *(f"{out}/{name}/x" for name in classes)):
+        check_out(path, "OUT")
+    chosen = best_of_each(classes, load_clip(args.clip, device), args)
     written = {out / name / f"{stem(image)}.png" for name in chosen for image in chosen[name]}
     foreign = set(out.rglob("*.png")) - written
     if foreign:

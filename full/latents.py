@@ -9,11 +9,13 @@ An object ID, a folder that full/objects.py reads, becomes four tensors of a sha
     ID.color, ID.normal, ID.position    (V, 2, C, h, w)     mean and deviation of the unscaled latents
     ID.text                             (n, D)              its valid tokens; the shard's null_text is the empty caption
 
-The real set (full/real_set.py) is of the same form, without maps.
+The real set (full/real_set.py) is of the same form, without maps. The same command again makes the shards that are
+missing, and those whose renders have changed: a file is newer than the shard, or there are others, or of another size.
 """
 import argparse
 import os
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,8 +28,8 @@ from data import LATENT_SCALE, control_maps
 from dit import PRESETS
 from full.encoders import Encoders, encoder_id, load_text_encoder, load_vae, padded
 from full.objects import object_folders, read_object
-from support.files import read_metadata, save_tensors
-from support.launch import barrier, launch, run_cli, within
+from support.files import checksum, read_metadata, save_tensors
+from support.launch import barrier, check_out, launch, run_cli, within
 
 MAPS = ("color", "normal", "position")
 WRITERS = "python -m full.latents encode or python -m full.real_set"
@@ -52,17 +54,19 @@ def encode_objects(folders, out, encoders, size, shard, launched, encode=encode_
     """Encodes every folder of a rendered object into OUT/FIRST_ID.safetensors, `shard` objects a file.
 
     encoders: Encoders. size: pixels to a side that the views must have. encode: what makes of a folder its tensors and
-    caption. The shard's header says under "shard" how it was made and holds the captions. Shards are spread over the
-    ranks of torchrun; each is a pure function of its objects and written whole, so that a run that was stopped goes
-    on. Raises ValueError where `out` holds shards made otherwise or of other objects, and naming the file of a bad
-    object.
+    caption. The shard's header says under "shard" how it was made and of what, see `save_shard`. Shards are spread over
+    the ranks of torchrun; each is a pure function of its objects and written whole, so that a run that was stopped goes
+    on; those of files that have changed since are made again. Raises UsageError where no shard can be written,
+    ValueError where `out` holds shards made otherwise or of other objects, and naming the file of a bad object.
     """
     key = dict(vae=encoder_id(encoders.vae), text_encoder=encoder_id(encoders.text_encoder), size=size,
                scale=LATENT_SCALE, dtype="float16")
     shards = {f"{out}/{folders[k].name}.safetensors": folders[k:k + shard] for k in range(0, len(folders), shard)}
+    for path in shards:
+        check_out(path, "out")
     for path in sorted(Path(out).glob("*.safetensors")):
         check_shard(path, key, [folder.name for folder in shards.get(f"{out}/{path.name}", ())])
-    mine = left_to_write(shards, launched)
+    mine = left_to_write(shards, launched, is_current)
     if mine:                                                            # T5 takes its time to load
         encode_image, _ = load_vae(encoders.vae, launched.device)
         encode_text = load_text_encoder(encoders.text_encoder, launched.device)
@@ -70,19 +74,50 @@ def encode_objects(folders, out, encoders, size, shard, launched, encode=encode_
     total = sum(len(members) for members in mine.values())
     with tqdm(total=total, desc="encoding", unit="object", disable=launched.rank > 0) as progress:
         for path, members in mine.items():
-            tensors, captions = {"null_text": null_text}, {}
+            tensors, captions, (files, _) = {"null_text": null_text}, {}, source_files(members)
             for folder in members:
                 encoded, captions[folder.name] = encode(folder, encode_image, encode_text, size)
                 tensors |= encoded
                 progress.update()
-            save_tensors(path, tensors, shard=dict(key=key, captions=captions))     # one entry: several have no order
+            save_shard(path, tensors, key, captions, files=files)
     barrier(launched)
 
 
-def left_to_write(shards, launched):
-    """Those of {path: what goes into it} that this rank writes and that are not there yet."""
-    mine = list(shards.items())[launched.rank::launched.world]
-    return {path: content for path, content in mine if not os.path.exists(path)}
+def left_to_write(shards, launched, current):
+    """Those of {path: what goes into it} that this rank writes and that are not there yet, or for which current(path,
+    what goes into it) is False; of these it says so."""
+    left = dict(list(shards.items())[launched.rank::launched.world])
+    for path, content in list(left.items()):
+        if os.path.exists(path):
+            if current(path, content):
+                del left[path]
+            else:
+                print(f"{path}: what it is made of has changed, making it again", flush=True)
+    return left
+
+
+def source_files(folders):
+    """A number that changes where a file in these folders (Paths) comes, goes or changes its size, and when the newest
+    was written."""
+    found = [(path, path.stat()) for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+    names = " ".join(f"{path.parent.name}/{path.name} {stat.st_size}" for path, stat in found)
+    return zlib.crc32(os.fsencode(names)), max(stat.st_mtime for _, stat in found)
+
+
+def is_current(path, folders):
+    """Whether a shard is of the files that are in the folders of its objects now."""
+    files, newest = source_files(folders)
+    return shard_header(path).get("files") == files and newest <= os.path.getmtime(path)
+
+
+def save_shard(path, tensors, key, captions, **made):
+    """Writes a shard: its header holds {"key": how it was made, "captions": {object ID: caption}, "checksum": of the
+    tensors, ..}. Raises ValueError naming a tensor whose numbers are not finite."""
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise ValueError(f"{path} would hold numbers that are not finite, in {name}: look at what it is made of")
+    made |= dict(key=key, captions=captions, checksum=checksum(tensors))
+    save_tensors(path, tensors, shard=made)                             # one entry: several have no order
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,21 +125,23 @@ def left_to_write(shards, launched):
 
 
 def shard_header(path):
-    """(key, captions) of a shard: how it was made, and {object ID: caption}. Raises ValueError if it is none."""
+    """What `save_shard` wrote into the header of a shard. Raises ValueError if it is none."""
     header = read_metadata(str(path)).get("shard")
-    parts = [header.get(part) for part in ("key", "captions")] if isinstance(header, dict) else [None]
-    if not all(parts) or not all(isinstance(part, dict) for part in parts) or "scale" not in parts[0]:
-        raise ValueError(f"{path} is no shard of {WRITERS}")
-    return parts
+    key, captions = [header.get(part) for part in ("key", "captions")] if isinstance(header, dict) else (None, None)
+    whole = isinstance(key, dict) and {"scale", "text_encoder"} <= key.keys() and isinstance(captions, dict)
+    if not whole or not captions or not all(isinstance(caption, str) for caption in captions.values()):
+        raise ValueError(f"{path} is no shard of {WRITERS}: its header lacks how it was made, or captions")
+    return header
 
 
 def check_shard(path, key, ids):
     """Raises ValueError unless the shard at path was made with this key and holds the objects `ids`."""
-    was, captions = shard_header(path)
+    header = shard_header(path)
+    was = header["key"]
     other = [f"{name} {was.get(name)} (now {key[name]})" for name in key if was.get(name) != key[name]]
     if other:
         raise ValueError(f"{path} was made otherwise: {', '.join(other)}; choose another folder, or delete this one")
-    if list(captions) != ids:
+    if list(header["captions"]) != ids:
         raise ValueError(f"{path} holds other objects, or in another order, than one would write now: encode new ones "
                          "into a folder of their own inside this one, or delete it")
 
@@ -119,23 +156,26 @@ class LatentSet:
 
     config: the model's, which the shapes must fit. views: False makes every view a sample of its own. control: whether
     to give the maps. Then shape is (samples, views a sample), null the empty caption ("text" (1, L, D) and "text_mask"
-    (1, L)), and key says how the shards were made. Raises ValueError where they do not fit, or one another.
+    (1, L)), key says how the shards were made, and checksums are those of their tensors, by shard. Raises ValueError
+    where they do not fit, or one another.
     """
 
     def __init__(self, folder, config, views=True, control=False):
-        self.config, self.in_grids, self.control = config, views, control
-        self.key, self.places = open_shards(folder)
+        self.folder, self.config, self.in_grids, self.control = folder, config, views, control
+        self.key, self.places, self.checksums = open_shards(folder)
         file, name = self.places[0]
         found = stored_shape(file, f"{name}.color")
         self.grid, latent = found[0] if found else 0, found[2:]                 # how many views an object has
         if control and not stored_shape(file, f"{name}.normal"):
             raise ValueError(f"task texturing needs control maps, but {folder} has none: use --task text")
         wanted, width = [config.channels, config.image_size, config.image_size], stored_shape(file, "null_text")[-1:]
-        if latent != wanted or width != [config.text_dim]:
-            raise ValueError(f"{folder} has latents of {latent} and text of width {sum(width)}, the model takes "
-                             f"{wanted} and {config.text_dim}")
+        if latent != wanted or not self.grid or width != [config.text_dim]:
+            raise ValueError(f"{folder} has latents of {latent} and text of width {sum(width)} in float16, the model "
+                             f"takes {wanted} and {config.text_dim}")
         self.check_shapes(folder, MAPS if control else MAPS[:1])
         words, num = file.get_tensor("null_text"), len(self.places)                                 # (n, D)
+        if not is_finite(words):
+            raise ValueError(f"{folder}: null_text holds numbers that are not finite: encode the objects again")
         self.shape = (num, self.grid) if views else (num * self.grid, 1)
         text, mask = padded(words, config.text_length)
         self.null = {"text": text[None], "text_mask": mask[None]}
@@ -144,16 +184,22 @@ class LatentSet:
         """Raises ValueError naming the first object that is not as the others; reads headers only."""
         wanted = [self.grid, 2, self.config.channels, self.config.image_size, self.config.image_size]
         for file, name in self.places:
-            text = stored_shape(file, f"{name}.text")
+            texts = [stored_shape(file, part) for part in ("null_text", f"{name}.text")]
             whole = all(stored_shape(file, f"{name}.{part}") == wanted for part in parts)
-            if not whole or text[1:] != [self.config.text_dim] or not 0 < text[0] <= self.config.text_length:
-                raise ValueError(f"{folder}: object {name} lacks {' or '.join(parts)} of the shape {wanted}, or text "
-                                 "of the model's width and length: encode it again")
+            if not whole or not all(text[1:] == [self.config.text_dim] and 0 < text[0] <= self.config.text_length
+                                    for text in texts):
+                raise ValueError(f"{folder}: object {name} lacks {' or '.join(parts)} of the shape {wanted}, or a text "
+                                 "or null_text of the model's width and length, in float16: encode it again")
 
     def rows(self, index):
         """The samples `index` (B,) -> "image" (B, V, 2, C, h, w), mean and deviation, unscaled, "text" (B, L, D) and
-        "text_mask" (B, L); with control also "control" (B, V, 2 C, h, w), scaled."""
+        "text_mask" (B, L); with control also "control" (B, V, 2 C, h, w), scaled. Raises ValueError naming an object
+        whose numbers are not finite."""
         samples = [self.sample(k) for k in index.tolist()]
+        for k, sample in zip(index.tolist(), samples):
+            if not all(map(is_finite, sample.values())):
+                name = self.places[k if self.in_grids else k // self.grid][1]
+                raise ValueError(f"{self.folder}: object {name} holds numbers that are not finite: encode it again")
         return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
     def sample(self, k):
@@ -171,35 +217,44 @@ class LatentSet:
         return sample
 
 
+def is_finite(tensor):
+    """tensor.isfinite().all(), which takes 60 times as long in float16 on a CPU."""
+    return all(end.isfinite() for end in tensor.aminmax())
+
+
 def stored_shape(file, name):
-    """The shape of a tensor in an open safetensors file, [] where it has none of that name."""
+    """The shape of a float16 tensor in an open safetensors file, [] where it has none of that name."""
     try:
-        return file.get_slice(name).get_shape()
+        stored = file.get_slice(name)
     except SafetensorError:
         return []
+    return stored.get_shape() if stored.get_dtype() == "F16" else []
 
 
 def open_shards(folder):
-    """(key, [(open file, object ID), ...]) of all shards in a folder and those inside it, in the order of their paths.
+    """(key, [(open file, object ID), ...], [checksum, ...]) of all shards in a folder and those inside it, in the order
+    of their paths; a checksum is None where an earlier commit wrote the shard.
 
     Raises ValueError where there is none, or one is no shard, for latents of another scale, or made otherwise than
     those before it, or where an object comes twice.
     """
-    shared_key, places = None, []
+    shared_key, places, checksums = None, [], []
     for path in sorted(Path(folder).rglob("*.safetensors")):
-        key, captions = shard_header(path)
+        header = shard_header(path)
+        key = header["key"]
         if key["scale"] != LATENT_SCALE:
             raise ValueError(f"{path} is for latents times {key['scale']}, here they are times {LATENT_SCALE}")
         if shared_key not in (None, key):
             raise ValueError(f"{path} was made otherwise than the shards before it: {key}, not {shared_key}")
         shared_key, file = key, safe_open(path, "pt")
-        places += [(file, name) for name in captions]
+        places += [(file, name) for name in header["captions"]]
+        checksums.append(header.get("checksum"))
     if not places:
         raise ValueError(f"{folder} holds no shards: write them with {WRITERS}")
     name, times = Counter(name for _, name in places).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{folder} holds object {name} twice")
-    return shared_key, places
+    return shared_key, places, checksums
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,8 +287,8 @@ def write_random_shards(folder, config, num=128, shard=64):
         for name in ids:
             tensors |= {f"{name}.{part}": torch.randn(shape).half() for part in MAPS}
             tensors[f"{name}.text"] = torch.randn(20, config.text_dim).half()
-        header = dict(key=dict(scale=LATENT_SCALE), captions=dict.fromkeys(ids, ""))
-        save_tensors(f"{folder}/{ids[0]}.safetensors", tensors, shard=header)
+        key = dict(scale=LATENT_SCALE, text_encoder="none, random numbers")
+        save_shard(f"{folder}/{ids[0]}.safetensors", tensors, key, dict.fromkeys(ids, ""))
 
 
 def parse_args(argv=None):

@@ -34,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from geometry.camera import AZIMUTHS, ELEVATION, EXTENT, Views, camera, project
-from support.launch import a_seed, run_cli, within
+from support.launch import a_seed, check_out, run_cli, within
 from toy.render import Look, render
 from toy.world import asset_captions, exaggerated, sample_assets, take
 
@@ -146,7 +146,10 @@ def read_own(folder, meta):
     for v in range(len(AZIMUTHS)):
         files = [first_of(folder / f"color_{v:03}", ".png"), first_of(folder / f"normal_{v:03}", ".png"),
                  first_of(folder / f"position_{v:03}", ".npy", ".png")]
-        color, normal, position = [read_pixels(file).movedim(-1, 0) for file in files]
+        pixels = [read_pixels(file) for file in files]
+        if pixels[2].ndim != 3:
+            raise ValueError(f"{files[2]} has the shape {tuple(pixels[2].shape)}, not (H, W, 3)")
+        color, normal, position = [part.movedim(-1, 0) for part in pixels]
         exact, position = files[2].suffix == ".npy", position[:3] - 0.5
         if not exact:
             position = position.masked_fill((position == 0.5).all(dim=0), math.nan)
@@ -171,7 +174,7 @@ def read_ortho10view(folder, meta):
     path = folder / "meta.json"
     try:
         locations = [read_location(place, meta.get("projection_type", "orthographic")) for place in meta["locations"]]
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
         reason = error if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"{path}: its locations cannot be read: {reason}") from None
     elevation, four = four_around(locations)
@@ -262,7 +265,7 @@ def read_pixels(path):
         return torch.from_numpy(pixels.astype(np.float32))
     except ImportError:
         raise ValueError(f"{path} needs the package OpenEXR: pip install OpenEXR") from None
-    except (OSError, SyntaxError, RuntimeError, EOFError, ValueError, TypeError, AttributeError,
+    except (OSError, SyntaxError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, MemoryError,
             Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
 
@@ -304,13 +307,16 @@ def write_object(folder, caption, views, k=0, elevation=ELEVATION, extent=EXTENT
 
 def write_toy_objects(out, num, size=512, seed=0):
     """Writes `num` toy objects as rendered objects on disk: an example of the format, to try the full pipeline on.
-    Folders that are there already are left as they are."""
-    assets = exaggerated(sample_assets(num, seed))
+    Folders that are there already are left as they are, whatever they hold; it says how many those are."""
+    check_out(f"{out}/x", "out")
+    assets, left = exaggerated(sample_assets(num, seed)), []
     for k in tqdm(range(num), desc="rendering", unit="object"):
-        if not os.path.isdir(f"{out}/{k:04}"):
-            one = take(assets, slice(k, k + 1))
-            write_object(f"{out}/{k:04}", asset_captions(one)[0], render(one, Look("render"), size=size))
-    print(f"wrote {num} objects to {out}")
+        if os.path.isdir(f"{out}/{k:04}"):
+            left.append(k)
+            continue
+        one = take(assets, slice(k, k + 1))
+        write_object(f"{out}/{k:04}", asset_captions(one)[0], render(one, Look("render"), size=size))
+    print(f"wrote {num - len(left)} objects to {out}" + f"; {len(left)} were there already, and are left" * bool(left))
 
 
 def main(argv=None):

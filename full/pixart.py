@@ -59,7 +59,7 @@ def load_pixart(path, num_heads=16, image_size=64, pos_scale=1.0):
 
     image_size is in latent pixels. All else follows from the shapes; the control and view weights are at their start,
     so that a single image is PixArt-alpha's. Its empty caption, where the file has one, becomes `model.null_text`.
-    Raises ValueError naming tensors that are missing, left over or of a wrong shape.
+    Raises ValueError naming the file, and tensors that are missing, left over or of a wrong shape.
     """
     weights, null_text = convert_pixart(load_tensors(path)[0], path)
     width, channels, patch, _ = weights["x_embedder.weight"].shape
@@ -69,7 +69,10 @@ def load_pixart(path, num_heads=16, image_size=64, pos_scale=1.0):
     config = Config(image_size, patch, channels, out_channels, control_channels=2 * channels, num_views=4, depth=depth,
                     width=width, heads=num_heads, text_dim=text_dim, text_length=120, vocab_size=0, output_skip=False,
                     qk_norm=False, pos_scale=pos_scale)
-    model = DiT(config)
+    try:
+        model = DiT(config)
+    except ValueError as error:
+        raise ValueError(f"{path} is no PixArt-alpha model: {error}") from None
     for name in NEW_INPUTS:                                         # not PixArt's: as they start
         weights[name] = model.state_dict()[name]
     if null_text is not None:
@@ -82,32 +85,44 @@ def load_pixart(path, num_heads=16, image_size=64, pos_scale=1.0):
 def convert_pixart(source, path="the state_dict"):
     """PixArt-alpha's {name: tensor}, original or diffusers names -> ({our name: tensor}, its empty caption or None).
 
-    Raises ValueError naming tensors that are missing or left over.
+    Raises ValueError naming tensors that are missing, left over, or no dense numbers of as many dimensions.
     """
     if not all(isinstance(name, str) for name in source):
         raise ValueError(f"{path} is no checkpoint of this project, nor PixArt-alpha's: its tensors have no names")
     source = {name: tensor for name, tensor in source.items() if name not in POSITION_TABLES}
-    null_text = None
+    null_text, weights = None, {}
     for name in EMPTY_CAPTIONS:
-        null_text = source.pop(name, null_text)
-    weights = {}
+        null_text = take_tensor(source, name, 2, path) if name in source else null_text
     for ours, theirs in pixart_table(source).items():
-        for suffix in ("",) if theirs.endswith("table") else (".weight", ".bias"):
-            parts = [source.pop(part + suffix, None) for part in theirs.split()]
-            if any(part is None for part in parts):
-                raise ValueError(f"{path} is no checkpoint of this project, nor PixArt-alpha's: {theirs}{suffix} is "
-                                 "missing")
+        dims = {"": 2} if theirs.endswith("table") else {".weight": 4 if ours == "x_embedder" else 2, ".bias": 1}
+        for suffix, dim in dims.items():
+            parts = [take_tensor(source, part + suffix, dim, path) for part in theirs.split()]
+            if len({part.shape for part in parts}) > 1:
+                raise ValueError(f"{path}: {theirs}{suffix} differ in shape")
             weights[ours + suffix] = torch.cat(parts).float()
     if source:
         raise ValueError(f"{path} holds tensors of no PixArt-alpha model: {', '.join(sorted(source)[:4])}")
     return weights, null_text
 
 
+def take_tensor(source, name, dim, path):
+    """Takes a tensor of `dim` dimensions out of {name: tensor}. Raises ValueError naming it where there is none."""
+    if name not in source:
+        raise ValueError(f"{path} is no checkpoint of this project, nor PixArt-alpha's: {name} is missing")
+    tensor = source.pop(name)
+    dense = tensor.layout == torch.strided and tensor.is_floating_point()
+    if not dense or tensor.dim() != dim or not tensor.numel():
+        raise ValueError(f"{path}: {name} must be dense numbers of {dim} dimension(s), not {tensor.layout} "
+                         f"{tensor.dtype} {tuple(tensor.shape)}")
+    return tensor
+
+
 def pixart_table(source):
     """{our name of a part: the names in `source`, separated by spaces}, for as many blocks as `source` has."""
     diffusers = "pos_embed.proj.weight" in source
     names, prefix = (1, "transformer_blocks") if diffusers else (0, "blocks")
-    depth = 1 + max((int(name.split(".")[1]) for name in source if name.startswith(f"{prefix}.")), default=-1)
+    numbers = {name.split(".")[1] for name in source if name.startswith(f"{prefix}.")}
+    depth = next(k for k in range(len(numbers) + 1) if str(k) not in numbers)       # what stands beyond is left over
     table = {ours: theirs[names] for ours, theirs in PIXART_NAMES.items()}
     for k in range(depth):
         for ours, theirs in PIXART_BLOCK_NAMES.items():

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from data import LATENT_SCALE, VIEW_PHRASES, real_prompt
 from full.encoders import encode_captions, encoder_id, load_text_encoder
-from full.latents import check_shard, left_to_write, shard_header
+from full.latents import check_shard, left_to_write, save_shard, shard_header
 from sample import LATENT_CFG_SCALE, Sampling, load_network, sample_images
-from support.files import file_id, read_metadata, save_tensors
-from support.launch import BAR, a_seed, barrier, finite, launch, run_cli, some_steps, some_threads
+from support.files import file_id, read_metadata
+from support.launch import BAR, a_seed, barrier, check_out, finite, launch, run_cli, some_steps, some_threads
 
 
 def write_latent_real_set(out, base, synthetic, text_encoder, sampling, launched):
@@ -27,19 +27,22 @@ def write_latent_real_set(out, base, synthetic, text_encoder, sampling, launched
 
     out: folder, to which a shard for each shard of `synthetic` goes, a folder of `encode_objects`. base: the file of a
     model of latents. text_encoder: folder, as there. sampling: Sampling, of mode "real". A run that was stopped goes
-    on. Each image is a function of its caption, its view phrase and the seed, whatever the number of ranks. Raises
-    ValueError where `out` holds shards made otherwise.
+    on; shards of other captions than there are now are drawn again. Each image is a function of its caption, its view
+    phrase and the seed, whatever the number of ranks. Raises UsageError where no shard can be written, ValueError where
+    `out` holds shards made otherwise or of other objects.
     """
     config = read_metadata(base).get("config")
     if isinstance(config, dict) and config.get("vocab_size"):
         raise ValueError(f"{base} is of the toy world: python sample.py --real_set draws its real set")
+    shards = shards_to_draw(out, synthetic)
+    for path in shards:
+        check_out(path, "out")
     key = dict(base=file_id(base), text_encoder=encoder_id(text_encoder), seed=sampling.seed,
                num_steps=sampling.num_steps, cfg_scale=sampling.cfg_scale, scale=LATENT_SCALE)
-    shards = shards_to_draw(out, synthetic)
     for path, captions in shards.items():
         if os.path.exists(path):
             check_shard(path, key, list(captions))
-    mine = left_to_write(shards, launched)
+    mine = left_to_write(shards, launched, lambda path, captions: shard_header(path)["captions"] == captions)
     if mine:                                                            # T5 takes its time to load
         network, encode_text = load_network(base, launched.device), load_text_encoder(text_encoder, launched.device)
         null_text = encode_text([""])[0].half()
@@ -48,7 +51,7 @@ def write_latent_real_set(out, base, synthetic, text_encoder, sampling, launched
               disable=launched.rank > 0) as progress:
         for path, captions in mine.items():
             tensors = draw_shard(network, encode_text, captions, sampling, progress)
-            save_tensors(path, {"null_text": null_text} | tensors, shard=dict(key=key, captions=captions))
+            save_shard(path, {"null_text": null_text} | tensors, key, captions)
     barrier(launched)
 
 
@@ -56,8 +59,7 @@ def shards_to_draw(out, synthetic):
     """{path of a shard in OUT: {object ID: caption}}, one for each shard in `synthetic` and the folders inside it."""
     shards = {}
     for path in sorted(Path(synthetic).rglob("*.safetensors")):
-        _, captions = shard_header(path)
-        shards[os.path.join(out, os.path.relpath(path, synthetic))] = captions
+        shards[os.path.join(out, os.path.relpath(path, synthetic))] = shard_header(path)["captions"]
     if not shards:
         raise ValueError(f"{synthetic} holds no shards with captions: write them with python -m full.latents encode")
     return shards

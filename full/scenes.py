@@ -33,7 +33,7 @@ from full.encoders import Encoders, padded
 from full.latents import LatentSet, encode_objects
 from full.objects import first_of, object_folders, read_pixels
 from support.files import write_text
-from support.launch import UsageError, launch, run_cli, within
+from support.launch import UsageError, check_out, launch, run_cli, within
 from toy.scenes import SIDES, scene_set
 from toy.world import VOCAB
 
@@ -79,9 +79,11 @@ def encode_scene(folder, encode_image, encode_text, size):
 
 
 def write_toy_scenes(out, num, size, seed):
-    """Writes `num` toy scenes, each of another asset, as an example of the layout."""
-    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise UsageError(f"{out} is there already: name a new folder")
+    """Writes `num` toy scenes, each of another asset, as an example of the layout. Raises ValueError where `out` holds
+    something already."""
+    check_out(f"{out}/x", "out")
+    if os.path.isdir(out) and os.listdir(out):
+        raise ValueError(f"{out} is there already: name a new folder")
     for k in tqdm(range(num), desc="rendering", unit="scene"):
         with TemporaryDirectory() as folder:                            # a set of one asset
             scenes = scene_set(1, seed + k, size=size, folder=folder)

@@ -21,6 +21,7 @@ from support.files import write_bytes
 from support.pictures import save_image
 
 FARTHEST = 1e30                         # that a vertex may lie: more cannot be scaled
+MOST_CORNERS = 4096                     # of a concave polygon: each is tried, which takes a second
 MESH_KINDS = (".glb", ".gltf", ".obj", ".ply", ".stl")
 UNREADABLE = {                          # in a file, what trimesh would misread or leave out without a word
     rb"KHR_draco_mesh_compression|EXT_meshopt_compression|KHR_mesh_quantization":
@@ -143,18 +144,19 @@ def read_obj(path):
 
 def fan(index, p):
     """Cuts a polygon, the numbers of its n vertices and where they are (n, 3), into triangles around the first of its
-    corners from which none lies the wrong way round. Raises ValueError where there is no such corner."""
+    corners from which none lies the wrong way round; beyond MOST_CORNERS only its first is tried. Raises ValueError
+    where there is no such corner."""
     n = len(index)
     if n == 3:
         return [index]
     whole = np.cross(p, np.roll(p, -1, axis=0)).sum(axis=0)             # twice the area, along the normal
-    for first in range(n):
-        ring = [(first + k) % n for k in range(n)]
-        parts = [(first, a, b) for a, b in zip(ring[1:], ring[2:])]
-        areas = [np.cross(p[a] - p[o], p[b] - p[o]) @ whole for o, a, b in parts]
-        if all(area >= -1e-9 * (whole @ whole) for area in areas):
-            return [[index[k] for k in part] for part in parts]
-    raise ValueError("a polygon too concave for a fan: triangulate on export")
+    for first in range(n if n <= MOST_CORNERS else 1):
+        ring = np.roll(p - p[first], -first, axis=0)                    # from the corner around to the one before it
+        areas = np.cross(ring[1:-1], ring[2:]) @ whole
+        if (areas >= -1e-9 * (whole @ whole)).all():
+            turned = [*index[first:], *index[:first]]
+            return [[turned[0], a, b] for a, b in zip(turned[1:], turned[2:])]
+    raise ValueError("a polygon too concave for a fan, or of too many corners: triangulate on export")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

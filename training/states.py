@@ -34,14 +34,15 @@ def training_settings(args):
 
 def made_from(network, sets):
     """What a training starts from, as numbers that change when the files do: of the network (base model and stage 1)
-    and of each set in memory a checksum, of latents on disk how and of which objects they were made."""
+    and of each set in memory a checksum, of latents on disk how and of which objects they were made and the checksums
+    in their headers."""
     made = {"network": checksum(dict(network.named_parameters()))}
     for domain, dataset in sets.items():
         if isinstance(dataset, dict):
             made[f"{domain} set"] = checksum(dataset)
         else:
-            objects = " ".join(name for _, name in dataset.places)
-            made[f"{domain} set"] = [dataset.key, dataset.shape, zlib.crc32(objects.encode())]
+            held = f"{[name for _, name in dataset.places]} {dataset.checksums}"
+            made[f"{domain} set"] = [dataset.key, dataset.shape, zlib.crc32(held.encode())]
     return json.loads(json.dumps(made))
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from full import curate
 from support.folders import find_images
+from support.launch import UsageError
 
 
 def run(folder, out, *flags):
@@ -147,7 +148,16 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path, photos, stand_in):
     refused(SystemExit, "2", photos, out, "--k", 1, "--size", 0)
     refused(ValueError, "--prompt wants {}", photos, out, "--prompt", "a mug")
     cut = (cars, out, "--k", 1, "--masks", masks)
-    refused(FileNotFoundError, "no mask .*masks/car/a.png", *cut)
+    refused(FileNotFoundError, "masks/car has 0 mask.s. of the images in .*cars/car, fewer than --k 1", *cut)
+    file = masks.parent / "file"
+    file.touch()
+    for target, words in ((file, "file/car/x"), (file / "below", "below.json")):
+        refused(UsageError, f"OUT '.*{words}' must be the name of a file", cars, target, "--k", 1)
+    for ending in ("json", "png"):
+        (tmp_path / "taken" / f"o.{ending}").mkdir(parents=True)
+        refused(UsageError, f"taken/o.{ending}' must be the name of a file", cars, tmp_path / "taken" / "o", "--k", 1)
+        (tmp_path / "taken" / f"o.{ending}").rmdir()
+    assert not stand_in  # all this before the first score
     for wrong, words in (
         (Image.new("L", (2, 4), 255), "masks/car/a.png has 2 x 4 pixels, its image 4 x 2"),
         (Image.new("RGB", (4, 2), "red"), "masks/car/a.png is no mask"),
@@ -159,6 +169,18 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path, photos, stand_in):
     with pytest.raises(ValueError, match="full/car/z.png is not among the chosen"):
         run(cars, tmp_path / "full", "--k", 1)
     assert list(tree(tmp_path / "full")) == ["car/z.png"]
+
+
+def test_nothing_is_written_where_one_mask_is_missing(tmp_path, stand_in):
+    """That of one of the chosen: it takes scores to find it."""
+    for name in ("blue", "red"):
+        for k in range(2):
+            save(tmp_path / "photos" / name / f"{k}.png", (90 + k, 0, 90 + k))
+            if (name, k) != ("red", 1):
+                save(tmp_path / "masks" / name / f"{k}.png", Image.new("L", (8, 8), 255))
+    with pytest.raises(FileNotFoundError, match="no mask .*masks/red/1.png"):
+        run(tmp_path / "photos", tmp_path / "out", "--k", 1, "--masks", tmp_path / "masks")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.png").exists()
 
 
 def test_a_clip_model_on_disk_chooses(tmp_path):

@@ -17,6 +17,7 @@ from shapes import one_asset
 from data import control_maps
 from full.objects import object_folders, read_object, read_pixels, write_object, write_toy_objects
 from geometry.camera import AZIMUTHS, EXTENT, Views, camera
+from support.launch import UsageError
 from toy.render import Look, render
 from toy.world import asset_captions, sample_assets, take
 
@@ -213,9 +214,16 @@ def test_sizes_that_differ(folder, mug):
 
 
 def test_shape_of_positions(folder):
-    for shape in ((SIZE, SIZE), (SIZE, SIZE, 2), (3, SIZE, SIZE), (SIZE, SIZE, 3, 1)):
+    for shape in ((), (3,), (SIZE, SIZE), (SIZE, SIZE, 2), (3, SIZE, SIZE), (SIZE, SIZE, 3, 1)):
         np.save(folder / "position_001.npy", np.zeros(shape))
         refused(folder, folder / "position_001.npy", "shape")
+
+
+def test_a_header_that_promises_more_than_any_memory(folder):
+    with open(folder / "position_001.npy", "wb") as file:
+        header = dict(descr="<f4", fortran_order=False, shape=(10**8, 10**8, 3))
+        np.lib.format.write_array_header_1_0(file, header)
+    refused(folder, "cannot read", folder / "position_001.npy", "Unable to allocate")
 
 
 @pytest.mark.parametrize("how", ("gamma", "other code", "camera's frame"))
@@ -286,7 +294,7 @@ def test_transparent_everywhere(folder, mug):
 # ---- the program
 
 
-def test_toy_objects_through_the_command(tmp_path):
+def test_toy_objects_through_the_command(tmp_path, capsys):
     """They read back; run again, it leaves what is there; bad flags end in one line."""
     command = ("-m", "full.objects", tmp_path / "toy", "--num", 2, "--size", 24, "--seed", 5)
     done = script(*command)
@@ -297,9 +305,13 @@ def test_toy_objects_through_the_command(tmp_path):
     for k, folder in enumerate(folders):
         caption, views = read_object(folder)
         assert caption == asset_captions(assets)[k] and views.rgb.shape == (1, 4, 3, 24, 24)
-    write_toy_objects(tmp_path / "toy", 2, 24, 5)
+    for num, said in ((2, "wrote 0 objects to"), (3, "wrote 1 objects to")):
+        write_toy_objects(tmp_path / "toy", num, 24, 6)
+        assert f"{said} {tmp_path / 'toy'}; 2 were there already, and are left" in capsys.readouterr().out
     assert times == [path.stat().st_mtime_ns for folder in folders for path in sorted(folder.iterdir())]
     one_line_error(script(*command[:3], "--num", 0), 2, "--num: 0 does not lie in [1, 1000000]")
+    with pytest.raises(UsageError, match="meta.json/x' must be the name of a file"):
+        write_toy_objects(folders[0] / "meta.json", 1, 24)
 
 
 # ---- Objaverse-Ortho10View
@@ -420,6 +432,9 @@ def test_ortho10view_refused(teapot, tmp_path):
         (with_place(2, transform_matrix=scaled), path, "transform_matrix of view 2"),
         (with_place(2, transform_matrix=[[1, 0], [0]]), path, "locations"),
         (with_place(2, index=None), path, "index"),
+        (with_place(2, index=math.inf), path, "locations cannot be read: OverflowError"),
+        (with_place(2, ortho_scale=10**400), path, "locations cannot be read: OverflowError"),
+        (with_place(2, transform_matrix=[[10**400] * 4] * 4), path, "locations cannot be read: OverflowError"),
         (with_place(1, transform_matrix=turned), folder, "no four views"),              # view 1 is that at 270
         (with_place(1, ortho_scale=1.0), path, "ortho_scale"),
         (places[:5], folder, "no four views"),

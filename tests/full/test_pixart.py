@@ -82,6 +82,25 @@ def test_pixart_names_a_missing_and_a_left_over_tensor(tmp_path):
         load_pixart(path, 2, 16)
 
 
+@pytest.mark.parametrize("names, name, tensor, words", [
+    ("official", "y_embedder.y_proj.fc1.weight", torch.zeros(4), "fc1.weight must be dense numbers of 2 dim"),
+    ("official", "final_layer.linear.weight", torch.zeros(()), "linear.weight must be dense .* not .*float32 \\(\\)"),
+    ("official", "final_layer.linear.weight", torch.eye(32).to_sparse(), "must be dense .* not torch.sparse_coo"),
+    ("official", "final_layer.linear.weight", torch.zeros(32, 32).cfloat(), "must be dense .* not .*complex64"),
+    ("official", "x_embedder.proj.weight", torch.zeros(3, 4), "proj.weight must be dense numbers of 4 dim"),
+    ("official", "x_embedder.proj.weight", torch.zeros(32, 4, 0, 0), "proj.weight must be .* \\(32, 4, 0, 0\\)"),
+    ("official", "x_embedder.proj.weight", torch.zeros(33, 4, 2, 2), "heads 2 and 4 must divide width 33"),
+    ("official", "y_embedder.y_embedding", torch.eye(32).to_sparse(), "y_embedding must be dense"),
+    ("official", "blocks.x.attn.qkv.weight", torch.zeros(1), "holds tensors of no PixArt-alpha .*: blocks.x.attn"),
+    ("official", "blocks.100000.attn.qkv.weight", torch.zeros(1), "holds tensors of no .*: blocks.100000.attn"),
+    ("diffusers", "transformer_blocks.0.attn1.to_k.weight", torch.zeros(32, 5), "to_k .*to_v.weight differ in shape"),
+])
+def test_pixart_names_the_file_and_a_tensor_that_cannot_be(names, name, tensor, words, tmp_path):
+    torch.save(golden_pixart(names) | {name: tensor}, tmp_path / "p.pth")
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'p.pth'}.*{words}"):
+        load_pixart(tmp_path / "p.pth", 2, 16)
+
+
 def test_pixart_pth_is_read_with_its_empty_caption(tmp_path):
     """The original .pth, a position table and an empty caption in it, gives what the safetensors file gives."""
     tensors = golden_pixart()

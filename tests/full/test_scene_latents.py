@@ -54,7 +54,9 @@ def test_scenes_are_encoded_trained_on_and_drawn(full_run, monkeypatch):
     refuses(refany3d, (*drawing, "--mesh", "mug.glb"), 2, "needs PixArt's --vae and --text_encoder")
     refuses(refany3d, TRAIN[:4], 2, "--preset full needs --synthetic DIR")
     refuses(refany3d, (*TRAIN, "--renders"), 2, "--renders would do nothing")
-    refuses(full.scenes, ("toy", "scenes"), 2, "scenes is there already")
+    refuses(full.scenes, ("toy", "scenes"), 1, "scenes is there already")           # as of other folders of output
+    for command in (("toy", "vae/config.json"), ("encode", "scenes", "vae/config.json", *ENCODERS)):
+        refuses(full.scenes, command, 2, "out 'vae/config.json/", "must be the name of a file")
     refuses(full.scenes, ("encode", "scenes", "more", *ENCODERS, "--size", 100), 2, "--size must be a multiple of 8")
     tensors, metadata = load_tensors(str(out / "shards" / "0000.safetensors"))
     for name, value in (("0001.points", tensors["0001.points"][:4]), ("0001.text", tensors["0001.text"][:0])):
@@ -93,6 +95,7 @@ def test_bad_scenes_are_named(full_run):
         read_scene_folder(out / "scenes" / "0000", 64)
     objects = {f"a.{name}": torch.zeros(4, 2, 4, 16, 16).half() for name in ("color", "normal", "position")}
     objects |= {"a.text": torch.zeros(3, 32).half(), "null_text": torch.zeros(1, 32).half()}
-    save_tensors("objects/a.safetensors", objects, shard=dict(key=dict(scale=LATENT_SCALE), captions={"a": "a mug"}))
+    key = dict(scale=LATENT_SCALE, text_encoder="t5")
+    save_tensors("objects/a.safetensors", objects, shard=dict(key=key, captions={"a": "a mug"}))
     with pytest.raises(ValueError, match="objects holds no scenes"):
         SceneLatents("objects", CONFIG, num_references=8)

@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from shapes import box, textured_chair, volume
 
 from geometry.camera import AZIMUTHS
-from geometry.files import read_mesh, read_obj, read_scene, write_glb, write_obj
+from geometry.files import MOST_CORNERS, read_mesh, read_obj, read_scene, write_glb, write_obj
 from geometry.mesh import Mesh, mesh_views, rasterize
 from geometry.texture import turntable
 
@@ -76,6 +77,29 @@ def test_concave_polygons_are_cut_from_a_corner_that_can(tmp_path):
     p = vertices[faces]
     area = torch.linalg.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0])[:, 2] / 2
     assert area.min() > -1e-9 and area.sum() == pytest.approx(3.0)
+
+
+def polygon(radius):
+    """An OBJ of one polygon around the origin, its corners at these distances."""
+    turns = np.linspace(0, 2 * np.pi, len(radius), endpoint=False)
+    corners = np.stack([np.cos(turns), np.sin(turns)], axis=1) * np.array(radius)[:, None]
+    return "".join(f"v {x} {y} 0\n" for x, y in corners) + "f " + " ".join(map(str, range(1, 1 + len(corners)))) + "\n"
+
+
+@pytest.mark.parametrize("radius, faces, why", [
+    ([1, 1.5] * 750, 0, "a star: every corner is tried, which took a minute"),
+    ([1] * (MOST_CORNERS + 2), MOST_CORNERS, "a circle: of any number of corners"),
+    ([1] * 99 + [0.5], 98, "a dent: its own corner sees all others"),
+    ([1] * MOST_CORNERS + [0.5], 0, "too many of them to try"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_polygons_of_many_corners_take_no_time(radius, faces, why, tmp_path):
+    began, path = time.process_time(), tmp_path / "a.obj"
+    if not faces:
+        refused(path, f"line {len(radius) + 1} cannot be read .a polygon too concave", polygon(radius))
+    else:
+        path.write_text(polygon(radius))
+        assert len(read_obj(str(path))[1]) == faces
+    assert time.process_time() - began < 10
 
 
 def test_wrong_winding_and_stray_vertices_do_not_matter(tmp_path):
