@@ -155,7 +155,7 @@ def test_a_path_that_cannot_be_written(tiny_run, tmp_path):
     base, out = tiny_run / "base.safetensors", tmp_path / "file" / "s.png"
     flags = ("--model", base, "--prompt", "a red wooden mug", "--num_steps", 1, "--out", out)
     refuses(sample, flags, 2, "--out", "file")
-    refuses(train_stage1, ("--base", base, "--num_assets", 2, "--out", tmp_path / "file"), 1, "file")
+    refuses(train_stage1, ("--base", base, "--num_assets", 2, "--out", tmp_path / "file"), 2, "--out", "file")
 
 
 def test_help_of_every_program():

@@ -90,7 +90,7 @@ def parse_json(line):
         value = json.loads(line)
         is_note = "domain" not in value
         is_loss = isinstance(value.get("domain"), str) and math.isfinite(value.get("loss"))
-        if value["step"] in range(1, 10 ** 9) and (is_note or is_loss):
+        if isinstance(value["step"], int) and value["step"] > 0 and (is_note or is_loss):
             return value
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         pass
