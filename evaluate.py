@@ -31,7 +31,7 @@ from support.folders import find_images, in_batches, read_caption, read_image, r
 from support.launch import BAR, a_seed, check_picture, finite, launch, run_cli, some_steps, some_threads, within
 from support.networks import LPIPS_LAYERS, load_clip, load_inception, load_lpips
 from support.pictures import save_picture, to_uint8
-from support.speed import choose_dtype
+from support.speed import choose_dtype, has_compiler
 from toy.judge import load_judges, read, train_feature_net
 from toy.world import WORLD_VERSION, asset_captions, sample_assets, tokenize
 
@@ -538,8 +538,8 @@ def add_command(commands, name, run, what, *flags):
 
 def asked_sampling(args, device):
     """The Sampling that the flags ask for, on a CPU in the faster precision (bf16 moves psnr by less than 0.01), and
-    compiled where it takes minutes."""
-    pays = device.type == "cpu" and args.num * args.num_steps >= 500
+    compiled where it takes minutes and there is a compiler."""
+    pays = device.type == "cpu" and args.num * args.num_steps >= 500 and has_compiler()
     return Sampling(cfg_scale=args.cfg_scale, num_steps=args.num_steps, seed=args.seed, batch=8, compile=pays,
                     dtype=choose_dtype(device))
 

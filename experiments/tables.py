@@ -33,6 +33,7 @@ from geometry.camera import VIEWS
 from sample import default_base, sample_images
 from support.files import cached, file_id, load_tensors, locked, read_metadata, save_tensors, write_json
 from support.launch import BAR, Launched, a_seed, launch, run_cli, within
+from support.speed import has_compiler
 from support.networks import load_lpips
 from support.pictures import save_picture, to_pixels, to_uint8
 from toy.judge import load_judges
@@ -64,7 +65,7 @@ def trained_row(row, task, args, launched):
     flags = ["--task", task, *row.flags.split(), "--name", name, "--seed", str(args.seed), *flags_for(row, args)]
     more = ["--out", out, "--base", default_base("toy", args.folder), "--sample_every", "1000000"]
     more += ["--threads", str(args.threads)] if args.threads else []
-    more += ["--compile"] if launched.device.type == "cpu" else []
+    more += ["--compile"] if launched.device.type == "cpu" and has_compiler() else []
     training = fill_defaults(train_stage2.parse_args(more + flags), "stage2", launched)
     if stage1_comes_first(training) and not os.path.isfile(path):
         with locked(f"{out}/{stage1_folder(training.adapter, training.rank)}"):

@@ -5,6 +5,8 @@ several times faster on some processors and slower on others, so neither has a g
 """
 import math
 import os
+import shutil
+import sys
 import time
 
 import torch
@@ -37,6 +39,11 @@ def seconds_of(work, device):
 def autocast(device, dtype):
     """The context of a --dtype: bf16 autocast, or none for "float32" (and None, where nobody has chosen)."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def has_compiler():
+    """Whether there is the C++ compiler that torch.compile looks for, to compile for a CPU."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
 
 
 def compile_blocks(blocks):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import GOLDEN, random_model, trained_shifters
+from conftest import GOLDEN, random_inputs, random_model, trained_shifters
 from safetensors.torch import load_file
 
 import sample
@@ -198,3 +198,19 @@ def test_shifters_that_are_none_are_refused(tmp_path):
     save_model(str(tmp_path / "lora.safetensors"), model.config, model, adapter=adapted.adapter, adapter_kind="lora")
     with pytest.raises(ValueError, match="lora.safetensors has a baseline's adapter"):
         sample.load_network(str(tmp_path / "lora.safetensors"), shifters=path)
+
+
+def test_compiled_sampling_draws_the_same(monkeypatch):
+    """A grid of two views, with shifters; compilation costs seconds, so by the backend that only traces."""
+    compiled = []
+
+    def traced(block, **options):
+        compiled.append(block)
+        nn_compile(block, backend="aot_eager", **options)
+    nn_compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    network = ShiftedDiT(random_model(), trained_shifters()).eval()
+    text = {"text": random_inputs()[2]}
+    plain, same = (sample_images(network, text, Sampling("shifted", 1.5, 2, compile=compiles), 2)
+                   for compiles in (False, True))
+    assert compiled == list(network.dit.blocks) and (plain - same).abs().max() < 1e-4 < plain.std()

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import support.speed
-from support.speed import (Watch, attend, autocast, choose_dtype, choose_speed, choose_threads, thread_counts,
-                           time_choices)
+from support.speed import (Watch, attend, autocast, choose_dtype, choose_speed, choose_threads, has_compiler,
+                           thread_counts, time_choices)
 
 CPU = torch.device("cpu")
 
@@ -93,7 +93,7 @@ def test_autocast_is_what_the_flag_says():
 
 @pytest.mark.parametrize("length", [7, 40])
 def test_attention_in_bf16_is_its_formula(length):
-    """Against float64, with some text masked: on a CPU this is not PyTorch's kernel."""
+    """Against float64, with some text masked: on a CPU this is not PyTorch's kernel, but where nothing trains."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 8).bfloat16().requires_grad_() for n in (11, length, length))
     mask = torch.arange(length) < torch.tensor([[3], [length]])[:, None, None]  # (2, 1, 1, length)
@@ -102,8 +102,19 @@ def test_attention_in_bf16_is_its_formula(length):
     logits = torch.einsum("bhnd,bhmd->bhnm", *exact[:2]) / 8**0.5
     weights = logits.exp() * mask
     want = torch.einsum("bhnm,bhmd->bhnd", weights / weights.sum(-1, keepdim=True), exact[2])
-    assert got.dtype == torch.bfloat16 and (got.double() - want).norm() < 0.02 * want.norm()
+    with torch.no_grad():
+        drawn = attend(q, k, v, mask)  # by the kernel
+    for out in (got, drawn):
+        assert out.dtype == torch.bfloat16 and (out.double() - want).norm() < 0.02 * want.norm()
     got.square().sum().backward()
     want.square().sum().backward()
     for z, other in zip((q, k, v), exact):
         assert (z.grad.double() - other.grad).norm() < 0.02 * other.grad.norm()
+
+
+def test_a_compiler_is_looked_for_where_pytorch_looks(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+    assert not has_compiler()
+    (tmp_path / "g++").write_text("#!/bin/sh")
+    (tmp_path / "g++").chmod(0o755)
+    assert has_compiler()
