@@ -157,8 +157,10 @@ def test_two_rows_of_a_picture_have_two_names(tiny_toy):
 def test_a_model_of_stage_2_is_no_base_model(tiny_toy):
     out, _ = tiny_toy
     save_model(f"{out}/trained.safetensors", TINY, random_model(), settings=dict(task="texturing"))
-    for program in (train_stage1, train_stage2):
+    for program in (train_stage1, train_stage2, pretrain):
         refuses(program, ("--out", out, "--base", f"{out}/trained.safetensors"), 1, "trained.safetensors", "stage 2")
+        refuses(program, ("--out", out, "--base", f"{out}/nowhere.safetensors"), 1, "nowhere.safetensors")
+    assert not (out / "sets").exists()
 
 
 def test_another_name_leaves_the_default_one_in_peace(tiny_toy):

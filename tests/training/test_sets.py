@@ -5,7 +5,7 @@ import torch
 from conftest import ALONE, TINY, random_model, tiny_sets
 
 from dit import PRESETS, save_model
-from support.files import save_tensors
+from support.files import checksum, save_tensors
 from train_stage2 import parse_args
 from training.sets import base_model, read_set, training_sets
 
@@ -65,3 +65,12 @@ def test_a_set_that_cannot_be_is_named_with_what_is_wrong(name, tensor, message,
     with pytest.raises(ValueError) as refused:
         read_set(path, 8, views=1)
     assert str(refused.value).startswith(path) and message in str(refused.value)
+
+
+def test_a_set_whose_bytes_have_changed_is_named(tmp_path):
+    path, real = str(tmp_path / "set.safetensors"), tiny_sets()["real"]
+    save_tensors(path, real, checksum=checksum(real))
+    assert read_set(path, 8, views=1)["image"].shape == (24, 1, 3, 8, 8)
+    save_tensors(path, real | {"image": real["image"] ^ 1}, checksum=checksum(real))
+    with pytest.raises(ValueError, match="set.safetensors is damaged, its bytes have changed"):
+        read_set(path, 8, views=1)
