@@ -13,16 +13,16 @@ from glob import glob
 
 import pytest
 import torch
-from conftest import NULL, ROOT, TINY, random_model, script, tiny_sets, trained_shifters
+from conftest import ALONE, NULL, ROOT, TINY, random_model, script, tiny_sets, trained_shifters
 from train_worker import tiny_args, train_tiny
 
 import training.loop
 from dit import Block, add_noise, epsilon_loss
 from domain_shifter import REAL, SYN, ShiftedDiT
 from support.files import load_tensors
-from train_stage2 import parse_args
+from train_stage2 import parse_args, stage2_plan
 from training.batches import with_noise
-from training.loop import Iteration, check_sets, in_training, learning_rate, training_step
+from training.loop import Iteration, check_sets, describe, in_training, learning_rate, training_step
 
 WORKER = "tests/training/train_worker.py"
 
@@ -354,3 +354,17 @@ def test_two_ranks_stop_at_the_same_step_without_waiting_for_the_log(tmp_path):
     out, _ = torchrun.communicate(timeout=60)
     step = load_tensors(states(tmp_path)[-1])[1]["step"]
     assert torchrun.returncode != 0 and f"stopped by a signal at step {step};" in out
+
+
+def test_the_epochs_that_are_announced_are_those_of_the_plan(capsys):
+    """Counted over all steps, which `describe` does not do: there may be millions."""
+    plan, sets = stage2_plan(parse_args(["--real_warmup", "3"]), TINY.depth), tiny_sets()
+    args = argparse.Namespace(name="x", out="o", steps=44, batch=1, images_per_grid=4, dtype="float32")
+    describe(ShiftedDiT(random_model()), {}, sets, plan, args, ALONE, 0)
+    printed = capsys.readouterr().out
+    for domain, images in (("syn", 6 * 4), ("real", 24)):
+        steps = sum(plan(step).domain == domain for step in range(44))
+        assert f"{domain} set of {images // (4 if domain == 'syn' else 1)} x" in printed
+        assert f"image(s), {steps * 4 / images:.3g} epochs" in printed
+    args.steps = 10 ** 7
+    describe(ShiftedDiT(random_model()), {}, sets, plan, args, ALONE, 0)  # at once
