@@ -49,6 +49,7 @@ def has_compiler():
 def compile_blocks(blocks):
     """torch.compile for each of a network's blocks. What cannot be compiled runs as it is, and says so."""
     torch._dynamo.config.suppress_errors = True
+    torch._dynamo.config.skip_nnmodule_hook_guards = False      # else a model runs with the adapters of the one before
     for block in blocks:
         block.compile(dynamic=False)
 

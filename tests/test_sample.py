@@ -214,3 +214,10 @@ def test_compiled_sampling_draws_the_same(monkeypatch):
     plain, same = (sample_images(network, text, Sampling("shifted", 1.5, 2, compile=compiles), 2)
                    for compiles in (False, True))
     assert compiled == list(network.dit.blocks) and (plain - same).abs().max() < 1e-4 < plain.std()
+    for kind in (None, "lora", "linear"):  # an adapter is hooks, which what was compiled for another model lacks
+        network = new_network(random_model(), kind, 2).eval()
+        for p in network.adapter.parameters() if kind else ():
+            torch.nn.init.normal_(p)
+        want, got = (sample_images(network, text, Sampling("real", 1.5, 2, compile=compiles), 2)
+                     for compiles in (False, True))
+        assert (want - got).abs().max() < 1e-3, kind
