@@ -19,7 +19,7 @@ def sdedit(network, images, text, t=500, sampling=Sampling(), first=0):
     """
     done = []
     for k, grid in enumerate(images):
-        # not what the images were sampled from: DDIM, asked by the same network, would give them back
+        # not of SAMPLES, which gave the front view of the grid the noise that it was drawn from
         generator = seeded_generator(EDITS, sampling.seed, first + k)
         noise = torch.randn(grid.shape[1:], generator=generator).expand(grid.shape)                 # (V, C, H, W)
         done.append(denoised_again(network, grid, noise, text[k], t, sampling))

@@ -235,7 +235,8 @@ def test_results_that_are_none_are_named(stored, tmp_path):
         tables.read_results(str(tmp_path / "table1.json"), Namespace())
 
 
-@pytest.mark.parametrize("in_the_way", ["realiz3d_texturing.png", "realiz3d_texturing.safetensors", "stage1.png"])
+@pytest.mark.parametrize("in_the_way", ["realiz3d_texturing.png", "realiz3d_texturing.safetensors", "stage1.png",
+                                        "shifters.safetensors"])
 def test_a_folder_in_the_way_is_found_before_stage_1(in_the_way, tiny_toy):
     out, seen = tiny_toy
     (out / in_the_way).mkdir()

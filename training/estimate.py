@@ -16,7 +16,7 @@ from support.launch import check_out, launch
 from support.speed import CPU_DTYPES, MOST_THREADS, autocast, choose_speed, seconds_of, thread_counts, time_choices
 from toy.render import render
 from toy.world import sample_assets, tokenize
-from training.flags import fill_defaults, stage1_comes_first, stage1_folder, steps_of_stage
+from training.flags import fill_defaults, stage1_comes_first, stage1_file, stage1_folder, steps_of_stage
 from training.optimizers import make_optimizers
 from training.sets import check_base, real_set_path
 from training.states import stored_speed
@@ -61,6 +61,8 @@ def check_writable(args, stage):
     names = [args.name]
     if stage == "stage2" and stage1_comes_first(args):
         names.append(stage1_folder(args.adapter, args.rank))
+    if stage1_folder(args.adapter, args.rank) in names:
+        check_out(stage1_file(args), "what --out and --name lead to,")
     for name in names:
         for ending in (".png", ".safetensors", "/log.jsonl"):
             check_out(f"{args.out}/{name}{ending}", "what --out and --name lead to,")

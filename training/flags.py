@@ -64,7 +64,7 @@ def training_arguments(parser):
     add("--base", help="base model: a checkpoint of ours, or PixArt-alpha's .pth or safetensors (default: the run "
                        "folder's, else the one shipped in weights/)")
     add("--synthetic", help="synthetic set; full: folder of python -m full.latents encode (toy, small: a safetensors "
-        "file, default is to render it)")
+        "file, default is to render it; one of your own takes a --real too)")
     add("--real", help="real set; full: folder of python -m full.real_set (toy, small: a safetensors file, default is "
         "to let the base model draw it)")
     add("--num_assets", type=int, help="assets of the synthetic set: how many the toy world renders, and with a "
