@@ -523,15 +523,16 @@ def chosen_objects(args, size, task):
     return {key: value[list(meshes)] for key, value in held.items()}, meshes
 
 
-def models_beside(words, modes, device):
-    """{name of the row: (network, its (B_max, t_max))} of --beside [NAME=]MODEL .., no name twice or one of modes."""
+def models_beside(words, modes, device, config):
+    """{name of the row: (network, its (B_max, t_max))} of --beside [NAME=]MODEL .., no name twice or one of modes, all
+    of one configuration."""
     others = {}
     for word in words:
         name, _, file = word.rpartition("=")
         name = name or Path(file).name.removesuffix(".safetensors")
         if name in others or name in modes:
             raise UsageError(f"--beside {word}: there is a row called {name} already, give it another as NAME=MODEL")
-        others[name] = load_network(file, device), selected_shift(file)
+        others[name] = load_network(file, device, config), selected_shift(file)
     return others
 
 
@@ -575,7 +576,7 @@ def main(argv=None):
         decode = as_they_are
     out = args.out or f"runs/{args.preset}/sample.png"
     modes = ("syn", "real", "shifted") if args.domain == "all" else (args.domain,)
-    others = models_beside(args.beside, modes, launched.device)
+    others = models_beside(args.beside, modes, launched.device, network.dit.config)
     images = sample_modes(network, objects, task, modes, sampling, decode)
     beside = {}
     for name, (other, (B_max, t_max)) in others.items():

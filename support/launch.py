@@ -133,6 +133,8 @@ def run_cli(main):
         # of what PyTorch raises on a CPU only the words tell that memory is short
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             sys.exit("error: out of memory: use a smaller --batch, --num or size")
+        if isinstance(error, torch.distributed.DistError):
+            sys.exit(f"error: no connection to the other processes (MASTER_ADDR, MASTER_PORT): {error}")
         if "gloo" not in str(error):                        # whose connection to another process has closed
             raise
         sys.exit("error: another process has ended; where this was a training, the same command goes on from its last "

@@ -33,22 +33,23 @@ def load_inception(path, device="cpu"):
 
 LPIPS_LAYERS = (("net.slice1.0", 4, 2), ("net.slice2.3", 1, 2), ("net.slice3.6", 1, 1), ("net.slice4.8", 1, 1),
                 ("net.slice5.10", 1, 1))                    # AlexNet's convolutions: name, stride, padding
+LPIPS_SHAPES = ((64, 3, 11, 11), (192, 64, 5, 5), (384, 192, 3, 3), (256, 384, 3, 3), (256, 256, 3, 3))
 
 
 def load_lpips(path):
     """The weights of LPIPS on AlexNet, from a file of torch.save or safetensors: {name: tensor}, the convolutions of
-    LPIPS_LAYERS and a linear layer lin0, .. for each. Raises where one is missing."""
+    LPIPS_LAYERS and a linear layer lin0, .. for each. Raises where one is missing, of another shape or not finite."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no LPIPS weights at {path}: pip install lpips, then python -c \"import lpips, torch; "
                                 f"torch.save(lpips.LPIPS(net='alex').state_dict(), '{path}')\"")
     weights = load_tensors(path)[0]
-    names = [f"{name}.{part}" for name, _, _ in LPIPS_LAYERS for part in ("weight", "bias")]
-    missing = set(names + [f"lin{k}.model.1.weight" for k in range(5)]) - set(weights)
-    if missing:
-        raise ValueError(f"{path} lacks {min(missing)}: --lpips wants the state_dict of lpips.LPIPS(net='alex')")
-    broken = [name for name in names if weights[name].dim() not in (1, 4) or not weights[name].isfinite().all()]
-    if broken:
-        raise ValueError(f"{path} holds no weights in {broken[0]}: --lpips wants those of lpips.LPIPS(net='alex')")
+    for k, ((name, _, _), shape) in enumerate(zip(LPIPS_LAYERS, LPIPS_SHAPES)):
+        expected = {f"{name}.weight": shape, f"{name}.bias": shape[:1], f"lin{k}.model.1.weight": (1, shape[0], 1, 1)}
+        for part, wanted in expected.items():
+            found = weights.get(part, torch.empty(0))
+            if tuple(found.shape) != wanted or not found.isfinite().all():
+                raise ValueError(f"{path} lacks {part} {wanted}, or it is of another shape or not finite: --lpips "
+                                 "wants the state_dict of lpips.LPIPS(net='alex')")
     return weights
 
 

@@ -2,7 +2,7 @@
 nothing written."""
 import shutil
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from experiments import benchmark, layer_selective, shift, tables
 from related import refany3d
 from support.files import load_tensors, save_tensors
 from support.folders import find_images, read_caption, read_image, read_views
-from support.networks import LPIPS_LAYERS, load_inception, load_lpips
+from support.networks import load_inception
 from toy import pretrain
 from training.log import Log
 from training.states import stored_speed
@@ -152,6 +152,9 @@ def test_two_rows_of_a_picture_have_two_names(tiny_toy):
     base = f"{out}/base.safetensors"
     refuses(sample, ("--model", base, "--prompt", "a mug", "--beside", f"a={base}", f"a={base}"), 2, "called a already")
     refuses(sample, ("--model", base, "--prompt", "<end> mug"), 2, "--prompt: unknown word '<end>'")
+    save_model(f"{out}/larger.safetensors", replace(TINY, image_size=32), random_model(replace(TINY, image_size=32)))
+    flags = ("--model", base, "--prompt", "a mug", "--beside", f"{out}/larger.safetensors", "--out", f"{out}/a.png")
+    refuses(sample, flags, 1, "larger.safetensors is a checkpoint of another configuration: image_size 32")
 
 
 def test_a_model_of_stage_2_is_no_base_model(tiny_toy):
@@ -354,20 +357,6 @@ def test_a_map_off_its_camera_or_of_nothing_is_named():
     position = torch.full((1, 3, 8, 8), torch.nan)
     with pytest.raises(ValueError, match="position_000.npy lies wholly off its camera"):
         evaluate.check_cameras(position, [0], 20, "maps")
-
-
-@pytest.mark.parametrize("change", ["nan", "flat"])
-def test_lpips_weights_that_are_none_are_named(change, tmp_path):
-    path = str(tmp_path / "lpips.safetensors")
-    weights = {f"{name}.{part}": torch.ones((2, 2, 1, 1) if part == "weight" else 2)
-               for name, _, _ in LPIPS_LAYERS for part in ("weight", "bias")}
-    weights |= {f"lin{k}.model.1.weight": torch.ones(1, 2, 1, 1) for k in range(5)}
-    save_tensors(path, weights)
-    assert load_lpips(path)
-    first = f"{LPIPS_LAYERS[0][0]}.weight"
-    save_tensors(path, weights | {first: weights[first] * torch.nan if change == "nan" else torch.ones(2, 2)})
-    with pytest.raises(ValueError, match=f"lpips.safetensors holds no weights in {first}"):
-        load_lpips(path)
 
 
 def test_a_network_without_features_is_named(tmp_path):

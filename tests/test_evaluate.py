@@ -16,6 +16,7 @@ from geometry.hull import silhouette, visual_hull
 from geometry.mesh import Mesh, mesh_views
 from sample import Sampling, default_base, default_model, save_views
 from support.files import file_id, save_tensors
+from support.networks import load_lpips
 from support.pictures import to_uint8
 from toy.render import Look, render
 from toy.world import CATEGORIES, WORLD_VERSION, Assets, sample_assets
@@ -269,6 +270,17 @@ def test_golden_lpips(golden):
     assert evaluate.lpips(a, b, weights).tolist() == pytest.approx(values["lpips_alex"], rel=1e-5)
     assert evaluate.lpips(a, a, weights).abs().max() < 1e-6
     assert evaluate.lpips(a[None], b[None], weights).shape == (1, 2)
+
+
+def test_lpips_weights_that_are_none_are_named_part_by_part(golden, tmp_path):
+    path, weights = str(tmp_path / "lpips.safetensors"), golden_lpips_weights(golden[1])
+    save_tensors(path, weights)
+    assert load_lpips(path).keys() == weights.keys()
+    for name in ("net.slice1.0.weight", "net.slice5.10.bias", "lin2.model.1.weight"):
+        for broken in (weights[name] * torch.nan, weights[name][:1, None]):
+            save_tensors(path, weights | {name: broken})
+            with pytest.raises(ValueError, match=f"lpips.safetensors lacks {name} "):
+                load_lpips(path)
 
 
 # ---- folders of images

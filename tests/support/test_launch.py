@@ -18,7 +18,9 @@ def test_launch_names_a_process_without_a_gpu_and_a_thread_count_of_none(monkeyp
 
 @pytest.mark.parametrize("error, code", [
     (ValueError("bad word"), "error: bad word"), (FileNotFoundError("no such file: a"), "error: no such file: a"),
-    (FloatingPointError("not finite"), "error: not finite"), (KeyboardInterrupt(), 130)])
+    (FloatingPointError("not finite"), "error: not finite"), (KeyboardInterrupt(), 130),
+    (torch.distributed.DistNetworkError("timed out"),
+     "error: no connection to the other processes (MASTER_ADDR, MASTER_PORT): timed out")])
 def test_bad_input_ends_in_one_line_and_ctrl_c_with_its_code(error, code):
     def main():
         raise error

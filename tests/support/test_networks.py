@@ -23,7 +23,7 @@ def test_missing_or_wrong_networks_say_what_to_get(tmp_path):
     with pytest.raises(ValueError, match="is not a readable"):
         load_lpips(str(tmp_path / "text"))
     torch.save({"lin0.model.1.weight": torch.zeros(1)}, tmp_path / "part.pt")
-    with pytest.raises(ValueError, match="lacks lin1.model.1.weight"):
+    with pytest.raises(ValueError, match="lacks net.slice1.0.weight"):
         load_lpips(str(tmp_path / "part.pt"))
 
 
