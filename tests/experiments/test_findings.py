@@ -1,5 +1,6 @@
 """The paper's claims against the noise between seeds."""
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -20,15 +21,15 @@ def some_results(**values):
 
 
 def test_findings_hold_against_the_noise(tmp_path, capsys):
-    """Differences beyond twice their noise are confirmed or not, smaller ones are neither."""
+    """Differences that are more than chance are confirmed or not, smaller ones are neither."""
     for name, (_, rows) in TABLES.items():
-        values = {row.label: (500.0, 20.0) for row in rows}
-        values |= {"syn only": ((1000.0, 21.0), (1010.0, 21.0)), "syn + real": (1001.0, 21.0)}
-        values |= {"Realiz3D": (100.0, 22.0)}
-        values |= {"3 real data": ((100.0, 20.0), (101.0, 20.1)), "2 no real data": (50.0, 21.0)}
+        values = {row.label: ((500.0, 20.0), (503.0, 20.1)) for row in rows}
+        values |= {"syn only": ((1000.0, 21.0), (1020.0, 21.0)), "syn + real": ((1008.0, 21.0), (1011.0, 21.0))}
+        values |= {"Realiz3D": ((100.0, 22.0), (103.0, 22.1))}
+        values |= {"3 real data": ((100.0, 20.0), (113.0, 20.2)), "2 no real data": ((50.0, 21.0), (53.0, 21.1))}
         results = {label: row for label, row in some_results(**values).items()}
         if name == "table3":
-            results["LoRA 32"] = some_results(x=(50.0, 23.0))["x"]
+            results["LoRA 32"] = some_results(x=((50.0, 23.0), (53.0, 23.1)))["x"]
         write_json(f"{tmp_path}/{name}.json", dict(settings={}, rows=results))
     findings.main(["--results", str(tmp_path)])
     verdicts = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[2:]]
@@ -46,9 +47,24 @@ def test_the_committed_findings_are_those_of_the_committed_tables():
     assert findings.findings_lines(findings.read_tables(ROOT / "results")) == written.splitlines()
 
 
+def test_a_difference_is_held_against_what_chance_leaves_of_the_table():
+    """Against the two-way analysis of variance by hand: a seed that lifts all rows is no noise."""
+    table = np.array([[1.0, 3.5, 2.0], [4.0, 7.0, 4.5], [9.0, 11.0, 10.5], [2.0, 4.0, 4.0]])
+    rows = some_results(**{label: tuple((value, 20.0) for value in row) for label, row in zip("abcd", table)})
+    chance = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+    mean, most = findings.difference(rows, "KD_I", "a", "c")
+    assert mean == pytest.approx(table[2].mean() - table[0].mean())
+    assert most == pytest.approx(2.4469 * np.sqrt((chance**2).sum() / 6 * 2 / 3), rel=1e-4)     # of 6 degrees of freedom
+    # a row that lacks the seed that lifts all rows by 2 to 3 is compared within the seeds that it has
+    del rows["a"]["toy"]["1"]
+    both = findings.difference(rows, "KD_I", "a", "c")[0]
+    assert table[2].mean() - table[0, ::2].mean() > both + 0.3
+    assert abs(both - (table[2, ::2].mean() - table[0, ::2].mean())) < 0.3
+
+
 def test_what_is_not_measured_or_has_one_seed_is_said():
     claim = findings.Finding("claim", "table1", "KD_I", "a", "b")
-    rows = some_results(a=((1.0, 5.0), (3.0, 5.5)), b=(4.0, 6.0))
+    rows = some_results(a=((1.0, 5.0), (3.0, 5.5)), b=((4.0, 6.0), (4.5, 6.0)))
     assert findings.finding_line(claim, rows).endswith("within the noise |")
     rows["b"]["toy"] = {}
     assert findings.finding_line(claim, rows).endswith("| a: 2 | b: - | | not measured yet |")
@@ -61,9 +77,9 @@ def test_what_is_not_measured_or_has_one_seed_is_said():
 def test_a_baseline_ahead_on_both_axes_is_named():
     ours = {"Realiz3D": ((100.0, 20.0), (102.0, 20.2))}
     for other, outcome in (
-        ((50.0, 30.0), "| b | | not confirmed |"),
-        ((100.5, 20.2), "| b (perhaps) | | within the noise |"),
-        ((50.0, 19.0), "| none | | confirmed |"),
+        (((50.0, 30.0), (52.1, 30.3)), "| b | | not confirmed |"),
+        (((100.0, 20.1), (101.0, 20.4)), "| b (perhaps) | | within the noise |"),
+        (((50.0, 19.0), (51.0, 19.1)), "| none | | confirmed |"),
     ):
         assert findings.baselines_line("table1", some_results(**ours, b=other)).endswith(outcome), other
     for other, outcome in (((50.0, 30.0), "does not agree"), ((50.0, 19.0), "agrees")):
