@@ -27,9 +27,10 @@ def sdedit(network, images, text, t=500, sampling=Sampling(), first=0):
 
 
 @torch.no_grad()
-def denoised_again(network, images, noise, text, t, sampling):
+def denoised_again(network, images, noise, text, t, sampling, **inputs):
     """Images (B, C, H, W) in [-1, 1] with noise like them, noised to the last visited step that is not above t, and
-    denoised by the base model, each alone and asked for its text (B, L). As they are where no step lies so low."""
+    denoised by the base model, each alone and asked for its text (B, L). As they are where no step lies so low. inputs:
+    further ones of the network, as control (B, 1, C_c, H, W)."""
     config, like = network.dit.config, network.dit.positions            # like: its device and dtype
     steps = ddim_timesteps(sampling.num_steps, sampling.spacing)
     if t < steps.min():
@@ -37,7 +38,7 @@ def denoised_again(network, images, noise, text, t, sampling):
     start, null = steps[steps <= t].max(), {"text": tokenize([""]).to(like.device)}
     x = add_noise(images.to(like), noise.to(like), start.expand(len(images)).to(like.device))
     predict_noise = guided_noise(network, null, domain_mode("real", config.depth), sampling.cfg_scale,
-                                 text=text.to(like.device))
+                                 text=text.to(like.device), **inputs)
     with autocast(like.device, sampling.dtype):
         x0 = ddim_sample(predict_noise, x[:, None], sampling.num_steps, sampling.spacing, clip_x0=config.output_skip,
                          t_start=int(start))                                                        # (B, 1, C, H, W)

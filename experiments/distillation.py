@@ -33,6 +33,7 @@ ROWS = {                                # flags of related.cad; "stage 1" is dra
     "CAD":                  "",
     "stage 1 alone":        "",
     "without refinement":   "--strength 0",
+    "depth condition":      "--depth",
     "without pruning":      "--no-pruning",
     "gamma 0.3":            "--gamma 0.3",
     "gamma 30":             "--gamma 30",
@@ -41,8 +42,8 @@ ROWS = {                                # flags of related.cad; "stage 1" is dra
     "score distillation":   None,
 }
 OF_THE_ROWS = {"--object", "--reference", "--elevation", "--prompt", "--out", "--name", "--prior", "--base", "--seed",
-               "--threads", "--strength", "--pruning", "--no-pruning", "--gamma", "--num_poses", "--mesh", "--help",
-               "-h"}
+               "--threads", "--strength", "--depth", "--depth_model", "--pruning", "--no-pruning", "--gamma",
+               "--num_poses", "--mesh", "--help", "-h"}
 PERFECT = "perfect photographs"
 COLUMNS = dict(KD=0, photo=2, category=2, color=2, material=2, likeness=2, psnr_loo=1, two_fronts=2, chroma=3,
                diversity=2)
@@ -129,9 +130,10 @@ def made_objects(label, number, prompt, args):
             return dict(image=to_uint8(image), opacity=opacity, depth=depth)
         return cached(f"{out}/{name}.samples", dict(prior=file_id(prior), **settings), draw)
     name = "-".join([f"cad_{number}", *ROWS[label].replace("--", "").split()])
-    path, base = f"{out}/{name}.safetensors", default_base("toy", args.folder)
+    path = f"{out}/{name}.safetensors"
     flags = ["--object", str(number), "--prompt", prompt, "--out", out, "--name", name, "--prior", prior]
-    flags += ["--base", base, "--seed", str(args.seed), "--threads", str(args.threads or 1), *ROWS[label].split()]
+    flags += [] if "--depth" in ROWS[label] else ["--base", default_base("toy", args.folder)]
+    flags += ["--seed", str(args.seed), "--threads", str(args.threads or 1), *ROWS[label].split()]
     flags += args.train_flags.split()
     if not os.path.isfile(path):
         print(f"{label}: python -m related.cad {' '.join(flags)}", flush=True)

@@ -9,6 +9,7 @@ views of the reference first, mends and sorts them, and trains a 3D GAN to draw 
 
     1  prior        a view-conditioned diffusion model draws the object from poses all around      `draw_views`
     2  refinement   SDEdit by the photographic base model, with the view's name in the prompt      `refine`
+                    or, with --depth, by Realiz3D's texturing model under a depth condition        `refine_by_depth`
     3  pruning      of the samples of a pose, those that disagree with the others are dropped       `agree_with_others`
     4  3D GAN       no pose for the generator, the pose for the discriminator; R1, ADA              `stage1_losses`
     5  two stages   images enlarged by convolutions; then the planes, so that all views agree       `stage2_losses`
@@ -316,8 +317,10 @@ def parse_args(argv=None):
     add("--num_steps", type=some_steps, default=25, help="DDIM steps of a sample (default %(default)s)")
     add("--view_scale", type=within(-100, 100, float), default=2.0, help="guidance on the reference (default "
         "%(default)s)")
-    add("--strength", type=within(0, 1, float), default=0.5, help="noise of the refinement, 0: none (default "
-        "%(default)s)")
+    add("--depth", action="store_true", help="refine under a depth condition: by a texturing model of Realiz3D, which "
+        "keeps to the shape of what it refines")
+    add("--depth_model", help="that model (default: the run folder's, else the shipped one)")
+    add("--strength", type=within(0, 1, float), help="noise of the refinement, 0: none (default 0.5; with --depth 0.8)")
     add("--pruning", action=argparse.BooleanOptionalAction, default=True, help="drop samples that disagree")
     add("--gamma", type=within(0, 10 ** 6, float), default=3.0, help="weight of R1 (default %(default)s)")
     add("--steps", type=within(1, 10 ** 7), default=1500, help="steps of stage 1 (default %(default)s)")
@@ -338,6 +341,10 @@ def parse_args(argv=None):
         parser.error("--each must be at least 3, for samples to agree with others, or --no-pruning given")
     if args.num_poses * args.each > 10 ** 5:
         parser.error(f"--num_poses {args.num_poses} x --each {args.each} is more than 100,000 samples")
+    if args.strength is None:
+        args.strength = 0.8 if args.depth else 0.5
+    unread = ["base"] if args.depth else ["depth_model"]
+    refuse_unread(parser, args, unread, "with --depth" if args.depth else "without --depth")
     if args.object is not None:
         refuse_unread(parser, args, ["elevation"], "with --object, which is seen from 20 degrees")
     args.name = args.name or ("cad" if args.object is None else f"cad_{args.object}")

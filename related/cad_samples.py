@@ -15,15 +15,14 @@ from baselines.sdedit import denoised_again
 from dit import PRESETS, T
 from geometry.camera import VIEWS
 from geometry.hull import silhouette
-from related.view_prior import draw_views, load_prior, poses_around
-from sample import CFG_SCALE, Sampling, initial_noise, load_network
+from related.depth_condition import refine_by_depth, train_surface_net
+from related.view_prior import REFINEMENT, draw_views, load_prior, poses_around
+from sample import CFG_SCALE, Sampling, default_model, initial_noise, load_network, trained_task
 from support.files import cached, checksum, file_id, read_metadata
 from support.launch import BAR
 from support.pictures import save_picture, to_uint8
 from toy.world import tokenize
 from training.sets import base_path, check_base
-
-REFINEMENT = 10 ** 9    # added to a sample's number, it names the noise of its refinement
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Distribution refinement: SDEdit (Meng et al. 2022) by the photographic model
@@ -81,19 +80,29 @@ def prior_path(args):
     return path
 
 
+def refiner_path(args):
+    """The model that refines: with --depth a texturing model of Realiz3D, else the base model."""
+    return args.depth_model or default_model() if args.depth else base_path(args)
+
+
 def load_models(args):
-    """The prior and the base model that refines what it draws, before any work. Raises FileNotFoundError, or ValueError
+    """The prior and the model that refines what it draws, before any work. Raises FileNotFoundError, or ValueError
     where one is another thing."""
-    prior = load_prior(prior_path(args))
-    check_base(args)
-    return prior, load_network(base_path(args), config=PRESETS["toy"])
+    prior, path = load_prior(prior_path(args)), refiner_path(args)
+    if not args.depth:
+        check_base(args)
+    refiner = load_network(path, config=PRESETS["toy"])
+    if args.depth and (trained_task(path) != "texturing" or not refiner.knows_domains):
+        raise ValueError(f"{path} (--depth_model) is no texturing model with Domain Shifters: train one with python "
+                         "train_stage2.py")
+    return prior, refiner
 
 
 def samples_key(reference, args):
     """What the samples of a reference are made from."""
-    flags = ("prompt", "elevation", "num_poses", "each", "num_steps", "view_scale", "strength", "seed")
+    flags = ("prompt", "elevation", "num_poses", "each", "num_steps", "view_scale", "depth", "strength", "seed")
     return dict(reference=checksum({"image": reference}), prior=file_id(prior_path(args)),
-                base=file_id(base_path(args)), **{flag: getattr(args, flag) for flag in flags})
+                refiner=file_id(refiner_path(args)), **{flag: getattr(args, flag) for flag in flags})
 
 
 def reference_samples(models, reference, judge, args):
@@ -107,12 +116,16 @@ def reference_samples(models, reference, judge, args):
         raise ValueError(f"{path} was made with other settings: {', '.join(other)}; use another --name, or delete it")
 
     def build():
-        prior, base = models
-        guided = replace(sampling, cfg_scale=args.view_scale)
+        (prior, refiner), each = models, [part.repeat_interleave(args.each) for part in poses]
+        of_prior, of_refiner = (replace(sampling, cfg_scale=scale) for scale in (args.view_scale, CFG_SCALE))
         with tqdm(total=args.num_poses * args.each, desc="the prior's samples", unit="image", bar_format=BAR) as bar:
-            drawn = draw_views(prior, reference, args.elevation, poses, args.each, guided, bar)
-        refined = refine(base, drawn.flatten(0, 1), poses[0].repeat_interleave(args.each), args.prompt, args.strength,
-                         replace(sampling, cfg_scale=CFG_SCALE))
+            drawn = draw_views(prior, reference, args.elevation, poses, args.each, of_prior, bar)
+        images = drawn.flatten(0, 1)
+        if args.depth:
+            net = train_surface_net(f"{args.out}/sets")
+            refined = refine_by_depth(refiner, net, images, each, args.prompt, args.strength, of_refiner)
+        else:
+            refined = refine(refiner, images, each[0], args.prompt, args.strength, of_refiner)
         return dict(drawn=to_uint8(drawn), image=to_uint8(refined).view(drawn.shape))
     made = cached(path, key, build)
     images, shape = made["image"], made["image"].shape[:2]

@@ -159,17 +159,16 @@ def conv(inputs, outputs):
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-class NormalNet(nn.Module):
-    """Reads unit normals in the camera's frame (right, up, towards it) off images: (N, 3, H, W) in [0, 1] -> the same
-    shape. A U-Net of three scales."""
+class UNet(nn.Module):
+    """Reads maps (N, outputs, H, W) off images (N, 3, H, W) in [0, 1], at three scales."""
 
-    def __init__(self, width=16):
+    def __init__(self, outputs, width=16):
         super().__init__()
         w = width
         self.down = nn.ModuleList(nn.Sequential(conv(a, b), conv(b, b))
                                   for a, b in ((3, w), (w, 2 * w), (2 * w, 4 * w)))
         self.up = nn.ModuleList([conv(4 * w + 2 * w, 2 * w), conv(2 * w + w, w)])
-        self.head = nn.Conv2d(w, 3, 1)
+        self.head = nn.Conv2d(w, outputs, 1)
 
     def forward(self, images):
         x, scales = images * 2 - 1, []
@@ -178,7 +177,18 @@ class NormalNet(nn.Module):
             scales.append(x)
         for stage, skip in zip(self.up, (scales[1], scales[0])):
             x = stage(torch.cat([F.interpolate(x, skip.shape[-2:]), skip], dim=1))
-        return F.normalize(self.head(x), dim=1)
+        return self.head(x)
+
+
+class NormalNet(UNet):
+    """Reads unit normals in the camera's frame (right, up, towards it) off images: (N, 3, H, W) in [0, 1] -> the same
+    shape."""
+
+    def __init__(self):
+        super().__init__(outputs=3)
+
+    def forward(self, images):
+        return F.normalize(super().forward(images), dim=1)
 
     @torch.no_grad()
     def angular_error(self, images, normal, azimuth=AZIMUTHS):
@@ -191,9 +201,10 @@ class NormalNet(nn.Module):
         return (angle * surface).flatten(1).sum(1) / surface.flatten(1).sum(1).clamp(min=1)
 
 
-def in_camera(normal, azimuth):
-    """Normals (B, V, 3, H, W) of the object's frame in that of cameras at azimuth (B, V) degrees: right, up, to it."""
-    right, up, forward = camera(azimuth)
+def in_camera(normal, azimuth, elevation=ELEVATION):
+    """Normals (B, V, 3, H, W) of the object's frame in that of cameras at azimuth (B, V) degrees: right, up, to it.
+    elevation: degrees, one number or (B, V)."""
+    right, up, forward = camera(azimuth, elevation)
     axes = torch.stack([right, up, -forward], dim=-2).to(normal)                                    # (B, V, 3, 3)
     return torch.einsum("bvij,bvjhw->bvihw", axes, normal)
 
@@ -205,23 +216,25 @@ def train_normal_net(folder="runs/toy/sets", num=8000, steps=4000, size=32, seed
         azimuth = 360 * torch.rand(num, 1, generator=generator)
         photo, plain = (render(assets, Look(style, seed=seed), azimuth, size) for style in ("photo", "render"))
         images, normal = torch.stack([plain.rgb, photo.rgb])[:, :, 0], in_camera(photo.normal, azimuth)[:, 0]
-        return fit_normal_net(images, normal, steps, seed)
+
+        def loss_of(shown, pick):
+            return -(shown * normal[pick]).sum(dim=1).mean()            # the cosine of the angle; 0 off the object
+        return fit_surface_net(NormalNet, images, loss_of, steps, seed)
     return kept_net(folder, f"normals_{num}_{steps}_{size}_{seed}", NormalNet(), build)
 
 
-def fit_normal_net(images, normal, steps, seed):
-    """A NormalNet trained on images (2, N, 3, H, W), renders and photos of the same N objects, and their normals
-    (N, 3, H, W) in the camera's frame; a function of seed."""
+def fit_surface_net(new_net, images, loss_of, steps, seed):
+    """A network new_net() trained on images (2, N, 3, H, W), renders and photos of the same N objects, to make
+    loss_of(what it gives of some, their numbers) small; a function of seed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = NormalNet()
+        net = new_net()
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for _ in tqdm(range(steps), desc="normal net", leave=False):
-        pick, domain = (torch.randint(0, n, (32,), generator=generator) for n in (len(normal), 2))
-        shown = net(disturb(images[domain, pick], generator, shift=False))
-        loss = -(shown * normal[pick]).sum(dim=1).mean()         # the cosine of the angle; 0 off the object
+    for _ in tqdm(range(steps), desc=new_net.__name__, leave=False):
+        pick, domain = (torch.randint(0, n, (32,), generator=generator) for n in (images.shape[1], 2))
+        loss = loss_of(net(disturb(images[domain, pick], generator, shift=False)), pick)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

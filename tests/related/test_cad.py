@@ -10,10 +10,10 @@ from PIL import Image
 from dit import PRESETS, save_model
 from domain_shifter import DomainShifters, ShiftedDiT
 from geometry.hull import silhouette
-from related import cad, view_prior
+from related import cad, cad_samples, view_prior
 from related.cad import (Batch, field_mesh, gan_batch, invert, read_reference, stage1_losses, stage2_losses, turned,
                          windows)
-from related.cad_samples import agree_with_others, refine, view_phrase
+from related.cad_samples import agree_with_others, load_models, reference_samples, refine, view_phrase
 from related.triplanes import SIZE, Discriminator, Generator, Z
 from related.view_prior import draw_views, load_prior, new_prior, poses_around
 from sample import Sampling
@@ -272,6 +272,32 @@ def test_one_reference_from_samples_to_generator_and_a_run_that_was_stopped(prio
     refuses(cad, (*flags, "--name", "view_prior"), 1, "view_prior.safetensors is no generator")
 
 
+def test_samples_refined_under_a_depth_condition(prior_and_base, monkeypatch):
+    """The same samples of the prior; refined by the texturing model, which comes with its shifters."""
+    out, small = prior_and_base, PRESETS["toy"]
+    save_model(f"{out}/texturing.safetensors", small, random_model(small, seed=1), shifters=DomainShifters(small),
+               settings={"task": "texturing"})
+    seen = []
+
+    def net(images):
+        seen.append(len(images))
+        return images, images[:, :1]
+    monkeypatch.setattr(cad_samples, "train_surface_net", lambda folder: net)
+    judge, reference = cad.train_feature_net(""), torch.full((3, SIZE, SIZE), 0.5)
+    flags = ["--object", "1", "--prompt", PROMPT, "--out", str(out), "--num_poses", "8", "--each", "3", "--num_steps",
+             "2", "--no-pruning"]
+    made = {}
+    for name, more in (("a", []), ("b", ["--depth", "--depth_model", f"{out}/texturing.safetensors"])):
+        args = cad.parse_args([*flags, "--name", name, *more])
+        assert args.strength == (0.8 if more else 0.5)
+        reference_samples(load_models(args), reference, judge, args)
+        made[name], metadata = load_tensors(f"{out}/{name}/samples.safetensors")
+        assert metadata["key"]["refiner"][0] == ("texturing.safetensors" if more else "base.safetensors")
+    assert seen == [24] and torch.equal(made["a"]["drawn"], made["b"]["drawn"])
+    assert not torch.equal(made["b"]["drawn"], made["b"]["image"])
+    assert not torch.equal(made["a"]["image"], made["b"]["image"])
+
+
 def test_a_picture_as_reference(tmp_path):
     """Padded with white to a square."""
     Image.new("RGB", (64, 32), (255, 0, 0)).save(tmp_path / "a.png")
@@ -289,7 +315,8 @@ def test_a_picture_as_reference(tmp_path):
 
 @pytest.mark.parametrize("flags, word", [
     (("--name", " "), "--name ' ' is no plain name"), (("--obj", 3), "unrecognized arguments: --obj 3"),
-    (("--out", "file"), "--out 'file/cad_1"),
+    (("--out", "file"), "--out 'file/cad_1"), (("--depth", "--base", "a"), "--base would do nothing with --depth"),
+    (("--depth_model", "a"), "--depth_model would do nothing without --depth"),
 ])
 def test_flags_are_refused_at_once(flags, word, tmp_path, monkeypatch):
     monkeypatch.setattr(cad, "launch", None)
@@ -302,6 +329,7 @@ def test_flags_are_refused_at_once(flags, word, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flag, name, word", [
     ("--prior", "base", "base.safetensors holds no view-conditioned model"), ("--prior", "none", "(--prior): train it"),
     ("--base", "shifters", "shifters.safetensors holds Domain Shifters only"), ("--base", "none", "(--base)"),
+    ("--depth_model", "base", "(--depth_model) is no texturing model"),
 ])
 def test_wrong_models_are_named_before_any_work(flag, name, word, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "toy", TINY)
@@ -311,6 +339,10 @@ def test_wrong_models_are_named_before_any_work(flag, name, word, tmp_path, monk
     save_model(f"{tmp_path}/shifters.safetensors", TINY, shifters=DomainShifters(TINY))
     save_model(f"{tmp_path}/prior.safetensors", prior.dit.config, prior.dit, adapter=prior.adapter, adapter_kind="pose")
     given = {"--prior": "prior", "--base": "base"} | {flag: name}
-    flags = [word for flag, name in given.items() for word in (flag, f"{tmp_path}/{name}.safetensors")]
+    more = []
+    if flag == "--depth_model":
+        more = ["--depth"]
+        del given["--base"]
+    flags = [word for flag, name in given.items() for word in (flag, f"{tmp_path}/{name}.safetensors")] + more
     refuses(cad, ("--object", 1, "--prompt", PROMPT, "--out", tmp_path / "run", *flags), 1, word)
     assert not (tmp_path / "run").exists()
