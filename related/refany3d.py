@@ -48,6 +48,7 @@ from training.loop import Iteration, save_trained, train
 from training.sets import base_model, base_path, null_caption
 
 SHOWN = 4                               # held-out assets of the picture
+GATE = 10                               # a gate is this times its weight, which AdamW moves by its rate a step at most
 VIEW_COUNTS = (1, 2, 4, 6, 8)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ class BranchBlock(nn.Module):
         q, k = attn.q_norm(q), attn.k_norm(k)
         drawn = attend(q[:, :, :K * N], k, v)                                   # image and map: to all
         alone = attend(q[:, :, :N], k[:, :, :N], v[:, :, :N])                   # the image as the base model draws it
-        image = alone + self.gate * (drawn[:, :, :N] - alone)
+        image = alone + GATE * self.gate * (drawn[:, :, :N] - alone)
         q, k, v = [part.unflatten(2, (G, K * N)).transpose(1, 2) for part in (q, k, v)]            # (B, G, h, K N, d/h)
         k, v = [torch.cat([part[:, 1:], part[:, :1].expand_as(part[:, 1:])], dim=3) for part in (k, v)]
         views = attend(q[:, 1:].flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))                    # (B V, h, K N, d/h)

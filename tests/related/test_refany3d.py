@@ -10,7 +10,8 @@ from conftest import TINY, random_model, refuses, run_main
 from dit import PRESETS, save_model, timestep_embedding
 from domain_shifter import REAL, SYN, DomainShifters, ShiftedDiT, uniform_domains
 from related import refany3d, view_prior
-from related.refany3d import RefAny3D, References, TwoLoRAs, branch_positions, branches, draw, load_refany3d
+from related.refany3d import (GATE, RefAny3D, References, TwoLoRAs, branch_positions, branches, draw,
+                              load_refany3d)
 from sample import Sampling
 from support.files import file_id, load_tensors
 from training.loop import Iteration, seen_control
@@ -67,7 +68,7 @@ def test_each_branch_attends_to_what_the_table_says():
     """Against softmax over a hand-written mask of all pairs of tokens."""
     made = network()
     block, attn, (G, K, N) = made.adapter.blocks[0], made.dit.blocks[0].attn, (4, 2, 4)
-    block.gate.data.fill_(0.3)
+    block.gate.data.fill_(0.3 / GATE)
     qkv = torch.randn(2, G, K, N, 3 * TINY.width, dtype=torch.float64)
     names = [(g, k) for g in range(G) for k in range(K) for _ in range(N)]      # group and kind of each token
     masks = {}
