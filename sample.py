@@ -238,10 +238,10 @@ def default_base(preset="toy", folder=None):
     raise FileNotFoundError(f"preset {preset} has no base model yet: {how}")
 
 
-def default_model(preset="toy", task="texturing", method="realiz3d"):
+def default_model(preset="toy", task="texturing", method="realiz3d", folder=None):
     """Path of the trained model: the run folder's, else the one that comes with the repository."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    for path in (f"runs/{preset}/{method}_{task}.safetensors", f"{here}/weights/{preset}_{method}_{task}.safetensors"):
+    here, name = os.path.dirname(os.path.abspath(__file__)), f"{method}_{task}.safetensors"
+    for path in (f"{folder or f'runs/{preset}'}/{name}", f"{here}/weights/{preset}_{name}"):
         if os.path.isfile(path):
             return path
     flags = f"--preset {preset} --task {task}" + (f" --method {method}" if method != "realiz3d" else "")

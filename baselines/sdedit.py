@@ -29,8 +29,8 @@ def sdedit(network, images, text, t=500, sampling=Sampling(), first=0):
 @torch.no_grad()
 def denoised_again(network, images, noise, text, t, sampling, **inputs):
     """Images (B, C, H, W) in [-1, 1] with noise like them, noised to the last visited step that is not above t, and
-    denoised by the base model, each alone and asked for its text (B, L). As they are where no step lies so low. inputs:
-    further ones of the network, as control (B, 1, C_c, H, W)."""
+    denoised by the network (ShiftedDiT), each alone and asked for its text (B, L). As they are where no step lies so
+    low. inputs: further ones of the network, on its device, as control (B, 1, C_c, H, W)."""
     config, like = network.dit.config, network.dit.positions            # like: its device and dtype
     steps = ddim_timesteps(sampling.num_steps, sampling.spacing)
     if t < steps.min():

@@ -20,7 +20,7 @@ from related import cad
 from related.score_distillation import distill_score
 from related.triplanes import SIZE, Z, rays
 from related.view_prior import load_prior, poses_around
-from sample import default_base
+from sample import default_base, default_model
 from support.files import cached, file_id, locked, read_metadata, write_json
 from support.generators import GAN, seeded_generator
 from support.launch import a_seed, launch, run_cli, some_threads, within
@@ -132,7 +132,9 @@ def made_objects(label, number, prompt, args):
     name = "-".join([f"cad_{number}", *ROWS[label].replace("--", "").split()])
     path = f"{out}/{name}.safetensors"
     flags = ["--object", str(number), "--prompt", prompt, "--out", out, "--name", name, "--prior", prior]
-    flags += [] if "--depth" in ROWS[label] else ["--base", default_base("toy", args.folder)]
+    refiner = ("--depth_model", default_model(folder=args.folder)) if "--depth" in ROWS[label] else \
+        ("--base", default_base("toy", args.folder))
+    flags += refiner
     flags += ["--seed", str(args.seed), "--threads", str(args.threads or 1), *ROWS[label].split()]
     flags += args.train_flags.split()
     if not os.path.isfile(path):

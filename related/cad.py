@@ -15,7 +15,8 @@ views of the reference first, mends and sorts them, and trains a 3D GAN to draw 
     5  two stages   images enlarged by convolutions; then the planes, so that all views agree       `stage2_losses`
     6  use          samples, ways between them, the reference's own w (inversion), meshes           `write_sheets`
 
-Steps 1 to 3 are in related/cad_samples.py, the networks in related/triplanes.py. To resume, run it again.
+Steps 1 to 3 are in related/cad_samples.py (the depth condition in related/depth_condition.py), the networks in
+related/triplanes.py. To resume, run it again.
 """
 import argparse
 import json
@@ -268,8 +269,8 @@ def distill(args):
     if os.path.isfile(path):
         made = read_metadata(path).get("made")
         if made != json.loads(json.dumps(key)):
-            raise ValueError(f"{path} is no generator of CAD, or was made from another reference, prior or base model "
-                             "or with other flags: use another --name, or delete it")
+            raise ValueError(f"{path} is no generator of CAD, or was made from another reference, prior or refining "
+                             "model, or with other flags: use another --name, or delete it")
     else:
         print(f"{args.name}: {args.num_poses} poses x {args.each} samples, refined and sorted; {args.steps} steps of "
               f"stage 1, {args.lift_steps} of stage 2, of {args.batch} images; into {folder}", flush=True)

@@ -1,7 +1,8 @@
 """Steps 1 to 3 of CAD (related/cad.py): the samples of one reference that its 3D GAN learns from.
 
-The view-conditioned prior draws the reference from all around (related/view_prior.py), the photographic base model
-refines what it drew, and of the samples of a pose those that disagree with the others are dropped.
+The view-conditioned prior draws the reference from all around (related/view_prior.py), a photographic model refines
+what it drew (the base model, or under a depth condition Realiz3D's: related/depth_condition.py), and of the samples of
+a pose those that disagree with the others are dropped.
 """
 import json
 import os
@@ -15,8 +16,8 @@ from baselines.sdedit import denoised_again
 from dit import PRESETS, T
 from geometry.camera import VIEWS
 from geometry.hull import silhouette
-from related.depth_condition import refine_by_depth, train_surface_net
-from related.view_prior import REFINEMENT, draw_views, load_prior, poses_around
+from related.depth_condition import REFINEMENT, refine_by_depth, train_surface_net
+from related.view_prior import draw_views, load_prior, poses_around
 from sample import CFG_SCALE, Sampling, default_model, initial_noise, load_network, trained_task
 from support.files import cached, checksum, file_id, read_metadata
 from support.launch import BAR
@@ -82,7 +83,9 @@ def prior_path(args):
 
 def refiner_path(args):
     """The model that refines: with --depth a texturing model of Realiz3D, else the base model."""
-    return args.depth_model or default_model() if args.depth else base_path(args)
+    if not args.depth:
+        return base_path(args)
+    return args.depth_model or default_model(folder=args.out)
 
 
 def load_models(args):
@@ -92,7 +95,7 @@ def load_models(args):
     if not args.depth:
         check_base(args)
     refiner = load_network(path, config=PRESETS["toy"])
-    if args.depth and (trained_task(path) != "texturing" or not refiner.knows_domains):
+    if args.depth and (trained_task(path) != "texturing" or refiner.shifters is None):
         raise ValueError(f"{path} (--depth_model) is no texturing model with Domain Shifters: train one with python "
                          "train_stage2.py")
     return prior, refiner

@@ -12,9 +12,7 @@ from baselines.sdedit import denoised_again
 from data import control_maps
 from dit import T
 from geometry.camera import Views, camera, project
-from geometry.hull import silhouette
 from related.triplanes import rays
-from related.view_prior import REFINEMENT
 from sample import initial_noise
 from toy.judge import UNet, fit_surface_net, in_camera, kept_net
 from toy.poses import BAND
@@ -22,16 +20,20 @@ from toy.render import Look, render
 from toy.world import exaggerated, sample_assets, tokenize
 
 
+REFINEMENT = 10 ** 9    # added to a sample's number, it names the noise of its refinement
+
+
 class SurfaceNet(UNet):
     """Reads the surface off images (N, 3, H, W) in [0, 1]: unit normals in the camera's frame (right, up, towards it)
-    (N, 3, H, W), and how far behind the plane through the middle it lies (N, 1, H, W)."""
+    (N, 3, H, W), how far behind the plane through the middle it lies (N, 1, H, W), and whether it is there, positive
+    where a pixel's centre shows it (N, 1, H, W)."""
 
     def __init__(self):
-        super().__init__(outputs=4)
+        super().__init__(outputs=5)
 
     def forward(self, images):
-        maps = super().forward(images)
-        return F.normalize(maps[:, :3], dim=1), maps[:, 3:]
+        normal, depth, there = super().forward(images).split([3, 1, 1], dim=1)
+        return F.normalize(normal, dim=1), depth, there
 
 
 def train_surface_net(folder="runs/toy/sets", num=4000, steps=4000, seed=14):
@@ -47,8 +49,9 @@ def train_surface_net(folder="runs/toy/sets", num=4000, steps=4000, seed=14):
         there = (photo.normal[:, 0] != 0).any(dim=1, keepdim=True)
 
         def loss_of(shown, pick):
-            cosine = (shown[0] * normal[pick]).sum(1).mean()            # 0 off the object
-            return 10 * ((shown[1] - depth[pick]).abs() * there[pick]).mean() - cosine
+            cosine = (shown[0] * normal[pick]).sum(dim=1).mean()        # 0 off the object
+            off = ((shown[1] - depth[pick]).abs() * there[pick]).mean()
+            return 10 * off - cosine + F.binary_cross_entropy_with_logits(shown[2], there[pick].float())
         return fit_surface_net(SurfaceNet, torch.stack([plain.rgb, photo.rgb])[:, :, 0], loss_of, steps, seed)
     return kept_net(folder, f"surface_{num}_{steps}_{seed}", SurfaceNet(), build)
 
@@ -59,15 +62,16 @@ def read_control(net, images, azimuth, elevation):
     maps (N, 1, 6, H, W), and whose of the four views each of them is, (N,).
 
     The texturing model knows cameras at 0, 90, 180 and 270 degrees alone: the maps are what the nearest of them would
-    see if the object were turned by the rest.
+    see if the object were turned by the rest. It also knows an elevation of 20 degrees alone; that is left as it is.
     """
     place = (azimuth / 90).round().long() % 4
-    normal, depth = net((images + 1) / 2)
+    parts = [net((few + 1) / 2) for few in images.split(256)]
+    normal, depth, there = (torch.cat(maps) for maps in zip(*parts))
     axes = camera(90.0 * place, elevation)                                                          # (N, 3) each
     axes = torch.stack([axes[0], axes[1], -axes[2]], dim=2)                                         # (N, 3, 3)
     origins, forward = rays(90.0 * place, elevation, images.shape[-1])
     position = origins.mT.unflatten(2, depth.shape[2:]) + depth * forward[:, :, None, None]         # (N, 3, H, W)
-    mask = silhouette((images[:, None] + 1) / 2)                                                    # (N, 1, 1, H, W)
+    mask = there[:, None] > 0                                                                       # (N, 1, 1, H, W)
     normal = torch.einsum("nij,njhw->nihw", axes, normal)[:, None] * mask
     return control_maps(Views(None, mask, normal, position[:, None].clamp(-0.5, 0.5))), place
 

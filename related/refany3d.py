@@ -48,7 +48,7 @@ from training.loop import Iteration, save_trained, train
 from training.sets import base_model, base_path, null_caption
 
 SHOWN = 4                               # held-out assets of the picture
-GATE = 10                               # a gate is this times its weight, which AdamW moves by its rate a step at most
+GATE = 10                               # times its weight, which AdamW moves by its rate a step at most
 VIEW_COUNTS = (1, 2, 4, 6, 8)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class TwoLoRAs(nn.Module):
 class BranchBlock(nn.Module):
     """What RefAny3D adds to a block of the base model, and how that block runs with several branches.
 
-    gate: how far the image looks at anything but itself; it starts at zero, where the image is the base model's.
+    GATE gate: how far the image looks at anything but itself; it starts at zero, where the image is the base model's.
     """
 
     def __init__(self, width, config):

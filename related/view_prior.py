@@ -25,8 +25,6 @@ from training.flags import parse_training, refuse_unread, training_arguments
 from training.loop import Iteration, save_trained, train
 from training.sets import base_model
 
-REFINEMENT = 10 ** 9    # added to a sample's number, it names the noise of its refinement
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The network
 

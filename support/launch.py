@@ -133,7 +133,7 @@ def run_cli(main):
         # of what PyTorch raises on a CPU only the words tell that memory is short
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             sys.exit("error: out of memory: use a smaller --batch, --num or size")
-        if isinstance(error, torch.distributed.DistError):
+        if isinstance(error, (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)):
             sys.exit(f"error: no connection to the other processes (MASTER_ADDR, MASTER_PORT): {error}")
         if "gloo" not in str(error):                        # whose connection to another process has closed
             raise

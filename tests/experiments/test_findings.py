@@ -16,7 +16,7 @@ def some_results(**values):
         pairs = pairs if isinstance(pairs[0], tuple) else (pairs,)
         toy = {str(seed): dict(KD_I=kd, psnr=psnr, iou=0.9) for seed, (kd, psnr) in enumerate(pairs)}
         paper = dict.fromkeys(PAPER_COLUMNS, 1.0) | dict(PSNR=float(len(rows)), KID_I=-float(len(rows)))
-        rows[label] = dict(paper=paper, toy=toy)
+        rows[label] = dict(paper=paper, toy=toy, flags=label)
     return rows
 
 
@@ -34,8 +34,8 @@ def test_findings_hold_against_the_noise(tmp_path, capsys):
     findings.main(["--results", str(tmp_path)])
     verdicts = [line.split("|")[-2].strip() for line in capsys.readouterr().out.splitlines()[2:]]
     assert verdicts[:3] == ["confirmed", "within the noise", "confirmed"]
-    assert verdicts[4:6] == ["not confirmed", "confirmed"] and verdicts[13:] == ["confirmed"] * 3 + ["not confirmed"]
-    assert verdicts[9:13] == ["within the noise"] * 3 + ["not confirmed"]
+    assert verdicts[4:6] == ["not confirmed", "confirmed"] and verdicts[14:] == ["confirmed"] * 3 + ["not confirmed"]
+    assert verdicts[10:14] == ["within the noise"] * 3 + ["not confirmed"]
     assert (tmp_path / "findings.md").exists()
     with pytest.raises(FileNotFoundError, match="python -m experiments.tables table1 makes it"):
         findings.main(["--results", str(tmp_path / "none")])
@@ -60,6 +60,19 @@ def test_a_difference_is_held_against_what_chance_leaves_of_the_table():
     both = findings.difference(rows, "KD_I", "a", "c")[0]
     assert table[2].mean() - table[0, ::2].mean() > both + 0.3
     assert abs(both - (table[2, ::2].mean() - table[0, ::2].mean())) < 0.3
+    # of two rows that are one model, sampled in two ways, the other such pairs are the measure
+    rows = some_results(**{label: tuple((value, 20.0) for value in row) for label, row in zip("abcd", table)})
+    for one, other in ("ab", "cd"):
+        rows[other]["flags"] = rows[one]["flags"]
+    gains = np.stack([table[1] - table[0], table[3] - table[2]])                # (pairs, seeds)
+    mean, most = findings.difference(rows, "KD_I", "a", "b")
+    chance = np.sqrt(((gains - gains.mean(1, keepdims=True))**2).sum() / 4)
+    assert mean == pytest.approx(gains[0].mean()) and most == pytest.approx(2.7764 * chance / np.sqrt(3), rel=1e-4)
+    # and of two trainings a row each: d, the second of c, says nothing more about chance
+    rows["d"]["toy"] = {"0": dict(KD_I=1e6), "1": dict(KD_I=-1e6)}
+    assert findings.difference(rows, "KD_I", "a", "c")[1] < 10
+    rows["a"]["toy"], rows["c"]["toy"] = {"0": dict(KD_I=1.0)}, {"1": dict(KD_I=1.0)}
+    assert findings.difference(rows, "KD_I", "a", "c")[1] is None               # no seed in common
 
 
 def test_what_is_not_measured_or_has_one_seed_is_said():
@@ -79,7 +92,8 @@ def test_a_baseline_ahead_on_both_axes_is_named():
     for other, outcome in (
         (((50.0, 30.0), (52.1, 30.3)), "| b | | not confirmed |"),
         (((100.0, 20.1), (101.0, 20.4)), "| b (perhaps) | | within the noise |"),
-        (((50.0, 19.0), (51.0, 19.1)), "| none | | confirmed |"),
+        (((50.0, 19.0), (52.0, 19.2)), "| none | | confirmed |"),
+        (((50.0, 19.99), (52.0, 20.25)), "| b (perhaps) | | within the noise |"),
     ):
         assert findings.baselines_line("table1", some_results(**ours, b=other)).endswith(outcome), other
     for other, outcome in (((50.0, 30.0), "does not agree"), ((50.0, 19.0), "agrees")):

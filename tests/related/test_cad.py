@@ -281,7 +281,7 @@ def test_samples_refined_under_a_depth_condition(prior_and_base, monkeypatch):
 
     def net(images):
         seen.append(len(images))
-        return images, images[:, :1]
+        return images, images[:, :1], images[:, :1]
     monkeypatch.setattr(cad_samples, "train_surface_net", lambda folder: net)
     judge, reference = cad.train_feature_net(""), torch.full((3, SIZE, SIZE), 0.5)
     flags = ["--object", "1", "--prompt", PROMPT, "--out", str(out), "--num_poses", "8", "--each", "3", "--num_steps",

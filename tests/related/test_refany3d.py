@@ -40,7 +40,7 @@ def test_before_training_the_image_is_the_base_models():
     assert torch.allclose(made(x, t, text, control)[:, :1], base(x[:, :1], t, text), atol=1e-5)
     assert {name for name, p in made.named_parameters() if p.requires_grad} == {
         f"adapter.{name}" for name, _ in made.adapter.named_parameters()}
-    torch.nn.init.ones_(made.adapter.blocks[0].gate)                            # then it looks at the asset
+    torch.nn.init.constant_(made.adapter.blocks[0].gate, 1 / GATE)                         # then it looks at the asset
     assert (made(x, t, text, control)[:, :1] - base(x[:, :1], t, text)).abs().max() > 1e-3
 
 
