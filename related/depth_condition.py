@@ -19,7 +19,6 @@ from toy.poses import BAND
 from toy.render import Look, render
 from toy.world import exaggerated, sample_assets, tokenize
 
-
 REFINEMENT = 10 ** 9    # added to a sample's number, it names the noise of its refinement
 
 
