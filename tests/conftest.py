@@ -49,8 +49,8 @@ def nothing_to_choose():
     """Programs in this process compute in fp32 and with the threads that it has: what is fastest is not always the
     same, and other threads round otherwise."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("support.speed.CPU_DTYPES", ("float32",))
         for module in ("support.speed", "training.estimate"):
-            patch.setattr(f"{module}.CPU_DTYPES", ("float32",))
             patch.setattr(f"{module}.thread_counts", lambda: [torch.get_num_threads()])
         yield
 

@@ -13,7 +13,8 @@ from baselines.methods import METHODS
 from dit import PRESETS, DiT
 from support.beside import end_beside, with_others
 from support.launch import check_out, launch
-from support.speed import CPU_DTYPES, MOST_THREADS, autocast, choose_speed, seconds_of, thread_counts, time_choices
+from support.speed import (MOST_THREADS, autocast, choose_speed, promising_dtypes, seconds_of, thread_counts,
+                           time_choices)
 from toy.render import render
 from toy.world import sample_assets, tokenize
 from training.flags import fill_defaults, stage1_comes_first, stage1_file, stage1_folder, steps_of_stage
@@ -83,9 +84,9 @@ def choose_processes(args, names):
     if before:
         processes = before.get("processes", 1)
         return processes, min(before["threads"], max(1, MOST_THREADS // processes))
-    cpu, dtypes = torch.device("cpu"), [args.dtype] if args.dtype else CPU_DTYPES
     if MOST_THREADS == 1:
         return 1, 1
+    cpu, dtypes = torch.device("cpu"), [args.dtype] if args.dtype else promising_dtypes()
     seconds = time_choices(trial(args, cpu, IMAGES)[1], thread_counts(), dtypes)
     one, several = IMAGES / min(seconds.values()), {}                       # images a second
     for threads, dtype in seconds:

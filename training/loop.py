@@ -96,7 +96,8 @@ def training_step(model, optimizers, batch, iteration, null, args, lap=lambda pa
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], args.clip)
     for optimizer in optimizers:
-        optimizer.step()
+        with autocast(batch["x0"].device, args.dtype):              # Muon's matrix products
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     lap("optimizer")
     return loss, bins

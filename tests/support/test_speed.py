@@ -6,7 +6,7 @@ import torch
 
 import support.speed
 from support.speed import (Watch, attend, autocast, choose_dtype, choose_speed, choose_threads, has_compiler,
-                           thread_counts, time_choices)
+                           promising_dtypes, thread_counts, time_choices)
 
 CPU = torch.device("cpu")
 
@@ -70,6 +70,21 @@ def test_precision_for_sampling_is_the_faster_one(clock, monkeypatch):
     clock({(2, "float32"): 1.0, (2, "bfloat16"): 1.2})
     assert choose_dtype(CPU) == "float32"
     assert choose_dtype(torch.device("cuda")) is None
+
+
+def test_bf16_is_not_tried_where_a_small_product_in_it_is_hopeless(clock, monkeypatch):
+    """Without instructions for bf16 a trial of a training step in it would take minutes."""
+    monkeypatch.setattr(support.speed, "CPU_DTYPES", ("float32", "bfloat16"))
+    monkeypatch.setattr(support.speed, "thread_counts", lambda: [1, 2])
+    torch.set_num_threads(2)
+    timed = clock({(2, "float32"): 1.0, (2, "bfloat16"): 30.0, (1, "float32"): 1.5})
+    assert promising_dtypes() == ["float32"] and choose_dtype(CPU) == "float32"
+    assert choose_speed(None, 16, CPU)[0] == "float32"
+    assert timed.count((2, "bfloat16")) == 3 * 5 and (1, "bfloat16") not in timed
+    clock({(2, "float32"): 1.0, (2, "bfloat16"): 9.0})
+    assert promising_dtypes() == ["float32", "bfloat16"]
+    clock({(2, "float32"): 30.0, (2, "bfloat16"): 1.0})
+    assert promising_dtypes() == ["bfloat16"]
 
 
 def test_a_watch_calls_after_half_a_minute_of_steps_three_times_slower():

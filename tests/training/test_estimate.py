@@ -70,7 +70,7 @@ def test_processes_are_chosen_by_what_they_would_compute(cores, batch, seconds, 
     """Here a share of 16 images takes a tenth longer than its share of the time."""
     monkeypatch.setattr(training.estimate, "MOST_THREADS", cores)
     monkeypatch.setattr(training.estimate, "thread_counts", lambda: list(seconds))
-    monkeypatch.setattr(training.estimate, "CPU_DTYPES", ["float32", "bfloat16"])
+    monkeypatch.setattr(training.estimate, "promising_dtypes", lambda: ["float32", "bfloat16"])
     monkeypatch.setattr(training.estimate, "trial", lambda config, device, images: (None, images, None))
 
     def time_choices(images, counts, dtypes):

@@ -6,6 +6,7 @@ from conftest import ALONE, random_model, trained_shifters
 from train_worker import tiny_args
 
 from domain_shifter import ShiftedDiT
+from support.speed import autocast
 from training.optimizers import Muon, make_optimizers, orthogonalized
 
 
@@ -34,21 +35,37 @@ def test_muon_is_pytorchs_muon():
             p.grad = None if k == step else torch.randn(p.shape)
             q.grad = None if p.grad is None else p.grad.clone()
         for optimizer in optimizers:
-            optimizer.step()
+            with autocast(ALONE.device, "bfloat16"):
+                optimizer.step()
     for p, q, before in zip(ours, theirs, start):
         moved = (q - before).detach()
-        assert (p - q).abs().max() < 0.01 * moved.abs().max()       # bf16 rounds
+        assert (p - q).abs().max() < 0.03 * moved.abs().max()       # bf16 rounds
         assert moved.abs().max() > 0.01
         buffers = [optimizer.state[x]["momentum_buffer"] for optimizer, x in zip(optimizers, (p, q))]
         assert torch.allclose(*buffers)
 
 
-def test_an_update_has_nearly_equal_singular_values_and_is_as_long_as_adamws():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_update_has_nearly_equal_singular_values_and_is_as_long_as_adamws(dtype):
     torch.manual_seed(0)
     gradient = torch.randn(1, 48, 16) * torch.linspace(0.1, 1, 16)
-    values = torch.linalg.svdvals(orthogonalized(gradient.bfloat16())[0].double())
-    assert 0.6 < values.min() and values.max() < 1.3                # of the gradient: ten times from each other
     p = torch.nn.Parameter(torch.zeros(48, 16))
     p.grad = gradient[0]
-    Muon([p], lr=1e-3, weight_decay=0).step()
+    with autocast(ALONE.device, dtype):
+        update = orthogonalized(gradient)[0]
+        Muon([p], lr=1e-3, weight_decay=0).step()
+    assert str(update.dtype) == f"torch.{dtype}"        # in bf16 a CPU without instructions for it is very slow
+    values = torch.linalg.svdvals(update.double())
+    assert 0.6 < values.min() and values.max() < 1.3                # of the gradient: ten times from each other
     assert p.detach().square().mean().sqrt() == pytest.approx(0.2 * 1e-3, rel=0.25)        # Liu et al. 2025
+
+
+def test_an_update_in_fp32_is_the_iteration_on_singular_values():
+    """Each singular value s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5, five times, and U and V stay."""
+    torch.manual_seed(0)
+    gradient = torch.randn(2, 16, 48)
+    U, s, Vh = torch.linalg.svd(gradient.double(), full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+    assert (orthogonalized(gradient).double() - U @ torch.diag_embed(s) @ Vh).abs().max() < 1e-5
