@@ -114,13 +114,15 @@ def take_turns(title, theirs, ours, rounds, clock):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6, help="training steps that are timed; images: a third as many")
+    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"), help="of the "
+                        "training steps (default both; a CPU without instructions for bf16 takes an hour for it)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: what PyTorch takes)")
     parser.add_argument("--cpu_time", action="store_true", help="count CPU seconds, not those of the clock")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     clock, batch = time.process_time if args.cpu_time else time.perf_counter, make_batch()
-    for name, how in itertools.product(("fp32", "bf16"), ("eager", "compiled")):
+    for name, how in itertools.product(args.dtypes, ("eager", "compiled")):
         models = make_models()
         if how == "compiled":
             for block in (*models[0].transformer_blocks, *models[1].blocks):

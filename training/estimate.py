@@ -86,6 +86,7 @@ def choose_processes(args, names):
         return processes, min(before["threads"], max(1, MOST_THREADS // processes))
     if MOST_THREADS == 1:
         return 1, 1
+    print("timing a few steps in several ways, to take the fastest here", flush=True)       # up to a minute
     cpu, dtypes = torch.device("cpu"), [args.dtype] if args.dtype else promising_dtypes()
     seconds = time_choices(trial(args, cpu, IMAGES)[1], thread_counts(), dtypes)
     one, several = IMAGES / min(seconds.values()), {}                       # images a second
