@@ -4,31 +4,28 @@ the point map one of its surface, and is the rest as asked?
     python -m experiments.references                            # trains what is missing; hours on a CPU; goes on
     python -m experiments.references --seed 1 --rows RefAny3D "text only"
 
-What the paper has judged by GPT, CLIP and DINO is asked of each pixel here: the point map names a place on the asset,
-and there its colour and its surface are known. Half of the cases are assets that no training saw, half are known
-assets before the one background that each was never shown before. Writes results/refany3d.json and .md, and a sheet.
+The measures are in scene_measures.py. Half of the cases are assets that no training saw, half are known assets before
+the one background that each was never shown before. Writes results/refany3d.json and .md, and a sheet.
 """
 import argparse
 import json
 import os
 
 import torch
-import torch.nn.functional as F
 
 from data import SEEDS
 from evaluate import kid, measuring_flags
-from experiments.results import check_places, check_row_flags, kept_rows, mean_of, write_means
+from experiments.results import check_places, check_row_flags, kept_rows, write_means
+from experiments.scene_measures import measure_scenes
 from related import refany3d
 from related.refany3d import draw, load_refany3d
 from sample import Sampling, default_base, load_network, sample_images
 from support.files import cached, file_id, locked, read_metadata, write_json
 from support.launch import Launched, a_seed, launch, run_cli
-from support.pictures import save_picture, to_pixels, to_uint8
+from support.pictures import save_picture, to_uint8
 from toy.judge import train_feature_net
-from toy.render import backdrops, texture
 from toy.scenes import SCENES, scene_set
-from toy.trace import gradient, nearest
-from toy.world import BACKGROUNDS, CATEGORIES, PALETTE, SHAPES, VOCAB, WORLD_VERSION, Assets, exaggerated, sample_assets
+from toy.world import WORLD_VERSION, Assets, exaggerated, sample_assets
 from training.flags import fill_defaults
 from training.states import training_settings
 
@@ -50,111 +47,8 @@ OF_THE_ROWS = {"--out", "--base", "--name", "--seed", "--threads", "--preset", "
                "--no-points", "--shared_positions", "--no-shared_positions", "--text_agnostic", "--no-text_agnostic",
                "--domain_lora", "--no-domain_lora", "--renders", "--shifters", "--prompt", "--help", "-h"}
 PERFECT = "perfect scenes"
-COLUMNS = dict(color=2, material=2, hue=1, tone=2, surface=3, pose=2, outline=2, matches=1, category=2, background=2,
-              KD=0, photo=2)
-LEAST = 12                              # pixels of an object below which it counts as not drawn
-
-
-def named_places(maps):
-    """Point maps uint8 (N, 3, H, W) -> the places they name (N, 3, H, W) in [-0.5, 0.5], and where they do (N, H, W):
-    where they are not white."""
-    return to_pixels(maps) / 2, maps.amin(dim=1) < 235
-
-
-def measure_scenes(drawn, scenes, assets):
-    """{measure: mean over N scenes} of what was drawn, uint8 (N, K, 3, H, W), image and (K = 2) point map.
-
-    scenes: as from `scene_set`, one of each of the N Assets. matches: how many patches of the image are found again in
-    the references, see `matched_patches`.
-    drawn: share of the scenes in which map and image show an object at all; the measures that need the map are of
-    these.
-    surface: how far the named places lie off the asset's surface, in its units; pose: how far, in pixels, the map is
-    from a picture that an orthographic camera takes; outline: IoU of the map's silhouette with the image's.
-    hue: degrees between the image's chroma and the asset's at the place that is named; tone: correlation of
-    brightness, over the object, with the asset's pattern there.
-    background: share of the scenes whose background is nearest to the one asked for.
-    """
-    images = drawn[:, 0] / 255
-    places, on = named_places(drawn[:, -1])
-    asked = [BACKGROUNDS.index(name) for name in background_names(scenes["text"])]
-    far = background_distances(images)                                                              # (N, 8, H, W)
-    shown = far[torch.arange(len(far)), asked] > 0.12                                               # (N, H, W)
-    rows = []
-    for k in range(len(drawn)):
-        rim = torch.ones_like(shown[k])
-        rim[3:-3, 3:-3] = False                                         # where objects seldom are
-        row = dict(background=float(far[k][:, rim].median(dim=1).values.argmin() == asked[k]),
-                   matches=matched_patches(images[k], shown[k], scenes["references"][k, 0]))
-        if drawn.shape[1] == 2:
-            row["drawn"] = float(min(on[k].sum(), shown[k].sum()) >= LEAST)
-        if row.get("drawn"):
-            point = places[k][:, on[k]]                                                             # (3, M)
-            row |= surface_measures(point, on[k], assets, k)
-            row["outline"] = float((on[k] & shown[k]).sum() / (on[k] | shown[k]).sum())
-            row |= color_measures(images[k][:, on[k]], point, assets, k)
-        rows.append(row)
-    names = sorted({name for row in rows for name in row})
-    return {name: mean_of([row[name] for row in rows if name in row]) for name in names}
-
-
-def background_names(text):
-    """The backgrounds that captions (N, L) ask for."""
-    return [next(VOCAB[word] for word, following in zip(row, row[1:]) if VOCAB[following] == "background")
-            for row in text.tolist()]
-
-
-def background_distances(images):
-    """How far each pixel of images (N, 3, H, W) in [0, 1] is from each of BACKGROUNDS, (N, 8, H, W)."""
-    size = images.shape[-1]
-    plain = F.avg_pool2d(backdrops(BACKGROUNDS, 2 * size).expand(-1, -1, -1, 2 * size), 2)          # (8, 3, H, W)
-    return (images[:, None] - plain).abs().amax(dim=2)
-
-
-def surface_measures(point, on, assets, k):
-    """surface and pose, see `measure_scenes`, of the places (3, M) that a map names where `on` (H, W) says."""
-    distance, abc = SHAPES[CATEGORIES[int(assets.category[k])]], assets.shape[k][:, None].expand_as(point)
-    off = nearest(distance(point.unbind(), *abc.unbind())).abs().mean()
-    pixel = on.nonzero().float()                                                                    # (M, 2)
-    known = torch.cat([point.T, torch.ones(len(pixel), 1)], dim=1)
-    fitted = known @ torch.linalg.lstsq(known, pixel, driver="gelsd").solution          # any affine camera
-    return dict(surface=float(off), pose=float((fitted - pixel).square().sum(dim=1).mean().sqrt()))
-
-
-def color_measures(color, point, assets, k):
-    """hue and tone, see `measure_scenes`, of an object's pixels (3, M) whose places (3, M) are named."""
-    distance, abc = SHAPES[CATEGORIES[int(assets.category[k])]], assets.shape[k][:, None].expand_as(point)
-    paint = torch.tensor(list(PALETTE.values()))[assets.color[k]][:, None].expand_as(point)
-    material = assets.material[k].expand(point.shape[1])
-    truth = texture(point, gradient(distance, point, abc), paint, material)                         # (3, M)
-    chroma, true_chroma = color - color.mean(dim=0), truth - truth.mean(dim=0)
-    weight = true_chroma.norm(dim=0)
-    angle = torch.rad2deg(F.cosine_similarity(chroma, true_chroma, dim=0).clamp(-1, 1).acos())
-    hue = (weight * angle).sum() / weight.sum() if weight.mean() > 0.05 else torch.tensor(float("nan"))    # gray: none
-    brightness = torch.stack([color.mean(dim=0), truth.mean(dim=0)])
-    varies = brightness[1].std() > 0.03                                                     # else there is no pattern
-    tone = torch.corrcoef(brightness)[0, 1] if varies else torch.tensor(float("nan"))
-    return dict(hue=float(hue), tone=float(tone))
-
-
-def matched_patches(image, shown, references, size=5, least=0.8):
-    """How many of an object's patches are found again in the references: mutual nearest neighbours of correlation
-    above `least`, a toy form of the paper's count of matches (GIM).
-
-    image: (3, H, W) in [0, 1]; shown: (H, W), where the object is; references: uint8 (V, 3, H, W) before white.
-    """
-    def patches(images, where):                                         # (n, 3, H, W), (n, H, W) -> (P, 3 size size)
-        cut = F.unfold(F.pad(images, 4 * [size // 2], mode="replicate"), size)                      # (n, 3 size^2, H W)
-        cut = cut.transpose(1, 2).flatten(0, 1)[where.flatten()]
-        return F.normalize(cut - cut.mean(dim=1, keepdim=True), dim=1)
-    references = references / 255
-    ours, theirs = patches(image[None], shown[None]), patches(references, references.amin(dim=1) < 0.95)
-    if not len(ours) or not len(theirs):
-        return 0.0
-    alike = ours @ theirs.T
-    best, back = alike.max(dim=1), alike.argmax(dim=0)
-    mutual = back[best.indices] == torch.arange(len(ours))
-    return float((mutual & (best.values > least)).sum())
-
+COLUMNS = dict(color=2, material=2, matches=1, shape=2, drawn=2, hue=1, tone=2, surface=3, pose=3, outline=2,
+               category=2, background=2, KD=0, photo=2)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cases, rows, the table
@@ -262,8 +156,8 @@ def run_rows(args):
     print(f"{len(todo)} rows of {args.num} cases, seed {args.seed}, into {path}; a missing model is trained first, "
           "half an hour on one core", flush=True)
 
-    def keep(label, drawn):
-        row = measure_scenes(drawn, scenes, assets) | judged(drawn[:, 0] / 255, scenes["labels"], judge, photos)
+    def keep(label, drawn, given=scenes):
+        row = measure_scenes(drawn, given, assets) | judged(drawn[:, 0] / 255, scenes["labels"], judge, photos)
         with locked(args.results):
             rows = rows_of_cases(path, args)
             rows.setdefault(label, {"toy": {}})["toy"][str(args.seed)] = row
@@ -273,8 +167,9 @@ def run_rows(args):
     rows = keep(PERFECT, scenes["image"])
     renders = scenes | {"references": evaluation_cases(args.num, sets, renders=True)[0]["references"]}
     for label in todo:
-        sheet[label] = drawn_row(label, renders if "renders" in label else scenes, args, device)
-        rows = keep(label, sheet[label])
+        given = renders if "renders" in label else scenes
+        sheet[label] = drawn_row(label, given, args, device)
+        rows = keep(label, sheet[label], given)
     command = f"`python -m experiments.references --num {args.num} --num_steps {args.num_steps}`"
     write_means(f"{args.results}/refany3d.md", "RefAny3D and its ablations on the toy world", rows, (PERFECT, *ROWS),
                 COLUMNS, command)

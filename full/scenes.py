@@ -34,7 +34,7 @@ from full.latents import LatentSet, encode_objects
 from full.objects import first_of, object_folders, read_pixels
 from support.files import write_text
 from support.launch import UsageError, check_out, launch, run_cli, within
-from toy.scenes import SIDES, scene_set
+from toy.scenes import SIDES, scene_set, spread_views
 from toy.world import VOCAB
 
 VIEWS = len(SIDES)
@@ -104,7 +104,7 @@ def write_toy_scenes(out, num, size, seed):
 class SceneLatents(LatentSet):
     """Shards of scenes, memory-mapped. shape: (scenes, K pictures that are drawn).
 
-    config: the model's. num_references: V of the views, evenly spaced. points: whether there are point maps (K = 2).
+    config: the model's. num_references: V of the views, `spread_views`. points: whether there are point maps (K = 2).
     Raises ValueError where the shards are no scenes, or do not fit the model.
     """
 
@@ -125,7 +125,7 @@ class SceneLatents(LatentSet):
         file, name = self.places[k]
         text, mask = padded(file.get_tensor(f"{name}.text"), self.config.text_length)
         pictures = torch.stack([file.get_tensor(f"{name}.{kind}") for kind in self.kinds])          # (K, 1 + V, 2, ..)
-        views = pictures[:, 1::VIEWS // self.num_references, 0][:, :self.num_references]
+        views = pictures[:, 1:, 0][:, spread_views(self.num_references)]                           # (K, V, C, h, w)
         return {"image": pictures[:, 0], "control": views * LATENT_SCALE, "text": text, "text_mask": mask}
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 from data import LATENT_SCALE, SEEDS
 from dit import modulate, position_embedding, timestep_embedding
@@ -40,7 +41,7 @@ from support.files import file_id, load_strictly, read_metadata
 from support.launch import UsageError, check_out, finite, launch, on_rank_0_first, run_cli, some_steps, within
 from support.pictures import save_picture, to_pixels, to_uint8
 from support.speed import attend
-from toy.scenes import SCENES, SIDES, mesh_references, scene_set
+from toy.scenes import SCENES, SIDES, mesh_references, scene_set, spread_views
 from toy.world import VOCAB, refuse_unknown_words, tokenize
 from training.estimate import choose, launch_training
 from training.flags import MOST, parse_training, refuse_unread, training_arguments
@@ -196,7 +197,9 @@ class RefAny3D(nn.Module):
                 of_image = torch.zeros_like(h[:, :, :, :1])                                         # (B, G, K, 1, d)
                 of_image[:, 0, 0, 0] = shift[k]
                 h = h + of_image
-            h = branch_block(block, h, mod, text, text_mask, reads)
+            inputs = block, h, mod, text, text_mask, reads
+            recompute = dit.grad_checkpointing and torch.is_grad_enabled()
+            h = checkpoint(branch_block, *inputs, use_reentrant=False) if recompute else branch_block(*inputs)
         shift, scale = (dit.final_table[:, None, None] + t_emb[:, None, :, None]).unbind(1)         # (B, K, 1, d)
         out = dit.final_linear(modulate(dit.final_norm(h[:, 0]), shift, scale))                     # (B, K, N, ..)
         return dit.noise_in(x, t.expand(B), dit.unpatchify(out.flatten(1, 2), K))
@@ -238,10 +241,10 @@ def branch_positions(dit, config):
 
 
 def branches(scenes, config):
-    """Scenes (toy/scenes.py) as the network takes them: "control" (N, K, V, 3, H, W), V of the views evenly spaced,
+    """Scenes (toy/scenes.py) as the network takes them: "control" (N, K, V, 3, H, W), V of the views, `spread_views`,
     "text", and where they have them "image" (N, K, 3, H, W)."""
-    kinds, step = 1 + config.points, scenes["references"].shape[2] // config.num_references
-    control = scenes["references"][:, :kinds, ::step][:, :, :config.num_references]
+    kinds = 1 + config.points
+    control = scenes["references"][:, :kinds, spread_views(config.num_references)]
     images = {"image": scenes["image"][:, :kinds]} if "image" in scenes else {}
     return images | dict(text=scenes["text"], control=control)
 

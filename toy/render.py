@@ -230,12 +230,16 @@ def backdrops(names, size, device="cpu"):
     return top + (bottom - top) * torch.linspace(0, 1, size, device=device)[:, None]
 
 
+def accent_color(color):
+    """Of an object's accented parts (a table's legs, a mug's handle), beside its colour (3, M)."""
+    return torch.where(color.mean(dim=0) > .42, color * .5, color * .55 + .3)
+
+
 def shade(distance, assets, look, hits, forward, size):
     """Colours (3, M) of the Hits on B assets of one category in one style; forward (B, 3): the cameras' axes."""
     owner = hits.pixel // size**2
     palette = torch.tensor(list(PALETTE.values()), device=owner.device)[assets.color].T              # (3, B)
-    tone = torch.where(palette.mean(dim=0) > .42, palette * .5, palette * .55 + .3)       # of accents
-    color = torch.where(hits.accent, tone[:, owner], palette[:, owner])                              # (3, M)
+    color = torch.where(hits.accent, accent_color(palette)[:, owner], palette[:, owner])             # (3, M)
     light = assets.light.T[:, owner]
     lambert = (hits.normal * light).sum(dim=0).clamp(min=0)
     if look.style == "photo":

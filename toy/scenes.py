@@ -48,6 +48,11 @@ def scene_set(num, seed=SEEDS["synthetic"], unseen=False, renders=False, size=32
     return build_set(kind, num, seed, size, folder, draw)
 
 
+def spread_views(num):
+    """Numbers of `num` of an asset's views, as evenly around it as they can be: of 6 in 8, 0 1 3 4 5 7."""
+    return [round(k * len(SIDES) / num) for k in range(num)]
+
+
 def point_map(views):
     """Views -> uint8 (N, V, 3, H, W): position + 0.5 as a colour, the same for a place on the object in every view;
     white off the object."""

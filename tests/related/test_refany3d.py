@@ -113,6 +113,44 @@ def test_loras_touch_the_tokens_of_their_branches():
     assert torch.equal(without(out, x)[:, 0], out[:, 0]) and without.domain is None
 
 
+def test_a_block_is_the_base_models_with_the_loras_in_its_maps():
+    """Against weights with each token's LoRAs in them, everything random."""
+    made = network(depth=1)
+    block, beside, width = made.dit.blocks[0], made.adapter.blocks[0], TINY.width
+    h, mod = torch.randn(2, 4, 2, 4, width).double(), torch.randn(2, 4, 2, 6, 1, width).double()
+    text = torch.randn(2, 5, width).double()
+    reads = torch.tensor([[1.0, 0.0], [1, 1], [1, 1], [1, 1]]).double()[..., None, None]
+
+    def mapped(x, linear, two):
+        out = torch.empty(*x.shape[:-1], len(linear.weight), dtype=x.dtype)
+        for g in range(4):
+            for k in range(2):
+                weight = linear.weight + sum(lora.W_left @ lora.W_right for lora, on in
+                                             ((two.reference, g > 0), (two.domain, k == 1)) if on)
+                out[:, g, k] = x[:, g, k] @ weight.T + linear.bias
+        return out
+    shift1, scale1, gate1, shift2, scale2, gate2 = (block.scale_shift_table[:, None] + mod).unbind(3)
+    seen = beside.attend_branches(block.attn, mapped(block.norm(h) * (1 + scale1) + shift1, block.attn.qkv, beside.qkv))
+    want = h + gate1 * mapped(seen, block.attn.proj, beside.proj)
+    want = want + reads * block.cross_attn(want.flatten(1, 3), text, None).view_as(want)
+    x = block.mlp[:2](block.norm(want) * (1 + scale2) + shift2)
+    want = want + gate2 * mapped(x, block.mlp[2], beside.mlp_out)
+    assert torch.allclose(beside(block, h, mod, text, None, reads), want, atol=1e-9)
+
+
+def test_recomputed_blocks_give_the_same_gradients():
+    """--grad_checkpointing: each block runs again in the backward pass."""
+    made, calls, gradients = network(), [], []
+    made.blocks[0].register_forward_pre_hook(lambda module, given: calls.append(1))
+    for recompute, count in ((False, 1), (True, 3)):
+        made.dit.grad_checkpointing = recompute
+        made.zero_grad()
+        made(*inputs()).square().sum().backward()
+        gradients.append([p.grad.clone() for p in made.adapter.parameters()])
+        assert len(calls) == count
+    assert all(torch.allclose(a, b) for a, b in zip(*gradients))
+
+
 def test_positions_of_maps_are_their_images_and_views_lie_a_width_to_the_left():
     dit, n = random_model(replace(TINY, image_size=16)), 4
     places = branch_positions(dit, VIEWS)                                       # (2, K, N, d)
@@ -139,6 +177,11 @@ def test_views_are_at_timestep_0_and_maps_carry_their_domain():
                 embedded = dit.t_embedder(timestep_embedding(torch.tensor([time])).double())[0] + tag
                 assert torch.allclose(mod[b, group, k].flatten(), dit.t_block(embedded))
                 assert group or torch.allclose(t_emb[b, k], embedded)
+    taken = []
+    made.blocks[0].register_forward_pre_hook(lambda module, given: taken.append(given[2]))
+    x, t, text, control = inputs()
+    made(x, t, text, control)
+    assert torch.allclose(taken[0], mod[:, [0, 1, 1, 1]])                       # what each group's blocks are given
     fresh = RefAny3D(random_model(), VIEWS)
     assert torch.equal(fresh.adapter.switcher(torch.arange(2)), torch.zeros(2, TINY.width))
 
@@ -147,13 +190,14 @@ def test_patches_are_embedded_as_by_the_base_model():
     made = RefAny3D(random_model(), VIEWS)
     images = torch.randn(2, 4, 2, 3, 8, 8)
     want = made.dit.x_embedder(images.flatten(0, 2)).flatten(2).transpose(1, 2).view(2, 4, 2, 4, -1)
-    assert torch.allclose(made.embed_branches(images)[:, 0], want[:, 0] + made.dit.positions, atol=1e-5)
+    places = made.places[[0, 1, 1, 1]]                                          # of the drawn group and three views
+    assert torch.allclose(made.embed_branches(images), want + places, atol=1e-5)
 
 
 def test_views_are_spread_evenly_and_kinds_left_out():
     scenes = {"image": torch.arange(2).view(1, 2, 1, 1, 1), "text": 0,
               "references": torch.arange(16).view(1, 2, 8, 1, 1, 1)}
-    for count, sides in ((8, range(8)), (4, (0, 2, 4, 6)), (6, range(6)), (1, (0,))):
+    for count, sides in ((8, range(8)), (4, (0, 2, 4, 6)), (6, (0, 1, 3, 4, 5, 7)), (1, (0,))):
         got = branches(scenes, References(num_references=count))["control"]
         assert got[0, 0].flatten().tolist() == list(sides) and got[0, 1].flatten().tolist() == [8 + s for s in sides]
     got = branches(scenes, References(points=False))
@@ -173,7 +217,7 @@ def test_guidance_on_the_views():
     made = network().float()
     torch.manual_seed(0)
     scenes = dict(image=torch.zeros(2, 2, 3, 8, 8, dtype=torch.uint8), text=torch.randint(2, 50, (2, 14)),
-                  references=torch.randint(256, (2, 2, 3, 3, 8, 8), dtype=torch.uint8))
+                  references=torch.randint(256, (2, 2, 8, 3, 8, 8), dtype=torch.uint8))
     black = scenes | {"references": torch.zeros_like(scenes["references"])}
     one, two = (draw(made, scenes, Sampling(num_steps=1, cfg_scale=scale)) for scale in (1, 2))
     none = draw(made, black, Sampling(num_steps=1))
