@@ -11,6 +11,7 @@ import os
 from argparse import Namespace
 
 import torch
+import torch.nn.functional as F
 
 from data import SEEDS, evaluation_set
 from evaluate import Surface, consistency, kid, surface_normals
@@ -18,7 +19,7 @@ from experiments.results import check_places, check_row_flags, kept_rows, mean_o
 from geometry.camera import ELEVATION
 from related import cad
 from related.score_distillation import distill_score
-from related.triplanes import SIZE, Z, rays
+from related.triplanes import SIZE, Z, rays, surface_depth
 from related.view_prior import load_prior, poses_around
 from sample import default_base, default_model
 from support.files import cached, file_id, locked, read_metadata, write_json
@@ -34,6 +35,8 @@ ROWS = {                                # flags of related.cad; "stage 1" is dra
     "stage 1 alone":        "",
     "without refinement":   "--strength 0",
     "depth condition":      "--depth",
+    "strength 0.3":         "--strength 0.3",
+    "strength 0.8":         "--strength 0.8",
     "without pruning":      "--no-pruning",
     "gamma 0.3":            "--gamma 0.3",
     "gamma 30":             "--gamma 30",
@@ -45,51 +48,58 @@ OF_THE_ROWS = {"--object", "--reference", "--elevation", "--prompt", "--out", "-
                "--threads", "--strength", "--depth", "--depth_model", "--pruning", "--no-pruning", "--gamma",
                "--num_poses", "--mesh", "--help", "-h"}
 PERFECT = "perfect photographs"
-COLUMNS = dict(KD=0, photo=2, category=2, color=2, material=2, likeness=2, psnr_loo=1, two_fronts=2, chroma=3,
-               diversity=2)
+COLUMNS = dict(KD=0, photo=2, category=2, color=2, material=2, likeness=2, drawn=2, psnr_loo=1, covered=2, two_fronts=2,
+               chroma=3, diversity=2)
 AZIMUTHS = tuple(range(0, 360, 45))
-EACH = 4                                # objects of a reference
+EACH, EACH_DISTILLED = 4, 2             # objects of a reference, by CAD and by score distillation
+LEAST = 12                              # pixels of an object below which it counts as not drawn
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measures
 
 
-def measure_objects(images, surface, labels, reference, judges):
-    """Of N objects of one reference, images (N, 8, 3, H, W) in [0, 1] from AZIMUTHS.
+def measure_objects(images, surface, labels, truth, judges):
+    """Of N objects of one reference, images (N, 8, 3, H, W) in [0, 1] from AZIMUTHS; truth (8, 3, H, W): photographs of
+    the asset that the reference shows, likewise.
 
-    category, color, material: share of the views read as the reference's labels (3,); likeness: cosine of their
-    features with the reference's own (3, H, W), at azimuth 0; psnr_loo: views against what the others show of the same
-    places (`consistency`), surface: a Surface, None where there is none; two_fronts: share of the objects whose back is
-    more like their front than their sides are; chroma: mean distance from gray over the object; diversity: mean
-    distance of the features of two objects from the same side, of unit length; photo: share called a photograph.
+    category, color, material: share of the views read as the reference's labels (3,); photo: share called a photograph;
+    drawn: share that shows an object at all. likeness: cosine of the front's features with the true front's.
+    two_fronts: share of the objects that from behind (135 to 225 degrees) are most like the true front, of all true
+    views. psnr_loo: views against what the others show of the same places (`consistency`, to a pixel), and the share of
+    the surface that this can judge, covered; surface: a Surface, None where there is none. chroma: mean distance from
+    gray over the object. diversity: mean distance of the features, of unit length, of two objects from the same side,
+    over views that are read as the right category: noise would be the most diverse.
     """
     flat = images.flatten(0, 1)
     heads, features = judges.net(flat), judges.net.features(flat)
     row = {name: (heads[name].argmax(1) == truth).double().mean().item()
            for name, truth in zip(("category", "color", "material"), labels)}
-    unit = torch.nn.functional.normalize(features, dim=1).unflatten(0, images.shape[:2])            # (N, 8, F)
-    own = torch.nn.functional.normalize(judges.net.features(reference[None]), dim=1)
-    row["likeness"] = (unit[:, 0] @ own[0]).mean().item()
+    unit = F.normalize(features, dim=1).unflatten(0, images.shape[:2])                              # (N, 8, F)
+    alike = unit @ F.normalize(judges.net.features(truth), dim=1).T                     # (N, 8, 8), with each true view
+    row["likeness"] = alike[:, 0, 0].mean().item()
+    row["two_fronts"] = (alike[:, 3:6].argmax(dim=2) == 0).any(dim=1).double().mean().item()
     row["photo"] = (judges.net.photo_probability(flat) > 0.5).double().mean().item()
     if surface is not None:
-        row["psnr_loo"] = consistency(images, surface)["psnr_loo"].nanmean().item()
-    alike = torch.einsum("naf,nbf->nab", unit, unit)[:, 0]                                          # with the front
-    row["two_fronts"] = (alike[:, 4] > alike[:, [2, 6]].amax(dim=1)).double().mean().item()
+        agree = consistency(images, surface, near=1.0)
+        row |= {name: agree[name].nanmean().item() for name in ("psnr_loo", "covered")}
     on = (1 - images).amax(dim=2) > 0.08                                                            # (N, 8, H, W)
+    row["drawn"] = (on.sum(dim=(2, 3)) >= LEAST).double().mean().item()
     off_gray = (images - images.mean(dim=2, keepdim=True)).norm(dim=2)
     row["chroma"] = off_gray[on].mean().item()
     if len(unit) > 1:
         apart = torch.cdist(unit.transpose(0, 1), unit.transpose(0, 1))                             # (8, N, N)
-        row["diversity"] = (apart.sum() / (apart.numel() - 8 * len(unit))).item()
+        right = (heads["category"].argmax(1) == labels[0]).unflatten(0, images.shape[:2]).T             # (8, N)
+        pairs = right[:, :, None] & right[:, None] & ~torch.eye(len(unit), dtype=torch.bool)
+        row["diversity"] = apart[pairs].mean().item()
     return row
 
 
 def lifted_surface(opacity, depth):
-    """Surface of objects from volumetric depth and opacity, (N, 8, 1, H, W) each, from AZIMUTHS."""
+    """Surface of objects from `surface_depth` and opacity, (N, 8, 1, H, W) each, from AZIMUTHS."""
     N, V = opacity.shape[:2]
     origins, direction = rays(torch.tensor(AZIMUTHS).float(), torch.full((V,), float(ELEVATION)), SIZE)
     places = origins.transpose(1, 2).unflatten(2, (SIZE, SIZE)) + depth * direction[:, :, None, None]   # (N, 8, 3, ..)
-    mask = (opacity > 0.5).float()
+    mask = (opacity > 0.95).float()                                     # at an edge the background shines through
     normal = surface_normals(places.masked_fill(mask == 0, torch.nan).flatten(0, 1)).unflatten(0, (N, V))
     return Surface(places.clamp(-0.5, 0.5), normal, mask, AZIMUTHS, ELEVATION)
 
@@ -100,23 +110,29 @@ def lifted_surface(opacity, depth):
 
 @torch.no_grad()
 def eight_sides(shape, w, stage=2):
-    """Images, opacity and depth (N, 8, .., H, W) of N objects w from AZIMUTHS; opacity and depth are stage 2's."""
+    """Images uint8 (N, 8, 3, H, W) of N objects w from AZIMUTHS, as a stage draws them, and the opacity and depth
+    (N, 8, 1, H, W) of that stage's surface."""
     azimuth, elevation = torch.tensor(AZIMUTHS).float(), torch.full((len(AZIMUTHS),), float(ELEVATION))
-    drawn = []
+    images, maps = [], []
     for one in w:
         many = one.expand(len(AZIMUTHS), -1, -1)
-        if stage == 1:
-            image, _ = shape.draw(many, azimuth, elevation)
-            drawn.append((image, *shape.draw_lifted(many, azimuth, elevation)[1:]))
-        else:
-            drawn.append(shape.draw_lifted(many, azimuth, elevation))
-    return [torch.stack(part) for part in zip(*drawn)]
+        draw = shape.draw if stage == 1 else shape.draw_lifted
+        images.append(draw(many, azimuth, elevation)[0])
+        field = shape.field(shape.planes(one[None], stage))
+        sides = [surface_depth(field, *rays(azimuth[k:k + 1], elevation[k:k + 1], SIZE)) for k in range(len(azimuth))]
+        maps.append(torch.stack([torch.cat([opacity, depth]) for depth, opacity in sides]))         # (8, 2, M)
+    opacity, depth = torch.stack(maps).unflatten(3, (SIZE, SIZE)).split(1, dim=2)
+    return dict(image=to_uint8(torch.stack(images)), opacity=opacity, depth=depth)
 
 
 def made_objects(label, number, prompt, args):
     """What a row makes of a reference: {"image": uint8 (N, 8, 3, H, W), "opacity", "depth"}, kept in the run folder;
     trained first where it must be."""
     out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
+    if args.seed:                                       # the networks that judge and read surfaces serve all seeds
+        os.makedirs(out, exist_ok=True)
+        if not os.path.exists(f"{out}/sets"):
+            os.symlink(os.path.abspath(f"{args.folder}/sets"), f"{out}/sets")
     prior = args.prior or f"{args.folder}/view_prior.safetensors"
     if ROWS[label] is None:
         name, settings = f"sds_{number}", dict(steps=args.sds_steps, batch=4, lr=0.01, scale=args.sds_scale,
@@ -124,11 +140,13 @@ def made_objects(label, number, prompt, args):
 
         def draw():
             reference = to_pixels(evaluation_set(number + 1, folder=f"{args.folder}/sets")["image"][number, 0])
-            poses = poses_around(250)
-            shape = distill_score(load_prior(prior), reference, ELEVATION, poses, Namespace(**settings))
-            image, opacity, depth = eight_sides(shape, shape.style(torch.zeros(1, Z)))
-            return dict(image=to_uint8(image), opacity=opacity, depth=depth)
-        return cached(f"{out}/{name}.samples", dict(prior=file_id(prior), **settings), draw)
+            made = []
+            for again in range(EACH_DISTILLED):         # it has one object to show: more of them from other seeds
+                own = settings | dict(seed=args.seed + 1000 * again)
+                shape = distill_score(load_prior(prior), reference, ELEVATION, poses_around(250), Namespace(**own))
+                made.append(eight_sides(shape, shape.style(torch.zeros(1, Z))))
+            return {part: torch.cat([one[part] for one in made]) for part in made[0]}
+        return cached(f"{out}/{name}.samples", dict(prior=file_id(prior), num=EACH_DISTILLED, **settings), draw)
     name = "-".join([f"cad_{number}", *ROWS[label].replace("--", "").split()])
     path = f"{out}/{name}.safetensors"
     flags = ["--object", str(number), "--prompt", prompt, "--out", out, "--name", name, "--prior", prior]
@@ -140,16 +158,17 @@ def made_objects(label, number, prompt, args):
     if not os.path.isfile(path):
         print(f"{label}: python -m related.cad {' '.join(flags)}", flush=True)
         cad.main(flags)
-    made = read_metadata(path).get("command")
+    made, samples = read_metadata(path).get("command"), (read_metadata(path).get("made") or {}).get("samples") or {}
     if made != cad.parse_args(flags).command:
         raise ValueError(f"{path} was made by '{made}': name another --folder, or delete it")
+    if [samples.get("prior"), samples.get("refiner")] != [file_id(prior), file_id(refiner[1])]:
+        raise ValueError(f"{path} was made with another {prior} or {refiner[1]}: name another --folder, or delete it")
     stage = 1 if label == "stage 1 alone" else 2
 
     def draw():
         G = cad.load_generator(path)
         w = G.style(torch.randn(EACH, Z, generator=seeded_generator(GAN, args.seed, 0, 5)))
-        image, opacity, depth = eight_sides(G, w, stage)
-        return dict(image=to_uint8(image), opacity=opacity, depth=depth)
+        return eight_sides(G, w, stage)
     return cached(f"{out}/{name}-{stage}.samples", dict(model=file_id(path), seed=args.seed), draw)
 
 
@@ -171,7 +190,7 @@ def compare_rows(args):
 
     def keep(label, made):
         """made: {number of the reference: (images, surface)}."""
-        rows = [measure_objects(images, surface, held["labels"][k], held["image"][k, 0] / 255, judges)
+        rows = [measure_objects(images, surface, held["labels"][k], perfect.rgb[k], judges)
                 for k, (images, surface) in made.items()]
         row = {name: mean_of([one[name] for one in rows]) for name in rows[0]}
         images = torch.cat([images.flatten(0, 1) for images, _ in made.values()])

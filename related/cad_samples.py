@@ -63,8 +63,8 @@ def agree_with_others(images, features, outline=0.75, meaning=0.6):
     overlap = both / (count[:, :, None] + count[:, None] - both).clamp(min=1)                       # (P, K, K)
     alike = F.normalize(features, dim=2) @ F.normalize(features, dim=2).mT
     itself = torch.eye(images.shape[1], dtype=torch.bool)
-    overlap, alike = [table.masked_fill(itself, torch.nan).nanmedian(dim=2).values.nan_to_num()         # (P, K)
-                      for table in (overlap, alike)]
+    overlap, alike = [table.masked_fill(itself, torch.nan).nanquantile(0.5, dim=2, interpolation="higher").nan_to_num()
+                      for table in (overlap, alike)]                    # (P, K); of two others the better one
     best = F.one_hot((overlap + alike).argmax(dim=1), images.shape[1]).bool()
     return (overlap >= outline) & (alike >= meaning) | best
 

@@ -6,6 +6,8 @@ The generator knows no pose, the discriminator does. Symbols: B batch, C feature
 points, S samples of a ray. Cameras are the toy's, orthographic (geometry/camera.py); images are in [-1, 1], before
 white.
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -60,6 +62,21 @@ def render_rays(field, origins, direction, samples=SAMPLES_A_RAY, jitter=None):
     seen = (weight[..., None] * features.unflatten(1, inside.shape[1:])).sum(dim=2)
     depth = (weight * along).sum(dim=2) / opacity.clamp(min=1e-6)
     return seen + (1 - opacity)[..., None], opacity, depth
+
+
+def surface_depth(field, origins, direction, samples=96):
+    """Where a ray has lost half of its light, along the direction (B, M), and the opacity (B, M); arguments as of
+    `render_rays`. (The depth of volumetric rendering, a mean, lies behind the surface, by 1 / density on each ray.)"""
+    width = 2 * REACH / samples
+    along = -REACH + width * (torch.arange(samples) + 0.5)                                          # (S,)
+    points = origins[:, :, None] + along[:, None] * direction[:, None, None]                        # (B, M, S, 3)
+    density, _ = field(points.flatten(1, 2).clamp(-0.5, 0.5))
+    lost = width * density.view(points.shape[:3]) * (points.abs() <= 0.5).all(dim=-1)               # (B, M, S)
+    total = lost.cumsum(dim=2)                                          # light falls as exp(-total)
+    half = math.log(2)
+    first = (total >= half).float().argmax(dim=2, keepdim=True)         # 0 where there is too little matter
+    share = (half - total.gather(2, first)) / lost.gather(2, first).clamp(min=1e-6) + 1
+    return (-REACH + width * (first + share.clamp(0, 1)))[..., 0], 1 - torch.exp(-total[..., -1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

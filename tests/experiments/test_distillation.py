@@ -1,5 +1,6 @@
 """CAD's measures: perfect views reach their best, and each kind of mistake shows in its own measure."""
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -37,16 +38,22 @@ def test_depth_is_lifted_to_the_surface(ducks):
 
 
 def test_mistakes_show_where_they_should(ducks, quick_judges):
-    views, labels = ducks.rgb, torch.tensor([0, 0, 0])
+    views = ducks.rgb
 
-    def measured(images):
-        return measure_objects(images, None, labels, ducks.rgb[0, 0], quick_judges)
+    def measured(images, category=None):
+        read = quick_judges.net(images[:, 0])["category"].argmax(1)[0] if category is None else category
+        return measure_objects(images, None, torch.tensor([int(read), 0, 0]), views[0], quick_judges)
     same = measured(views[:1].expand(2, -1, -1, -1, -1))
     assert same["diversity"] == pytest.approx(0, abs=1e-3) and same["likeness"] == pytest.approx(1, abs=1e-5)
-    assert measured(views)["diversity"] > 0.05 and measured(views)["likeness"] < same["likeness"]
-    two_faced = views[:1].clone()
-    two_faced[:, 4] = views[:1, 0]
-    assert measured(two_faced)["two_fronts"] == 1
+    assert measured(views)["likeness"] < same["likeness"] and same["two_fronts"] == 0 and same["drawn"] == 1
+    other = (views[:1] + 0.02 * torch.randn(views[:1].shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    assert measured(torch.cat([views[:1], other]))["diversity"] > 1e-3
+    assert math.isnan(measured(views, 99)["diversity"])                         # none is of the category
+    for faces in ([4], range(8)):                                               # two, and one to every side
+        faced = views[:1].clone()
+        faced[:, faces] = views[:1, :1]
+        assert measured(faced)["two_fronts"] == 1
+    assert measured(torch.ones(1, 8, 3, 32, 32))["drawn"] == 0
     gray = views[:1].mean(dim=2, keepdim=True).expand(-1, -1, 3, -1, -1)
     assert measured(gray)["chroma"] < 1e-6 < measured(views[:1])["chroma"]
     red = torch.ones(1, 8, 3, 32, 32)
@@ -59,6 +66,7 @@ def test_a_table_of_three_rows(tmp_path, monkeypatch, quick_judges):
     monkeypatch.setitem(PRESETS, "toy", small)
     monkeypatch.setattr(cad, "train_feature_net", lambda *args: quick_judges.net)
     monkeypatch.setattr(distillation, "load_judges", lambda *args: quick_judges)
+    monkeypatch.setattr(distillation, "EACH", 2)
     save_model(str(tmp_path / "base.safetensors"), small, random_model(small))
     run_main(view_prior, "--out", tmp_path, "--num_assets", 2, "--steps", 1, "--batch", 2, "--picture_steps", 1,
              "--threads", 1)
@@ -70,18 +78,25 @@ def test_a_table_of_three_rows(tmp_path, monkeypatch, quick_judges):
     run_main(distillation, *command)
     table = json.loads((tmp_path / "results" / "cad.json").read_text())["rows"]
     assert list(table) == [PERFECT, *rows] and (tmp_path / "results" / "cad_sheet.png").exists()
-    assert "diversity" in table["CAD"]["toy"]["0"] and "diversity" not in table["score distillation"]["toy"]["0"]
+    assert all("diversity" in table[label]["toy"]["0"] for label in rows)      # they have several objects to show
+    assert "diversity" not in table[PERFECT]["toy"]["0"] and table[PERFECT]["toy"]["0"]["covered"] > 0.9
     assert table[PERFECT]["toy"]["0"]["psnr_loo"] > 20
     text = (tmp_path / "results" / "cad.md").read_text()
     assert "score distillation" in text and "`python -m experiments.distillation --objects 1`" in text
     before = (tmp_path / "cad_1.safetensors").read_bytes()
     run_main(distillation, *command)                                            # nothing is made again
     again = json.loads((tmp_path / "results" / "cad.json").read_text())["rows"]
-    for label, row in table.items():
+    for label, row in table.items():                                            # None: no pair is of the right category
+        row["toy"]["0"] = {name: value for name, value in row["toy"]["0"].items() if value is not None}
+        again[label]["toy"]["0"] = {name: again[label]["toy"]["0"][name] for name in row["toy"]["0"]}
         assert again[label]["toy"]["0"] == pytest.approx(row["toy"]["0"], rel=1e-4)
     assert (tmp_path / "cad_1.safetensors").read_bytes() == before
     refuses(distillation, [*command, "--sds_steps", 3], 1, "cad.json was made with")
     refuses(distillation, [*command[:-1], "--results", tmp_path / "other"], 1, "cad_1.safetensors was made by")
+    model = (tmp_path / "base.safetensors").read_bytes()
+    save_model(str(tmp_path / "base.safetensors"), small, random_model(small, seed=1))
+    refuses(distillation, command, 1, "cad_1.safetensors was made with another", "base.safetensors")
+    (tmp_path / "base.safetensors").write_bytes(model)
     refuses(distillation, [*command, "--train_flags=--bogus 3"], 2, "--train_flags '--bogus 3'")
     refuses(distillation, [*command, "--train_flags=--object 3"], 2, "--train_flags must not name --object")
     refuses(distillation, [*command, "--prior", tmp_path / "none.safetensors"], 1, "none.safetensors")

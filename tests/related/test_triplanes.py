@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from geometry.camera import EXTENT, camera, project
 from related.triplanes import (RAY_FEATURES, REACH, SIZE, Discriminator, Generator, StyledConv, W, Z,
-                               adapted, augment, lookup, r1, rays, render_rays)
+                               adapted, augment, lookup, r1, rays, render_rays, surface_depth)
 from toy.poses import BAND, pose_numbers
 
 
@@ -36,6 +36,18 @@ def test_a_ball_of_constant_density(density):
     through = chord > 0.3
     mean = 1 / density - chord / torch.expm1(density * chord)           # from where the ray enters
     assert (depth - (mean - chord / 2))[through].abs().max() < 0.003
+
+
+@pytest.mark.parametrize("density", [4.0, 60.0])
+def test_the_surface_is_where_half_of_the_light_is_lost(density):
+    """Of a ball: ln 2 / density behind where the ray enters, by closed form."""
+    radius, half = 0.4, math.log(2) / density
+    origins, direction = rays(torch.tensor([30.0]), torch.tensor([20.0]), 16)
+    depth, opacity = surface_depth(ball(density), origins, direction)
+    chord = 2 * (radius ** 2 - origins.norm(dim=-1) ** 2).clamp(min=0).sqrt()
+    through = chord > half + 0.05
+    assert through.sum() > 50 and (depth - (half - chord / 2))[through].abs().max() < 0.01
+    assert (opacity - (1 - torch.exp(-density * chord))).abs().max() < 0.3 and opacity[chord == 0].max() == 0
 
 
 def test_a_wall_hides_what_is_behind_it():
