@@ -257,7 +257,8 @@ def distill(args):
     """All steps for one reference -> OUT/NAME.safetensors, the generator, and OUT/NAME.png."""
     path, folder = f"{args.out}/{args.name}.safetensors", f"{args.out}/{args.name}"
     before = stored_speed([f"{folder}/stage2", f"{folder}/stage1"])     # as many threads as the run that was stopped
-    check_out(f"{folder}/samples.safetensors")
+    for kept in (f"{folder}/samples.safetensors", f"{args.out}/sets/cad_00000000.safetensors"):
+        check_out(kept)
     models = load_models(args)
     launch(args.threads or before.get("threads"))
     if args.mesh:

@@ -7,6 +7,7 @@ a pose those that disagree with the others are dropped.
 import json
 import os
 from dataclasses import replace
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ from support.launch import BAR
 from support.pictures import save_picture, to_uint8
 from toy.world import tokenize
 from training.sets import base_path, check_base
+
+OF_REFINEMENT = ("refiner", "prompt", "depth", "strength")              # what the prior's own samples do not depend on
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Distribution refinement: SDEdit (Meng et al. 2022) by the photographic model
@@ -110,7 +113,8 @@ def samples_key(reference, args):
 
 def reference_samples(models, reference, judge, args):
     """Steps 1 to 3 of one reference: {"image": uint8 (N, 3, H, W), "azimuth", "elevation": (N,)}, drawn before any
-    training of the GAN, and a picture of them. Kept in OUT/NAME/samples.safetensors. models: from `load_models`."""
+    training of the GAN, and a picture of them. Kept in OUT/NAME/samples.safetensors, and what the prior drew in
+    OUT/sets. models: from `load_models`."""
     poses, sampling = poses_around(args.num_poses), Sampling(num_steps=args.num_steps, seed=args.seed)
     path, key = f"{args.out}/{args.name}/samples.safetensors", json.loads(json.dumps(samples_key(reference, args)))
     before = read_metadata(path).get("key") if os.path.isfile(path) else key
@@ -121,8 +125,14 @@ def reference_samples(models, reference, judge, args):
     def build():
         (prior, refiner), each = models, [part.repeat_interleave(args.each) for part in poses]
         of_prior, of_refiner = (replace(sampling, cfg_scale=scale) for scale in (args.view_scale, CFG_SCALE))
-        with tqdm(total=args.num_poses * args.each, desc="the prior's samples", unit="image", bar_format=BAR) as bar:
-            drawn = draw_views(prior, reference, args.elevation, poses, args.each, of_prior, bar)
+
+        def draw():
+            total = args.num_poses * args.each
+            with tqdm(total=total, desc="the prior's samples", unit="image", bar_format=BAR) as bar:
+                return dict(image=draw_views(prior, reference, args.elevation, poses, args.each, of_prior, bar))
+        own = {name: value for name, value in key.items() if name not in OF_REFINEMENT}
+        own_file = f"{args.out}/sets/cad_{crc32(json.dumps(own).encode()):08x}.safetensors"         # serves other names
+        drawn = cached(own_file, own, draw)["image"]
         images = drawn.flatten(0, 1)
         if args.depth:
             net = train_surface_net(f"{args.out}/sets")

@@ -283,6 +283,8 @@ def test_samples_refined_under_a_depth_condition(prior_and_base, monkeypatch):
         seen.append(len(images))
         return images, images[:, :1], images[:, :1]
     monkeypatch.setattr(cad_samples, "train_surface_net", lambda folder: net)
+    drawn, draw_views = [], cad_samples.draw_views
+    monkeypatch.setattr(cad_samples, "draw_views", lambda *args: drawn.append(len(args[3][0])) or draw_views(*args))
     judge, reference = cad.train_feature_net(""), torch.full((3, SIZE, SIZE), 0.5)
     flags = ["--object", "1", "--prompt", PROMPT, "--out", str(out), "--num_poses", "8", "--each", "3", "--num_steps",
              "2", "--no-pruning"]
@@ -294,6 +296,7 @@ def test_samples_refined_under_a_depth_condition(prior_and_base, monkeypatch):
         made[name], metadata = load_tensors(f"{out}/{name}/samples.safetensors")
         assert metadata["key"]["refiner"][0] == ("texturing.safetensors" if more else "base.safetensors")
     assert seen == [24] and torch.equal(made["a"]["drawn"], made["b"]["drawn"])
+    assert drawn == [8]                                                         # by the prior once, for both names
     assert not torch.equal(made["b"]["drawn"], made["b"]["image"])
     assert not torch.equal(made["a"]["image"], made["b"]["image"])
 
