@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from data import SEEDS, evaluation_set
 from evaluate import Surface, consistency, kid, surface_normals
-from experiments.results import check_places, check_row_flags, kept_rows, mean_of, write_means
+from experiments.results import check_places, check_row_flags, kept_rows, mean_of, seed_folder, write_means
+from experiments.scene_measures import LEAST
 from geometry.camera import ELEVATION
 from related import cad
 from related.score_distillation import distill_score
@@ -52,7 +53,6 @@ COLUMNS = dict(KD=0, photo=2, category=2, color=2, material=2, likeness=2, drawn
                chroma=3, diversity=2)
 AZIMUTHS = tuple(range(0, 360, 45))
 EACH, EACH_DISTILLED = 4, 2             # objects of a reference, by CAD and by score distillation
-LEAST = 12                              # pixels of an object below which it counts as not drawn
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measures
@@ -72,8 +72,8 @@ def measure_objects(images, surface, labels, truth, judges):
     """
     flat = images.flatten(0, 1)
     heads, features = judges.net(flat), judges.net.features(flat)
-    row = {name: (heads[name].argmax(1) == truth).double().mean().item()
-           for name, truth in zip(("category", "color", "material"), labels)}
+    row = {name: (heads[name].argmax(1) == label).double().mean().item()
+           for name, label in zip(("category", "color", "material"), labels)}
     unit = F.normalize(features, dim=1).unflatten(0, images.shape[:2])                              # (N, 8, F)
     alike = unit @ F.normalize(judges.net.features(truth), dim=1).T                     # (N, 8, 8), with each true view
     row["likeness"] = alike[:, 0, 0].mean().item()
@@ -128,11 +128,7 @@ def eight_sides(shape, w, stage=2):
 def made_objects(label, number, prompt, args):
     """What a row makes of a reference: {"image": uint8 (N, 8, 3, H, W), "opacity", "depth"}, kept in the run folder;
     trained first where it must be."""
-    out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
-    if args.seed:                                       # the networks that judge and read surfaces serve all seeds
-        os.makedirs(out, exist_ok=True)
-        if not os.path.exists(f"{out}/sets"):
-            os.symlink(os.path.abspath(f"{args.folder}/sets"), f"{out}/sets")
+    out = seed_folder(args)
     prior = args.prior or f"{args.folder}/view_prior.safetensors"
     if ROWS[label] is None:
         name, settings = f"sds_{number}", dict(steps=args.sds_steps, batch=4, lr=0.01, scale=args.sds_scale,
@@ -158,9 +154,10 @@ def made_objects(label, number, prompt, args):
     if not os.path.isfile(path):
         print(f"{label}: python -m related.cad {' '.join(flags)}", flush=True)
         cad.main(flags)
-    made, samples = read_metadata(path).get("command"), (read_metadata(path).get("made") or {}).get("samples") or {}
-    if made != cad.parse_args(flags).command:
-        raise ValueError(f"{path} was made by '{made}': name another --folder, or delete it")
+    metadata = read_metadata(path)
+    if metadata.get("command") != cad.parse_args(flags).command:
+        raise ValueError(f"{path} was made by '{metadata.get('command')}': name another --folder, or delete it")
+    samples = metadata["made"]["samples"]
     if [samples.get("prior"), samples.get("refiner")] != [file_id(prior), file_id(refiner[1])]:
         raise ValueError(f"{path} was made with another {prior} or {refiner[1]}: name another --folder, or delete it")
     stage = 1 if label == "stage 1 alone" else 2

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from evaluate import DIGITS, formatted, measured_settings
 from experiments.paper import PAPER_COLUMNS
-from support.files import read_json, write_text
+from support.files import locked, read_json, write_text
 from support.launch import check_out
 from support.pictures import draw_points, save_image, side_by_side
 
@@ -30,6 +30,17 @@ def check_places(args, name, *endings):
     for ending in endings:
         check_out(f"{args.results}/{name}{ending}", "--results")
     check_out(f"{args.folder}/sets/{name}", "--folder")
+
+
+def seed_folder(args):
+    """Where the models of --seed go: --folder itself for seed 0; for others a folder in it, which shares its sets."""
+    if args.seed == 0:
+        return args.folder
+    out = f"{args.folder}/seed{args.seed}"
+    with locked(out):
+        if not os.path.exists(f"{out}/sets"):
+            os.symlink(os.path.abspath(f"{args.folder}/sets"), f"{out}/sets")
+    return out
 
 
 def check_row_flags(parser, text, of_the_rows, parse):

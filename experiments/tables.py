@@ -28,7 +28,7 @@ import train_stage2
 from baselines.sdedit import sdedit
 from evaluate import asked_sampling, base_images, load_toy, measure, measured_settings, measuring_flags
 from experiments.paper import TABLES
-from experiments.results import ORACLE, check_places, check_row_flags, kept_rows, table_rows, write_table
+from experiments.results import ORACLE, check_places, check_row_flags, kept_rows, seed_folder, table_rows, write_table
 from geometry.camera import VIEWS
 from sample import default_base, sample_images
 from support.files import cached, file_id, load_tensors, locked, read_metadata, save_tensors, write_json
@@ -57,10 +57,7 @@ def trained_row(row, task, args, launched):
     serves several rows, and some rows stand in two tables. Raises ValueError where the model was trained otherwise.
     """
     name = "-".join([task, *row.flags.replace("--", "").replace(" ", "_").split()])
-    out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
-    with locked(out):
-        if args.seed and not os.path.exists(f"{out}/sets"):
-            os.symlink(os.path.abspath(f"{args.folder}/sets"), f"{out}/sets")
+    out = seed_folder(args)
     path = f"{out}/{name}.safetensors"
     flags = ["--task", task, *row.flags.split(), "--name", name, "--seed", str(args.seed), *flags_for(row, args)]
     more = ["--out", out, "--base", default_base("toy", args.folder), "--sample_every", "1000000"]

@@ -115,7 +115,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6, help="training steps that are timed; images: a third as many")
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"), help="of the "
-                        "training steps (default both; a CPU without instructions for bf16 takes an hour for it)")
+                        "training steps (default both; a CPU without instructions for bf16 is very slow in it)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: what PyTorch takes)")
     parser.add_argument("--cpu_time", action="store_true", help="count CPU seconds, not those of the clock")
     args = parser.parse_args()

@@ -1,6 +1,7 @@
 """The paper's tables on the toy: trained, sampled and measured as a whole, gone on with, printed."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import data
 import train_stage2
 from experiments import tables
 from experiments.paper import PAPER1, PAPER_COLUMNS, TABLES
-from experiments.results import ORACLE, seed_mean, seed_noise, table_lines
+from experiments.results import ORACLE, seed_folder, seed_mean, seed_noise, table_lines
 from geometry.camera import VIEWS
 from sample import Sampling
 from support.files import save_tensors
@@ -179,3 +180,10 @@ def test_a_model_without_its_command_is_no_row_s(tmp_path):
     (row,) = [row for row in TABLES["table1"][1] if row.label == "syn only"]
     with pytest.raises(ValueError, match="syn_only.safetensors was trained by 'None', without --task"):
         tables.trained_row(row, "texturing", tables.parse_args(["table1", "--folder", str(tmp_path)]), ALONE)
+
+
+def test_another_seed_has_a_folder_of_its_own_with_the_same_sets(tmp_path):
+    (tmp_path / "sets").mkdir()
+    first, second = (seed_folder(Namespace(seed=seed, folder=str(tmp_path))) for seed in (0, 1))
+    assert first == str(tmp_path) and seed_folder(Namespace(seed=1, folder=first)) == second != first
+    assert (tmp_path / "seed1" / "sets").samefile(tmp_path / "sets")

@@ -30,7 +30,7 @@ from toy.render import Look, render
 from toy.world import asset_captions, sample_assets
 
 FULL = PRESETS["full"]
-DTYPE = promising_dtypes()[-1]          # bfloat16, but for a CPU without instructions for it, where it takes an hour
+DTYPE = promising_dtypes()[-1]          # bfloat16, but on a CPU without instructions for it, which takes many minutes
 
 
 def test_the_whole_pipeline_from_renders_to_measures(full_run, capsys):
