@@ -33,8 +33,8 @@ from geometry.camera import VIEWS
 from geometry.files import read_mesh
 from geometry.mesh import mesh_views
 from geometry.texture import save_meshes
-from support.files import (checksum, file_id, load_tensors, locked, read_json, read_metadata, save_tensors, up_to_date,
-                           write_array, write_json)
+from support.files import (checksum, file_id, load_tensors, locked, read_json, read_metadata, run_or_shipped,
+                           save_tensors, up_to_date, write_array, write_json)
 from support.generators import SAMPLES, seeded_generator
 from support.launch import (BAR, UsageError, a_seed, barrier, check_out, finite, launch, run_cli, some_steps,
                             some_threads, within)
@@ -229,10 +229,9 @@ def default_base(preset="toy", folder=None):
 
     Raises FileNotFoundError, saying how to get one.
     """
-    here = os.path.dirname(os.path.abspath(__file__))
-    for path in (f"{folder or f'runs/{preset}'}/base.safetensors", f"{here}/weights/{preset}_base.safetensors"):
-        if os.path.isfile(path):
-            return path
+    path = run_or_shipped(folder or f"runs/{preset}", preset, "base.safetensors")
+    if path:
+        return path
     how = ("name PixArt-alpha's weights, .pth or safetensors, with --base" if preset == "full" else
            f"pretrain one with python -m toy.pretrain --preset {preset}, or name one with --base")
     raise FileNotFoundError(f"preset {preset} has no base model yet: {how}")
@@ -240,10 +239,9 @@ def default_base(preset="toy", folder=None):
 
 def default_model(preset="toy", task="texturing", method="realiz3d", folder=None):
     """Path of the trained model: the run folder's, else the one that comes with the repository."""
-    here, name = os.path.dirname(os.path.abspath(__file__)), f"{method}_{task}.safetensors"
-    for path in (f"{folder or f'runs/{preset}'}/{name}", f"{here}/weights/{preset}_{name}"):
-        if os.path.isfile(path):
-            return path
+    path = run_or_shipped(folder or f"runs/{preset}", preset, f"{method}_{task}.safetensors")
+    if path:
+        return path
     flags = f"--preset {preset} --task {task}" + (f" --method {method}" if method != "realiz3d" else "")
     raise FileNotFoundError(f"no {method} model in runs/{preset} or weights: train one with python train_stage2.py "
                             f"{flags}")

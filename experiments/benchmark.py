@@ -135,12 +135,12 @@ def random_sets(args):
     return {"syn": syn, "real": real}, null
 
 
-def random_bench(args, device):
+def random_bench(args, launched):
     """A Bench of random weights and data; its steps do not move the weights."""
-    config = PRESETS[args.preset]
+    config, device = PRESETS[args.preset], launched.device
     network = ShiftedDiT(DiT(config), DomainShifters(config, args.rank).requires_grad_(False)).to(device)
     params = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    optimizers = make_optimizers(params, argparse.Namespace(lr=0.0, weight_decay=0.0, muon=args.muon), device)
+    optimizers = make_optimizers(params, argparse.Namespace(lr=0.0, weight_decay=0.0, muon=args.muon), launched)
     sets, null = random_sets(args)
     return Bench(network, optimizers, sets, {key: value.to(device) for key, value in null.items()})
 
@@ -182,7 +182,7 @@ def time_iterations(args, launched):
     """
     device, _, world = launched
     config, alone = PRESETS[args.preset], launched._replace(rank=0, world=1)
-    bench = random_bench(args, device)
+    bench = random_bench(args, launched)
     model = in_training(bench.network, args, world)
     iterations = {"syn": Iteration("syn", 0, views=4, control=True), "real": Iteration("real", 0, grid=4)}
     for i in range(block_count(args.tau_B, config.depth) + 1):

@@ -19,6 +19,7 @@ from experiments.results import check_places, check_row_flags, kept_rows, mean_o
 from experiments.scene_measures import LEAST
 from geometry.camera import ELEVATION
 from related import cad
+from related.cad_samples import prior_path
 from related.score_distillation import distill_score
 from related.triplanes import SIZE, Z, rays, surface_depth
 from related.view_prior import load_prior, poses_around
@@ -129,7 +130,7 @@ def made_objects(label, number, prompt, args):
     """What a row makes of a reference: {"image": uint8 (N, 8, 3, H, W), "opacity", "depth"}, kept in the run folder;
     trained first where it must be."""
     out = seed_folder(args)
-    prior = args.prior or f"{args.folder}/view_prior.safetensors"
+    prior = prior_path(args.prior, args.folder)
     if ROWS[label] is None:
         name, settings = f"sds_{number}", dict(steps=args.sds_steps, batch=4, lr=0.01, scale=args.sds_scale,
                                                seed=args.seed)
@@ -174,8 +175,8 @@ def compare_rows(args):
     path = f"{args.results}/cad.json"
     check_places(args, "cad", ".json", ".md", "_sheet.png")
     launch(args.threads or 1)           # as many as a row's training sets
-    load_prior(args.prior or f"{args.folder}/view_prior.safetensors")
     stored_rows(path, args)
+    load_prior(prior_path(args.prior, args.folder))
     judges = load_judges(f"{args.folder}/sets")
     held = evaluation_set(max(args.objects) + 1, folder=f"{args.folder}/sets")
     assets = exaggerated(sample_assets(max(args.objects) + 1, SEEDS["evaluation"]))
@@ -231,7 +232,7 @@ def parse_args(argv=None):
         help="references: held-out assets (default: eight)")
     add("--rows", nargs="+", choices=ROWS, metavar="LABEL", help="only these rows (default: all)")
     add("--seed", type=a_seed, default=0, help="decides samples and training (default %(default)s)")
-    add("--prior", help="view-conditioned model (default: the run folder's)")
+    add("--prior", help="view-conditioned model (default: the run folder's, else the shipped one)")
     add("--sds_steps", type=within(1, 10 ** 6), default=1000, help="steps of score distillation (default %(default)s)")
     add("--sds_scale", type=within(-1000, 1000, float), default=10.0, help="its guidance on the reference (default "
         "%(default)s)")

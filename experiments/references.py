@@ -20,7 +20,7 @@ from experiments.scene_measures import measure_scenes
 from related import refany3d
 from related.refany3d import draw, load_refany3d
 from sample import Sampling, default_base, load_network, sample_images
-from support.files import cached, file_id, locked, read_metadata, write_json
+from support.files import cached, file_id, locked, read_metadata, run_or_shipped, write_json
 from support.launch import Launched, a_seed, launch, run_cli
 from support.pictures import save_picture, to_uint8
 from toy.judge import train_feature_net
@@ -75,20 +75,14 @@ def judged(images, labels, judge, photos):
     return row | dict(photo=photo, KD=1000 * kid(photos, judge.features(images)))
 
 
-def stage1_shifters(folder):
-    """Realiz3D's Domain Shifters: the run folder's, else the shipped ones."""
-    shipped = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "weights", "toy_shifters")
-    own = f"{folder}/shifters.safetensors"
-    return own if os.path.isfile(own) else f"{shipped}.safetensors"
-
-
 def row_training(label, args):
     """Path of a row's model, and the flags of related.refany3d that train it."""
     name, words = "refany3d-" + label.replace(" ", "_").replace(",", ""), (ROWS[label] or "").split()
     out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
     flags = ["--out", out, "--base", default_base("toy", args.folder), "--name", name, "--seed", str(args.seed)]
     flags += ["--threads", str(args.threads)] if args.threads else []
-    flags += [stage1_shifters(args.folder) if word == "SHIFTERS" else word for word in words]
+    flags += [run_or_shipped(args.folder, "toy", "shifters.safetensors") if word == "SHIFTERS" else word
+              for word in words]
     return f"{out}/{name}.safetensors", flags + args.train_flags.split()
 
 

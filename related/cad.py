@@ -34,7 +34,7 @@ from geometry.mesh import surface_mesh
 from geometry.texture import save_meshes
 from related.cad_samples import load_models, reference_samples, samples_key, view_phrase
 from related.triplanes import SAMPLES_A_RAY, SIZE, Discriminator, Generator, Z, adapted, augment, enlarged, r1
-from support.files import checksum, load_strictly, load_tensors, read_metadata, save_tensors
+from support.files import checksum, load_strictly, load_tensors, read_metadata, run_or_shipped, save_tensors
 from support.folders import read_image
 from support.generators import GAN, seeded_generator, seeded_words
 from support.launch import a_seed, check_out, launch, run_cli, some_steps, some_threads, within
@@ -267,12 +267,12 @@ def distill(args):
     key = dict(samples=samples_key(reference, args), pruning=args.pruning,
                stages=[vars(stage_settings(stage, args)) for stage in (1, 2)])
     lock = hold(folder)
-    if os.path.isfile(path):
-        made = read_metadata(path).get("made")
-        if made != json.loads(json.dumps(key)):
-            raise ValueError(f"{path} is no generator of CAD, or was made from another reference, prior or refining "
-                             "model, or with other flags: use another --name, or delete it")
-    else:
+    found = run_or_shipped(args.out, "toy", f"{args.name}.safetensors")
+    fits = found and read_metadata(found).get("made") == json.loads(json.dumps(key))
+    if found == path and not fits:
+        raise ValueError(f"{path} is no generator of CAD, or was made from another reference, prior or refining "
+                         "model, or with other flags: use another --name, or delete it")
+    if not fits:
         print(f"{args.name}: {args.num_poses} poses x {args.each} samples, refined and sorted; {args.steps} steps of "
               f"stage 1, {args.lift_steps} of stage 2, of {args.batch} images; into {folder}", flush=True)
         samples = reference_samples(models, reference, judge, args)
@@ -285,7 +285,7 @@ def distill(args):
             raise FloatingPointError(f"{args.name}: weights too large for 16 bits: delete {folder}/stage*, and try a "
                                      "lower --lr")
         save_tensors(path, weights, made=key, command=args.command)
-    write_sheets(load_generator(path), reference, judge, args)
+    write_sheets(load_generator(found if fits else path), reference, judge, args)
     del lock
 
 
@@ -312,7 +312,7 @@ def parse_args(argv=None):
     add("--prompt", required=True, help='what it is: "a red wooden mug"')
     add("--out", default="runs/toy", help="run folder (default %(default)s)")
     add("--name", help="of this generator (default cad_OBJECT, or cad)")
-    add("--prior", help="view-conditioned model (default: the run folder's)")
+    add("--prior", help="view-conditioned model (default: the run folder's, else the shipped one)")
     add("--base", help="base model (default: the run folder's, else the shipped one)")
     add("--num_poses", type=within(8, 10 ** 5), default=250, help="poses that the prior draws (default %(default)s)")
     add("--each", type=within(1, 64), default=4, help="samples of each pose (default %(default)s)")

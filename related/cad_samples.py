@@ -20,7 +20,7 @@ from geometry.hull import silhouette
 from related.depth_condition import REFINEMENT, refine_by_depth, train_surface_net
 from related.view_prior import draw_views, load_prior, poses_around
 from sample import CFG_SCALE, Sampling, default_model, initial_noise, load_network, trained_task
-from support.files import cached, checksum, file_id, read_metadata
+from support.files import cached, checksum, file_id, read_metadata, run_or_shipped
 from support.launch import BAR
 from support.pictures import save_picture, to_uint8
 from toy.world import tokenize
@@ -76,9 +76,10 @@ def agree_with_others(images, features, outline=0.75, meaning=0.6):
 # The samples, kept
 
 
-def prior_path(args):
-    """--prior, or the run folder's view-conditioned model. Raises FileNotFoundError."""
-    path = args.prior or f"{args.out}/view_prior.safetensors"
+def prior_path(path, folder):
+    """Path of the view-conditioned model: `path` of --prior, or where it is None the run folder's, else the shipped
+    one. Raises FileNotFoundError."""
+    path = path or run_or_shipped(folder, "toy", "view_prior.safetensors") or f"{folder}/view_prior.safetensors"
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no such file: {path} (--prior): train it with python -m related.view_prior")
     return path
@@ -94,7 +95,7 @@ def refiner_path(args):
 def load_models(args):
     """The prior and the model that refines what it draws, before any work. Raises FileNotFoundError, or ValueError
     where one is another thing."""
-    prior, path = load_prior(prior_path(args)), refiner_path(args)
+    prior, path = load_prior(prior_path(args.prior, args.out)), refiner_path(args)
     if not args.depth:
         check_base(args)
     refiner = load_network(path, config=PRESETS["toy"])
@@ -107,7 +108,7 @@ def load_models(args):
 def samples_key(reference, args):
     """What the samples of a reference are made from."""
     flags = ("prompt", "elevation", "num_poses", "each", "num_steps", "view_scale", "depth", "strength", "seed")
-    return dict(reference=checksum({"image": reference}), prior=file_id(prior_path(args)),
+    return dict(reference=checksum({"image": reference}), prior=file_id(prior_path(args.prior, args.out)),
                 refiner=file_id(refiner_path(args)), **{flag: getattr(args, flag) for flag in flags})
 
 
@@ -133,11 +134,11 @@ def reference_samples(models, reference, judge, args):
         own = {name: value for name, value in key.items() if name not in OF_REFINEMENT}
         own_file = f"{args.out}/sets/cad_{crc32(json.dumps(own).encode()):08x}.safetensors"         # serves other names
         drawn = cached(own_file, own, draw)["image"]
-        images = drawn.flatten(0, 1)
-        if args.depth:
+        images = refined = drawn.flatten(0, 1)
+        if args.strength and args.depth:
             net = train_surface_net(f"{args.out}/sets")
             refined = refine_by_depth(refiner, net, images, each, args.prompt, args.strength, of_refiner)
-        else:
+        elif args.strength:
             refined = refine(refiner, images, each[0], args.prompt, args.strength, of_refiner)
         return dict(drawn=to_uint8(drawn), image=to_uint8(refined).view(drawn.shape))
     made = cached(path, key, build)

@@ -37,7 +37,7 @@ from full.encoders import encode_captions, load_text_encoder, load_vae
 from full.pixart import load_base
 from full.scenes import SceneLatents
 from sample import Sampling, sample_images
-from support.files import file_id, load_strictly, read_metadata
+from support.files import file_id, load_strictly, read_metadata, run_or_shipped
 from support.launch import UsageError, check_out, finite, launch, on_rank_0_first, run_cli, some_steps, within
 from support.pictures import save_picture, to_pixels, to_uint8
 from support.speed import attend
@@ -361,7 +361,9 @@ def draw_objects(args):
     num = max(assets, len(args.prompt))
     captions = args.prompt if len(args.prompt) == num else args.prompt * num
     device = launch(args.threads).device
-    network = load_refany3d(f"{folder}/{args.name or 'refany3d'}.safetensors", base_path(args), device)
+    name = f"{args.name or 'refany3d'}.safetensors"
+    path = run_or_shipped(folder, args.preset, name) or f"{folder}/{name}"
+    network = load_refany3d(path, base_path(args), device)
     config, vae = network.dit.config, None
     if config.latent:
         if args.mesh is None or not (args.vae and args.text_encoder):

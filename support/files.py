@@ -108,6 +108,13 @@ def file_id(path):
     return [os.path.basename(path), checksum(load_tensors(path)[0])]
 
 
+def run_or_shipped(folder, preset, name):
+    """Path of FOLDER/NAME, else of the repository's weights/PRESET_NAME; None where there is neither."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    paths = f"{folder}/{name}", f"{root}/weights/{preset}_{name}"
+    return next((path for path in paths if os.path.isfile(path)), None)
+
+
 def load_strictly(module, weights, path):
     """module.load_state_dict, with every misfit named in one line (ValueError)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

@@ -267,6 +267,12 @@ def test_low_rank_matrices_of_another_shape_are_named(part, tiny_toy):
     refuses(sample, ("--model", path, "--prompt", "a mug"), 1, path, "W_right")
 
 
+def test_a_training_without_a_render_is_refused(tiny_toy):
+    out, _ = tiny_toy
+    refuses(train_stage2, ("--out", out, "--steps", 20), 2, "--steps 20", "--real_warmup 20")
+    assert not (out / "sets").exists()
+
+
 def test_weights_that_16_bits_do_not_hold_are_not_written(tiny_toy):
     out, _ = tiny_toy
     flags = ("--method", "syn_only", "--num_assets", 4, "--batch", 1, "--steps", 1, "--picture_steps", 1)

@@ -12,7 +12,7 @@ from baselines.adapters import sees_both_domains
 from baselines.methods import METHODS
 from dit import PRESETS, DiT
 from support.beside import end_beside, with_others
-from support.launch import check_out, launch
+from support.launch import Launched, UsageError, check_out, launch
 from support.speed import (MOST_THREADS, autocast, choose_speed, promising_dtypes, seconds_of, thread_counts,
                            time_choices)
 from toy.render import render
@@ -47,6 +47,9 @@ def launch_training(args, stage, may_spread):
     if stage != "base" or filled.base:
         check_base(filled)
     check_writable(filled, stage)
+    if stage == "stage2" and not filled.no_real_data and filled.steps <= filled.real_warmup:
+        raise UsageError(f"--steps {filled.steps} end within --real_warmup {filled.real_warmup}: nothing would learn "
+                         "from the renders")
     is_open = args.threads is None and args.batch is None and "WORLD_SIZE" not in os.environ
     if may_spread and is_open and launched.device.type == "cpu" and not PRESETS[args.preset].latent:
         processes, threads = choose_processes(filled, resumed(filled, stage))
@@ -95,7 +98,7 @@ def choose_processes(args, names):
         processes = max(count for count in range(1, most + 1) if args.batch % count == 0)
         if processes > 1:
             share = IMAGES // processes
-            took = time_choices(trial(args, cpu, share)[1], [threads], [dtype])
+            took = time_choices(trial(args, cpu, share, processes)[1], [threads], [dtype])
             several[processes, threads, dtype] = processes * share / min(took.values())
     if max(several.values(), default=0) < PROCESSES_PAY * one:
         return 1, MOST_THREADS
@@ -106,11 +109,14 @@ def choose_processes(args, names):
     return processes, threads
 
 
-def trial(args, device, images):
-    """(a new model, step(), forward()): a little of what a training does, with so many images of it, in fours."""
+def trial(args, device, images, processes=1):
+    """(a new model, step(), forward()): a little of what a training does, with so many images of it, in fours, in one
+    of so many processes."""
     config = PRESETS[args.preset]
     model = DiT(config).to(device)
-    optimizers = make_optimizers({f"dit.{name}": p for name, p in model.named_parameters()}, args, device)
+    optimizers = make_optimizers({f"dit.{name}": p for name, p in model.named_parameters()}, args, Launched(device))
+    for muon in optimizers[1:]:
+        muon.param_groups[0]["params"] = muon.param_groups[0]["params"][::processes]        # its share
     x = torch.randn(images // 4, 4, config.channels, config.image_size, config.image_size, device=device)
     t, text = torch.zeros(len(x), dtype=torch.long, device=device), tokenize([""] * len(x)).to(device)
 
@@ -118,7 +124,7 @@ def trial(args, device, images):
         model(x, t, text).square().mean().backward()
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+        model.zero_grad()
 
     def forward():
         with torch.no_grad():
@@ -146,7 +152,7 @@ def choose(args, launched, *names):
         args.compile = bool(args.compile)
         return None
     share = max(4, IMAGES // launched.world)
-    model, step, forward = trial(args, device, share)
+    model, step, forward = trial(args, device, share, launched.world)
     args.dtype, step_seconds, said = choose_speed(step, share, device, threads, args.dtype)
     with autocast(device, args.dtype):
         pace = Pace(step_seconds, min(seconds_of(forward, device) for _ in range(2)) / share)

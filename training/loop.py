@@ -139,7 +139,7 @@ def train(network, sets, null, plan, args, launched, preview=None):
     check_sets(sets, args, world)
     lock = hold(out) if rank == 0 else None         # open until the end
     params = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    optimizers = make_optimizers(params, args, device)
+    optimizers = make_optimizers(params, args, launched)
     ema = {name: p.detach().clone() for name, p in params.items()} if args.ema else {}
     trained = Trained(params, ema, optimizers)
     made = made_from(network, sets)

@@ -2,7 +2,7 @@
 import torch
 
 
-def make_optimizers(params, args, device):
+def make_optimizers(params, args, launched):
     """AdamW for all of {name: parameter}; with --muon, Muon for the blocks' matrices, which bears a rate three times as
     high."""
     def is_matrix(name):
@@ -10,9 +10,10 @@ def make_optimizers(params, args, device):
     matrices = [p for name, p in params.items() if is_matrix(name)]
     others = [p for name, p in params.items() if not is_matrix(name)]
     optimizers = [torch.optim.AdamW([dict(params=others, lr_scale=1.0)], lr=args.lr, betas=(0.9, 0.99),
-                                    weight_decay=args.weight_decay, fused=device.type != "mps")]
+                                    weight_decay=args.weight_decay, fused=launched.device.type != "mps")]
     if matrices:
-        optimizers.append(Muon([dict(params=matrices, lr_scale=3.0)], lr=args.lr, weight_decay=args.weight_decay))
+        optimizers.append(Muon([dict(params=matrices, lr_scale=3.0)], lr=args.lr, weight_decay=args.weight_decay,
+                               share=(launched.rank, launched.world)))
     return optimizers
 
 
@@ -23,10 +24,13 @@ class Muon(torch.optim.Optimizer):
     The same as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but all matrices of a shape at once: on two cores
     in a third of the time, and on a GPU with a tenth of the launches. PyTorch's computes in bf16 wherever it is; this
     one in bf16 under autocast only: a CPU without instructions for bf16 takes twenty times longer in it than in fp32.
+
+    share: (rank, world): of several processes, which hold the same gradients, each computes a share of the updates.
     """
 
-    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, share=(0, 1)):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.share = share
 
     @torch.no_grad()
     def step(self):
@@ -43,9 +47,21 @@ class Muon(torch.optim.Optimizer):
                 gradients, averages = [p.grad for p in matrices], [self.state[p]["momentum_buffer"] for p in matrices]
                 torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
                 updates = torch._foreach_lerp(gradients, averages, group["momentum"])           # Nesterov's
-                updates = orthogonalized(torch.stack(updates))
+                updates = orthogonalized_in_shares(torch.stack(updates), *self.share)
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(matrices, updates.unbind(), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+
+def orthogonalized_in_shares(x, rank, world):
+    """orthogonalized(x), of which each of the processes computes a share."""
+    if world == 1:
+        return orthogonalized(x)
+    first, last = rank * len(x) // world, (rank + 1) * len(x) // world
+    share = orthogonalized(x[first:last])
+    whole = share.new_zeros(x.shape)
+    whole[first:last] = share
+    torch.distributed.all_reduce(whole)
+    return whole
 
 
 def orthogonalized(x):

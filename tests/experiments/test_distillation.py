@@ -121,8 +121,7 @@ def test_flags_are_refused_at_once(flags, word, tmp_path, monkeypatch):
 @pytest.mark.parametrize("measures", ['"a"', '["a"]', '{"likeness": "a"}', '{"likeness": [1]}', '{"likeness": NaN}',
                                       '{"likeness": 1%s}' % (400 * "0")])
 def test_values_that_are_no_numbers_are_found_before_any_work(measures, tmp_path, monkeypatch):
-    for name, stand_in in (("load_prior", lambda path: None), ("load_judges", None)):
-        monkeypatch.setattr(distillation, name, stand_in)
+    monkeypatch.setattr(distillation, "load_judges", None)
     settings = json.dumps(distillation.table_settings_of(distillation.parse_args([])))
     (tmp_path / "cad.json").write_text('{"settings": %s, "rows": {"CAD": {"toy": {"0": %s}}}}' % (settings, measures))
     refuses(distillation, ("--threads", 1, "--results", tmp_path), 1, "cad.json is no file of results")

@@ -208,7 +208,7 @@ def prior_and_base(tmp_path, monkeypatch, quick_judges):
     return tmp_path
 
 
-def test_one_reference_from_samples_to_generator_and_a_run_that_was_stopped(prior_and_base, capsys):
+def test_one_reference_from_samples_to_generator_and_a_run_that_was_stopped(prior_and_base, monkeypatch, capsys):
     out = prior_and_base
     prior = load_prior(str(out / "view_prior.safetensors"))
     assert prior.dit.config.control_channels == 3 and (out / "view_prior.png").exists()
@@ -249,6 +249,12 @@ def test_one_reference_from_samples_to_generator_and_a_run_that_was_stopped(prio
     before = path.read_bytes()
     refuses(cad, (*flags, "--prompt", "a blue mug"), 1, "samples.safetensors was made with other settings: prompt a r")
     assert path.read_bytes() == before
+    # a generator that comes with the repository serves in place of a training
+    (out / "cad_1.png").unlink()
+    with monkeypatch.context() as shipped:
+        shipped.setattr(cad, "run_or_shipped", lambda *asked: str(out / "kept.safetensors"))
+        run_main(cad, *flags)
+    assert (out / "cad_1.png").exists() and not (out / "cad_1.safetensors").exists()
     (out / "kept.safetensors").rename(out / "cad_1.safetensors")
     # what does not fit
     another = ("--out", out, "--name", "cad_1", "--num_assets", 2, "--steps", 1, "--batch", 2, "--threads", 1)

@@ -1,5 +1,6 @@
 """Files are whole or not there: what a failed or cut-off write leaves, and what is said of a damaged file."""
 
+import os
 import subprocess
 import sys
 import zlib
@@ -9,8 +10,8 @@ import torch
 from conftest import ROOT
 
 import support.files
-from support.files import (cached, file_id, load_strictly, load_tensors, locked, read_json, save_tensors, up_to_date,
-                           write_json)
+from support.files import (cached, file_id, load_strictly, load_tensors, locked, read_json, run_or_shipped,
+                           save_tensors, up_to_date, write_json)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -88,3 +89,12 @@ def test_a_lock_is_waited_for_and_that_is_said(tmp_path):
         assert other.stdout.readline() == f"waiting for another process that is at work in {tmp_path / 'shared'}\n"
         assert other.poll() is None
     assert other.communicate(timeout=60)[0] == "inside\n" and other.returncode == 0
+
+
+def test_the_run_folders_file_comes_before_the_shipped_one(tmp_path):
+    shipped = run_or_shipped(tmp_path, "toy", "base.safetensors")
+    assert os.path.samefile(shipped, f"{ROOT}/weights/toy_base.safetensors")
+    own = tmp_path / "base.safetensors"
+    own.touch()
+    assert run_or_shipped(tmp_path, "toy", "base.safetensors") == str(own)
+    assert run_or_shipped(tmp_path, "small", "other.safetensors") is None

@@ -71,7 +71,7 @@ def test_processes_are_chosen_by_what_they_would_compute(cores, batch, seconds, 
     monkeypatch.setattr(training.estimate, "MOST_THREADS", cores)
     monkeypatch.setattr(training.estimate, "thread_counts", lambda: list(seconds))
     monkeypatch.setattr(training.estimate, "promising_dtypes", lambda: ["float32", "bfloat16"])
-    monkeypatch.setattr(training.estimate, "trial", lambda config, device, images: (None, images, None))
+    monkeypatch.setattr(training.estimate, "trial", lambda args, device, images, processes=1: (None, images, None))
 
     def time_choices(images, counts, dtypes):
         more = 1 if images == 16 else 1.1

@@ -7,18 +7,18 @@ from train_worker import tiny_args
 
 from domain_shifter import ShiftedDiT
 from support.speed import autocast
-from training.optimizers import Muon, make_optimizers, orthogonalized
+from training.optimizers import Muon, make_optimizers, orthogonalized, orthogonalized_in_shares
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tmp_path):
     """Shifters and all that is no matrix of a block stay with AdamW."""
     params = dict(ShiftedDiT(random_model(), trained_shifters()).named_parameters())
-    adamw, muon = make_optimizers(params, tiny_args(tmp_path, "--joint", "--muon"), ALONE.device)
+    adamw, muon = make_optimizers(params, tiny_args(tmp_path, "--joint", "--muon"), ALONE)
     mine = {name for name in params for p in muon.param_groups[0]["params"] if p is params[name]}
     ends = ("qkv.weight", "q.weight", "kv.weight", "proj.weight", "mlp.0.weight", "mlp.2.weight")
     assert mine == {name for name in params if name.startswith("dit.blocks.") and name.endswith(ends)}
     assert len(adamw.param_groups[0]["params"]) + len(mine) == len(params)
-    assert len(make_optimizers(params, tiny_args(tmp_path, "--no-muon"), ALONE.device)) == 1
+    assert len(make_optimizers(params, tiny_args(tmp_path, "--no-muon"), ALONE)) == 1
 
 
 def test_muon_is_pytorchs_muon():
@@ -69,3 +69,15 @@ def test_an_update_in_fp32_is_the_iteration_on_singular_values():
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
     assert (orthogonalized(gradient).double() - U @ torch.diag_embed(s) @ Vh).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("num", [1, 2, 5])
+def test_processes_compute_shares_of_the_updates_that_add_up(num, monkeypatch):
+    """Each matrix by one of three processes; of one or two matrices a process has none."""
+    torch.manual_seed(0)
+    x, shares = torch.randn(num, 16, 48), []
+    monkeypatch.setattr(torch.distributed, "all_reduce", shares.append)
+    for rank in range(3):
+        orthogonalized_in_shares(x, rank, 3)
+    assert torch.allclose(sum(shares), orthogonalized(x), atol=1e-6)
+    assert sum(share.flatten(1).any(dim=1).long() for share in shares).tolist() == num * [1]
