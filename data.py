@@ -28,7 +28,7 @@ from toy.render import Look, render
 from toy.world import (CATEGORIES, WORLD_VERSION, Assets, asset_captions, exaggerated, sample_assets, take, tokenize,
                        uniforms)
 
-SEEDS = dict(base=1, synthetic=2, evaluation=3, validation=4, photos=5)     # held-out objects are never trained on
+SEEDS = dict(base=1, synthetic=2, evaluation=3, validation=4, photos=5, scenes=6)    # no two share objects
 ASSETS = {"toy": 400, "small": 4000, "full": 120_000}      # of the synthetic set, at full the paper's (C.1)
 SHOWN = (14, 10, 17)                    # held-out objects of the pictures: spotted duck, striped tower, wooden donut
 LATENT_SCALE = 0.18215                  # of PixArt's VAE: the model sees its latents times this

@@ -19,7 +19,7 @@ from experiments.results import check_places, check_row_flags, kept_rows, write_
 from experiments.scene_measures import measure_scenes
 from related import refany3d
 from related.refany3d import draw, load_refany3d
-from sample import Sampling, default_base, load_network, sample_images
+from sample import Sampling, load_network, sample_images
 from support.files import cached, file_id, locked, read_metadata, run_or_shipped, write_json
 from support.launch import Launched, a_seed, launch, run_cli
 from support.pictures import save_picture, to_uint8
@@ -27,6 +27,7 @@ from toy.judge import train_feature_net
 from toy.scenes import SCENES, scene_set
 from toy.world import WORLD_VERSION, Assets, exaggerated, sample_assets
 from training.flags import fill_defaults
+from training.sets import scenes_base
 from training.states import training_settings
 
 ROWS = {                                # what is trained: flags of related.refany3d; None: nothing, the base model
@@ -79,7 +80,7 @@ def row_training(label, args):
     """Path of a row's model, and the flags of related.refany3d that train it."""
     name, words = "refany3d-" + label.replace(" ", "_").replace(",", ""), (ROWS[label] or "").split()
     out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
-    flags = ["--out", out, "--base", default_base("toy", args.folder), "--name", name, "--seed", str(args.seed)]
+    flags = ["--out", out, "--base", scenes_base(folder=args.folder), "--name", name, "--seed", str(args.seed)]
     flags += ["--threads", str(args.threads)] if args.threads else []
     flags += [run_or_shipped(args.folder, "toy", "shifters.safetensors") if word == "SHIFTERS" else word
               for word in words]
@@ -100,7 +101,7 @@ def check_row(label, args):
     made, asked = read_metadata(path).get("settings"), json.loads(json.dumps(training_settings(parse_row(flags))))
     if not isinstance(made, dict):
         raise ValueError(f"{path} holds no RefAny3D: name another --folder, or delete it")
-    asked["base_file"] = file_id(default_base("toy", args.folder))[1]
+    asked["base_file"] = file_id(scenes_base(folder=args.folder))[1]
     other = [f"{name} {made[name]} (now {value})" for name, value in asked.items()
              if name in made and value not in (None, made[name])]                       # None: what is fastest here
     if other:
@@ -109,7 +110,7 @@ def check_row(label, args):
 
 def drawn_row(label, scenes, args, device):
     """What a row draws of the cases, uint8 (N, K, 3, H, W), kept in the run folder; trained first where it must be."""
-    base, (path, flags) = default_base("toy", args.folder), row_training(label, args)
+    base, (path, flags) = scenes_base(folder=args.folder), row_training(label, args)
     out, sampling = path.removesuffix(".safetensors"), Sampling(num_steps=args.num_steps, seed=args.seed, batch=16)
     if ROWS[label] is not None and not os.path.isfile(path):
         with locked(out):
@@ -128,7 +129,7 @@ def drawn_row(label, scenes, args, device):
 def settings_of_cases(args):
     """The flags that decide the numbers and the base model, for the results file."""
     shared = {name: getattr(args, name) for name in ("num", "num_steps", "train_flags")}
-    return shared | dict(base=file_id(default_base("toy", args.folder)))
+    return shared | dict(base=file_id(scenes_base(folder=args.folder)))
 
 
 def rows_of_cases(path, args):

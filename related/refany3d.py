@@ -1,5 +1,6 @@
 """RefAny3D (arXiv 2601.22094, ICLR 2026): a picture of *this* asset in a new scene, and with it its point map.
 
+    python -m toy.pretrain --scenes                             # first: the base model learns what scenes are
     python -m related.refany3d                                  # trains on the toy world, and shows held-out assets
     python -m related.refany3d --object 14 --prompt "a duck, sunset background"     # draws with what was trained
     python -m related.refany3d --mesh FILE.glb --prompt "a mug, sunset background"  # a textured mesh of your own
@@ -46,7 +47,7 @@ from toy.world import VOCAB, refuse_unknown_words, tokenize
 from training.estimate import choose, launch_training
 from training.flags import MOST, parse_training, refuse_unread, training_arguments
 from training.loop import Iteration, save_trained, train
-from training.sets import base_model, base_path, null_caption
+from training.sets import base_model, base_path, null_caption, scenes_base
 
 SHOWN = 4                               # held-out assets of the picture
 GATE = 10                               # times its weight, which AdamW moves by its rate a step at most
@@ -360,6 +361,7 @@ def draw_objects(args):
                          "each, or one for all")
     num = max(assets, len(args.prompt))
     captions = args.prompt if len(args.prompt) == num else args.prompt * num
+    args.base = args.base or scenes_base(args.preset, args.out)
     device = launch(args.threads).device
     name = f"{args.name or 'refany3d'}.safetensors"
     path = run_or_shipped(folder, args.preset, name) or f"{folder}/{name}"
@@ -435,6 +437,7 @@ def main(argv=None):
     if args.prompt:
         return draw_objects(args)
     if args.preset == "toy":                    # full has no trial of the speed
+        args.base = args.base or scenes_base(folder=args.out)
         frozen_parts(args, "cpu")               # what is wrong with them is named before it
     launched = launch_training(args, "refany3d", __name__ == "__main__")
     choose(args, launched, args.name)

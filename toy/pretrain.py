@@ -3,8 +3,10 @@
     python -m toy.pretrain                                              # from nothing
     python -m toy.pretrain --base weights/toy_base.safetensors          # train on
     torchrun --nproc_per_node=2 -m toy.pretrain --dtype bfloat16 --compile --threads 1
+    python -m toy.pretrain --scenes                                     # what scenes are, on top: for RefAny3D
 
-Single images, no control, no shifters -> OUT/base.safetensors. To resume, run the same command again.
+Single images, no control, no shifters -> OUT/base.safetensors, or OUT/scenes.safetensors. To resume, run the same
+command again.
 """
 import argparse
 
@@ -19,15 +21,20 @@ from sample import Sampling, sample_images
 from support.launch import on_rank_0_first, run_cli
 from support.pictures import save_picture, to_uint8
 from toy.render import Look, render
+from toy.scenes import scene_world
 from toy.world import BACKGROUNDS, STYLES, asset_captions, tokenize, uniforms
 from training.estimate import choose, launch_training
 from training.flags import parse_training, refuse_unread, training_arguments
 from training.loop import Iteration, save_trained, train
+from training.sets import base_path
 
 PREVIEWS = ("photo of a red wooden mug, white background", "photo of a blue marble duck, white background",
             "photo of a green brick house, white background", "photo of a yellow striped chair, white background",
             "photo of a brown spotted tower, white background", "sketch of a purple metal car",
             "cartoon of a green spotted snowman", "photo of a pink marble teapot, sunset background")
+OF_SCENES = ("a mug, sunset background", "a duck, sky background", "a house, gray background",
+             "a ball, black background", "a chair, green background", "a red wooden mug, beige background",
+             "photo of a blue striped car, sky background")
 
 
 def base_set(num, seed=SEEDS["base"], size=32, folder="runs/toy/sets", device="cpu"):
@@ -60,22 +67,30 @@ def base_iteration(step):
     return Iteration("base", step, timesteps=(0, T, 3))
 
 
+def scenes_iteration(step):
+    """t is uniform: where an object stands, and how large, is new to the base model."""
+    return Iteration("base", step)
+
+
 def train_base(args, launched):
     """Pretrains the base model, or trains --base on -> OUT/NAME.safetensors, by default OUT/base.safetensors, which the
-    stages find; returns the path."""
+    stages find, with --scenes OUT/scenes.safetensors, which RefAny3D finds; returns the path."""
     device, config = launched.device, PRESETS[args.preset]
-    images = on_rank_0_first(launched, lambda: base_set(args.num_base_images, size=config.image_size,
-                                                        folder=f"{args.out}/sets", device=device))
+    world, plan, previews = base_set, base_iteration, PREVIEWS
+    if args.scenes:
+        world, plan, previews = scene_world, scenes_iteration, OF_SCENES
+    images = on_rank_0_first(launched, lambda: world(args.num_base_images, size=config.image_size,
+                                                     folder=f"{args.out}/sets", device=device))
     torch.manual_seed(args.seed)
     network = ShiftedDiT(load_base(args.base, device, config) if args.base else DiT(config).to(device))
     for name in NEW_INPUTS:
         network.dit.get_parameter(name).requires_grad_(False)       # nothing to learn from: the base sees no control
 
     def preview(path):
-        text = tokenize(PREVIEWS).repeat_interleave(6, 0)
+        text = tokenize(previews).repeat_interleave(6, 0)
         drawn = to_uint8(sample_images(network, {"text": text}, Sampling(num_steps=args.picture_steps)))[:, 0]
-        save_picture(path, list(zip(PREVIEWS, drawn.unflatten(0, (-1, 6)))))
-    losses = train(network, {"base": images}, {"text": tokenize([""])}, base_iteration, args, launched, preview)
+        save_picture(path, list(zip(previews, drawn.unflatten(0, (-1, 6)))))
+    losses = train(network, {"base": images}, {"text": tokenize([""])}, plan, args, launched, preview)
     return save_trained(f"{args.out}/{args.name}.safetensors", network, args, losses, launched)
 
 
@@ -84,6 +99,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_base_images", type=int, default=100_000, help="images of the base model's "
                         "world (default %(default)s)")
+    parser.add_argument("--scenes", action="store_true", help="train the base model on, on scenes: objects of any size "
+                        "and place, from above too, before backgrounds (toy/scenes.py)")
     training_arguments(parser)
     parser.set_defaults(adapter=None, rank=None)
     args = parse_training(parser, "-m toy.pretrain", argv)
@@ -94,7 +111,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    launched = launch_training(args, "base", __name__ == "__main__")
+    if args.scenes:
+        args.base = base_path(args)
+    launched = launch_training(args, "scenes" if args.scenes else "base", __name__ == "__main__")
     choose(args, launched, args.name)
     train_base(args, launched)
 

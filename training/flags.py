@@ -24,6 +24,7 @@ LENGTHS = {
     ("toy", "base"):        (24000,  128),
     ("small", "base"):      (100000, 256),
     ("toy", "selective"):   (300,      4),
+    ("toy", "scenes"):      (4000,   128),      # the base model of RefAny3D, from the toy's: images
     ("toy", "refany3d"):    (1000,     8),      # RefAny3D (related/): scenes
     ("toy", "view_prior"):  (3000,    32),      # the prior of CAD (related/): images
     ("full", "refany3d"):   (30000,    8),      # its paper's steps, a scene on each of its GPUs
@@ -34,6 +35,7 @@ DEFAULTS = {
     ("toy", "stage1"):      (1e-3,    40,          0.0,   0.0),
     ("toy", "stage2"):      (1e-3,    50,         0.01,  0.99),
     ("toy", "selective"):   (2e-4,    20,         0.01,  0.98),     # layer-selective training (A.2)
+    ("toy", "scenes"):      (1e-3,   100,         0.01, 0.999),
     ("toy", "refany3d"):    (1e-3,    50,          0.0,  0.99),
     ("toy", "view_prior"):  (1e-3,    50,         0.01,  0.99),
     ("small", "base"):      (3e-4,  1000,         0.01, 0.9999),
@@ -130,12 +132,12 @@ def fill_defaults(args, stage, launched):
         args.name = stage1_folder(args.adapter, args.rank) if stage == "stage1" else stage
     if args.muon is None:
         backbone = METHODS[getattr(args, "method", "realiz3d")].backbone
-        blocks_train = stage in ("base", "selective", "view_prior") or stage == "stage2" and backbone
+        blocks_train = stage in ("base", "scenes", "selective", "view_prior") or stage == "stage2" and backbone
         args.muon = args.preset != "full" and blocks_train
     if args.workers is None:
         args.workers = 2 if on_cuda else 0
     args.loss = args.loss or ("even" if config.output_skip else "epsilon")
-    args.images_per_grid = 1 if stage in ("base", "view_prior") else config.num_views
+    args.images_per_grid = 1 if stage in ("base", "scenes", "view_prior") else config.num_views
     for name, least in LEAST.items():
         value, most = getattr(args, name, None), MOST.get(name, math.inf)
         if value is not None and not least <= value <= most:
@@ -149,7 +151,7 @@ def check_name(name, stage):
     """Refuses a name that is no plain one, or that another stage's folder or file has in the run folder."""
     plain = os.path.basename(name) == name and name.isprintable() and name.strip() not in ("", ".", "..", "sets")
     left_by_stage1 = re.fullmatch(f"({'|'.join(('shifters', *ADAPTERS))})(_[0-9]+)?", name)
-    of_another_stage = any(name.startswith(other) for other in ("base", "stage1") if other != stage)
+    of_another_stage = any(name.startswith(other) for other in ("base", "scenes", "stage1") if other != stage)
     if not plain or left_by_stage1 or of_another_stage:
         raise UsageError(f"--name {name!r} is no plain name, or another file's in the run folder: choose another")
 

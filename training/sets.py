@@ -8,7 +8,7 @@ from dit import PRESETS, read_config, require_config
 from full.latents import LatentSet
 from full.pixart import load_base
 from sample import Sampling, default_base, trained_task, write_real_set
-from support.files import checksum, load_tensors, read_metadata
+from support.files import checksum, load_tensors, read_metadata, run_or_shipped
 from support.launch import on_rank_0_first
 from toy.world import TEXT_LENGTH, VOCAB, tokenize
 
@@ -18,6 +18,18 @@ def base_path(args):
     if args.base and not os.path.isfile(args.base):
         raise FileNotFoundError(f"no such file: {args.base} (--base)")
     return args.base or default_base(args.preset, args.out)
+
+
+def scenes_base(preset="toy", folder=None):
+    """Path of the base model that knows scenes: at toy the one that has learned them, of the run folder, else the
+    shipped one; else `default_base`. Raises FileNotFoundError."""
+    if preset != "toy":
+        return default_base(preset, folder)
+    folder = folder or "runs/toy"
+    path = run_or_shipped(folder, preset, "scenes.safetensors")
+    if path is None:
+        raise FileNotFoundError(f"{folder} has no scenes.safetensors: train it with python -m toy.pretrain --scenes")
+    return path
 
 
 def check_base(args):

@@ -28,7 +28,7 @@ def test_cases_are_new_assets_and_known_ones_before_a_new_background(tmp_path):
 def test_rows_are_trained_drawn_measured_and_not_made_again(tmp_path, monkeypatch, capsys):
     small = replace(TINY, image_size=32, depth=1)
     monkeypatch.setitem(PRESETS, "toy", small)
-    save_model(str(tmp_path / "base.safetensors"), small, random_model(small))
+    save_model(str(tmp_path / "scenes.safetensors"), small, random_model(small))
     net = references.train_feature_net
     monkeypatch.setattr(references, "train_feature_net",
                         lambda *a, **options: net(*a, **options | dict(num=20, steps=4)))
@@ -72,12 +72,13 @@ def test_flags_are_refused_at_once(flags, word, tmp_path, monkeypatch):
     *(('{"settings": {}, "rows": {"text only": %s}}' % row, "is no file of results")
       for row in ("{}", "[]", '{"toy": {"0": {"hue": "a"}}}')),
     (dict(settings=dict(num_steps=9)), "made with --num_steps 9 (now 50): name another folder with --results"),
-    (dict(settings=dict(base=["base.safetensors", 1])), "made with --base ['base.safetensors', 1] (now "),
+    (dict(settings=dict(base=["scenes.safetensors", 1])), "made with --base ['scenes.safetensors', 1] (now "),
     (dict(settings=dict(train_flags="--steps 9")), "made with --train_flags --steps 9 (now "),
     (dict(rows={"another": {"toy": {}}}), "made with a row 'another'"),
 ])
 def test_results_that_are_none_or_others_are_found_before_any_work(stored, word, tiny_toy, monkeypatch):
     out, _ = tiny_toy
+    (out / "base.safetensors").rename(out / "scenes.safetensors")
     monkeypatch.setattr(references, "launch", None)
     flags = ("--folder", str(out), "--results", str(out))
     if isinstance(stored, dict):
@@ -97,12 +98,13 @@ def test_results_that_are_none_or_others_are_found_before_any_work(stored, word,
 def test_a_model_that_other_flags_have_trained_is_no_row_s(change, word, tiny_toy, monkeypatch):
     """Found before any work. None in place of base_file: an adapter of an earlier commit."""
     out, _ = tiny_toy
+    (out / "base.safetensors").rename(out / "scenes.safetensors")
     monkeypatch.setattr(references, "launch", None)
     flags = ("--folder", str(out), "--results", str(out), "--train_flags=--steps 2", "--rows", "RefAny3D")
     args = references.parse_args(flags)
     path, of_the_row = references.row_training("RefAny3D", args)
     made = training_settings(references.parse_row(of_the_row))
-    made |= {"base_file": file_id(str(out / "base.safetensors"))[1]} | (change or {})
+    made |= {"base_file": file_id(str(out / "scenes.safetensors"))[1]} | (change or {})
     made = {name: value for name, value in made.items() if name != "base_file" or value is not None}
     save_tensors(path, {"x": torch.zeros(1)}, **({} if change is None else {"settings": made}))
     if word is None:

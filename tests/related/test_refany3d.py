@@ -14,6 +14,7 @@ from related.refany3d import (GATE, RefAny3D, References, TwoLoRAs, branch_posit
                               load_refany3d)
 from sample import Sampling
 from support.files import file_id, load_tensors
+from toy import pretrain
 from training.loop import Iteration, seen_control
 
 VIEWS = References(num_references=3, rank=2)
@@ -230,11 +231,15 @@ def test_trained_and_read_back(tmp_path, monkeypatch):
     small = replace(TINY, image_size=32, depth=2)
     monkeypatch.setitem(PRESETS, "toy", small)
     save_model(str(tmp_path / "base.safetensors"), small, random_model(small))
-    flags = ["--out", tmp_path, "--num_assets", 3, "--steps", 4, "--batch", 2, "--picture_steps", 2, "--threads", 1]
+    once = ["--out", tmp_path, "--steps", 4, "--batch", 2, "--picture_steps", 2, "--threads", 1]
+    run_main(pretrain, *once, "--scenes", "--num_base_images", 4)
+    flags = [*once, "--num_assets", 3]
     run_main(refany3d, *flags, "--num_references", 2)
-    path, base = str(tmp_path / "refany3d.safetensors"), str(tmp_path / "base.safetensors")
+    path, base = str(tmp_path / "refany3d.safetensors"), str(tmp_path / "scenes.safetensors")
     made = load_refany3d(path, base)
     assert made.config == References(num_references=2) and (tmp_path / "refany3d.png").exists()
+    assert list((tmp_path / "sets").glob("scene_world_4_*")) and not torch.equal(
+        made.dit.x_embedder.weight, random_model(small).x_embedder.weight)
     tensors, metadata = load_tensors(path)
     assert tensors and all(name.startswith("adapter.") for name in tensors)
     assert metadata["adapter_kind"] == "refany3d" and metadata["settings"]["num_references"] == 2
@@ -315,4 +320,4 @@ def test_wrong_models_are_named_before_a_trial_of_the_speed(program, flags, word
 def test_a_folder_in_the_pictures_place_is_found_before_anything_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(refany3d, "launch", None)
     (tmp_path / "refany3d_drawn.png").mkdir()
-    refuses(refany3d, ("--prompt", "a mug", "--out", tmp_path), 2, "refany3d_drawn.png")
+    refuses(refany3d, ("--prompt", "a mug", "--out", tmp_path, "--base", "any"), 2, "refany3d_drawn.png")

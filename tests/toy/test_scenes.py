@@ -8,9 +8,9 @@ from data import SEEDS
 from geometry.camera import EXTENT, camera
 from support.pictures import to_pixels
 from toy.render import Look, render
-from toy.scenes import SCENES, SIDES, frames, mesh_references, scene_set
+from toy.scenes import SCENES, SIDES, frames, mesh_references, scene_set, scene_world
 from toy.trace import Cameras, trace
-from toy.world import BACKGROUNDS, CATEGORIES, VOCAB, exaggerated, sample_assets, sphere
+from toy.world import BACKGROUNDS, CATEGORIES, COLORS, MATERIALS, VOCAB, exaggerated, sample_assets, sphere
 
 
 def test_a_framed_sphere_is_a_disc_at_its_place():
@@ -96,3 +96,20 @@ def test_a_scene_is_the_same_in_any_number_of_them(tmp_path):
         assert (few[name].float() - many[name][:2 * SCENES].float()).abs().max() <= 1
     other = scene_set(2, unseen=True, folder=tmp_path)
     assert torch.equal(other["references"], few["references"]) and not torch.equal(other["image"], few["image"])
+
+
+def test_the_world_of_scenes_shows_other_assets_and_names_two_in_five_in_full(tmp_path):
+    got = scene_world(400, folder=tmp_path)
+    assets = exaggerated(sample_assets(400, SEEDS["scenes"]))
+    assert got["image"].shape == (400, 1, 3, 32, 32) and got["image"].dtype == torch.uint8
+    texts = [[VOCAB[k] for k in row if k > 1] for row in got["text"].tolist()]
+    assert all(CATEGORIES[k] in words and words[-1] == "background" for k, words in zip(assets.category, texts))
+    full = [words for words in texts if len(words) > 4]                         # "a mug sunset background" has four
+    assert 0.33 < len(full) / 400 < 0.47 and 0.35 < sum(words[0] == "photo" for words in full) / len(full) < 0.65
+    for k, words in enumerate(texts):
+        names_it = COLORS[assets.color[k]] in words[:-2] and MATERIALS[assets.material[k]] in words
+        assert names_it == (len(words) > 4) and words[-2] in BACKGROUNDS[1:]
+    photo = got["image"][:, 0].float()
+    away = (photo - photo[:, :, :1, :1]).abs().amax(dim=1) > 60                 # roughly where the object stands
+    rows = torch.tensor([mask.any(dim=1).nonzero().float().mean() for mask in away if mask.any()])
+    assert rows.std() > 2                                                       # not all in the middle

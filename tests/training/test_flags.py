@@ -97,13 +97,13 @@ def test_a_preset_has_one_learning_rate():
 
 
 def test_every_default_is_one_that_is_allowed():
-    programs = dict(base=pretrain, stage1=train_stage1, stage2=train_stage2)
+    programs = dict(base=pretrain, scenes=pretrain, stage1=train_stage1, stage2=train_stage2)
     for preset, stage in DEFAULTS:
         if stage in programs:
             args = filled(programs[stage], stage, "--preset", preset)
             assert None not in (args.steps, args.batch, args.lr, args.warmup, args.weight_decay, args.ema, args.loss)
             assert args.out == f"runs/{preset}" and args.workers == 0 and args.dtype is None
-            assert args.images_per_grid == (1 if stage == "base" else 4)
+            assert args.images_per_grid == (1 if stage in ("base", "scenes") else 4)
     with pytest.raises(ValueError, match="preset full has no base training"):
         filled(pretrain, "base", "--preset", "full")
 
@@ -112,6 +112,7 @@ def test_the_blocks_matrices_train_by_muon_at_toy_and_small():
     for preset in ("toy", "small"):
         assert filled(train_stage2, "stage2", "--preset", preset).muon
         assert filled(pretrain, "base", "--preset", preset).muon
+    assert filled(pretrain, "scenes").muon
     assert not filled(train_stage2, "stage2", "--preset", "full").muon
     assert not filled(train_stage2, "stage2", "--no-muon").muon and not filled(train_stage1, "stage1").muon
     assert not filled(train_stage2, "stage2", "--method", "lora").muon      # the blocks are frozen
