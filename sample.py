@@ -173,13 +173,13 @@ def initial_noise(keys, shape, seed):
 
 
 @torch.no_grad()
-def sample_images(network, inputs, sampling=Sampling(), views=1, keys=None, progress=None):
+def sample_images(network, inputs, sampling=Sampling(), views=1, keys=None, progress=None, guide=guided_noise):
     """Samples one grid of V views per caption.
 
     network: ShiftedDiT. inputs: "text" (N, L) ids; or vectors (N, L, D), with "text_mask" (N, L) and "null", the empty
     caption, as `guided_noise` takes it; perhaps "control" (N, V, C_c, H, W), which is empty where absent. views: V, 1
-    is single-image mode. keys: N whole numbers (default 0, 1, ..), the samples' numbers for `initial_noise`. Returns
-    (N, V, C, H, W) in the model's range, on the CPU.
+    is single-image mode. keys: N whole numbers (default 0, 1, ..), the samples' numbers for `initial_noise`. guide: as
+    `guided_noise`. Returns (N, V, C, H, W) in the model's range, on the CPU.
     """
     config, like = network.dit.config, network.dit.positions            # like: its device and dtype
     null = inputs.get("null", {} if config.latent else {"text": tokenize([""])})
@@ -195,7 +195,7 @@ def sample_images(network, inputs, sampling=Sampling(), views=1, keys=None, prog
         given = {key: inputs[key][rows].to(like.device) for key in ("text", "text_mask") if key in inputs}
         if "control" in inputs:
             given["control"] = inputs["control"][rows].to(like)
-        predict_noise = guided_noise(network, null, domains, sampling.cfg_scale, **given)
+        predict_noise = guide(network, null, domains, sampling.cfg_scale, **given)
         if progress is not None:
             predict_noise = ticking(predict_noise, progress, 1 / sampling.num_steps)
         with autocast(like.device, dtype):
@@ -230,7 +230,7 @@ def default_base(preset="toy", folder=None):
     Raises FileNotFoundError, saying how to get one.
     """
     path = run_or_shipped(folder or f"runs/{preset}", preset, "base.safetensors")
-    if path:
+    if os.path.isfile(path):
         return path
     how = ("name PixArt-alpha's weights, .pth or safetensors, with --base" if preset == "full" else
            f"pretrain one with python -m toy.pretrain --preset {preset}, or name one with --base")
@@ -240,7 +240,7 @@ def default_base(preset="toy", folder=None):
 def default_model(preset="toy", task="texturing", method="realiz3d", folder=None):
     """Path of the trained model: the run folder's, else the one that comes with the repository."""
     path = run_or_shipped(folder or f"runs/{preset}", preset, f"{method}_{task}.safetensors")
-    if path:
+    if os.path.isfile(path):
         return path
     flags = f"--preset {preset} --task {task}" + (f" --method {method}" if method != "realiz3d" else "")
     raise FileNotFoundError(f"no {method} model in runs/{preset} or weights: train one with python train_stage2.py "

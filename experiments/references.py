@@ -19,7 +19,7 @@ from experiments.results import check_places, check_row_flags, kept_rows, write_
 from experiments.scene_measures import measure_scenes
 from related import refany3d
 from related.refany3d import draw, load_refany3d
-from sample import Sampling, load_network, sample_images
+from sample import CFG_SCALE, Sampling, load_network, sample_images
 from support.files import cached, file_id, locked, read_metadata, run_or_shipped, write_json
 from support.launch import Launched, a_seed, launch, run_cli
 from support.pictures import save_picture, to_uint8
@@ -111,7 +111,8 @@ def check_row(label, args):
 def drawn_row(label, scenes, args, device):
     """What a row draws of the cases, uint8 (N, K, 3, H, W), kept in the run folder; trained first where it must be."""
     base, (path, flags) = scenes_base(folder=args.folder), row_training(label, args)
-    out, sampling = path.removesuffix(".safetensors"), Sampling(num_steps=args.num_steps, seed=args.seed, batch=16)
+    out, sampling = path.removesuffix(".safetensors"), Sampling(cfg_scale=CFG_SCALE, num_steps=args.num_steps,
+                                                                      seed=args.seed, batch=16)
     if ROWS[label] is not None and not os.path.isfile(path):
         with locked(out):
             torch.compiler.reset()      # what was compiled for the last model counts against this one's limit

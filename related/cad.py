@@ -268,8 +268,8 @@ def distill(args):
                stages=[vars(stage_settings(stage, args)) for stage in (1, 2)])
     lock = hold(folder)
     found = run_or_shipped(args.out, "toy", f"{args.name}.safetensors")
-    fits = found and read_metadata(found).get("made") == json.loads(json.dumps(key))
-    if found == path and not fits:
+    fits = os.path.isfile(found) and read_metadata(found).get("made") == json.loads(json.dumps(key))
+    if os.path.isfile(path) and not fits:
         raise ValueError(f"{path} is no generator of CAD, or was made from another reference, prior or refining "
                          "model, or with other flags: use another --name, or delete it")
     if not fits:

@@ -79,7 +79,7 @@ def agree_with_others(images, features, outline=0.75, meaning=0.6):
 def prior_path(path, folder):
     """Path of the view-conditioned model: `path` of --prior, or where it is None the run folder's, else the shipped
     one. Raises FileNotFoundError."""
-    path = path or run_or_shipped(folder, "toy", "view_prior.safetensors") or f"{folder}/view_prior.safetensors"
+    path = path or run_or_shipped(folder, "toy", "view_prior.safetensors")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no such file: {path} (--prior): train it with python -m related.view_prior")
     return path

@@ -4,8 +4,7 @@
     python -m related.refany3d                                  # trains on the toy world, and shows held-out assets
     python -m related.refany3d --object 14 --prompt "a duck, sunset background"     # draws with what was trained
     python -m related.refany3d --mesh FILE.glb --prompt "a mug, sunset background"  # a textured mesh of your own
-    python -m related.refany3d --no-shared_positions            # ablations; also --no-text_agnostic, --no-domain_lora,
-                                                                # --no-points, --num_references 4
+    python -m related.refany3d --no-shared_positions            # an ablation; all are in experiments/references.py
     torchrun --nproc_per_node=8 -m related.refany3d --preset full --base BASE --synthetic DIR   # see full/scenes.py
     python -m related.refany3d --renders --shifters runs/toy/shifters.safetensors   # beyond both papers, see below
 
@@ -37,13 +36,13 @@ from domain_shifter import load_part, load_shifters
 from full.encoders import encode_captions, load_text_encoder, load_vae
 from full.pixart import load_base
 from full.scenes import SceneLatents
-from sample import Sampling, sample_images
+from sample import CFG_SCALE, LATENT_CFG_SCALE, Sampling, guidance, guided_noise, sample_images
 from support.files import file_id, load_strictly, read_metadata, run_or_shipped
 from support.launch import UsageError, check_out, finite, launch, on_rank_0_first, run_cli, some_steps, within
 from support.pictures import save_picture, to_pixels, to_uint8
 from support.speed import attend
 from toy.scenes import SCENES, SIDES, mesh_references, scene_set, spread_views
-from toy.world import VOCAB, refuse_unknown_words, tokenize
+from toy.world import captions_of, refuse_unknown_words, tokenize
 from training.estimate import choose, launch_training
 from training.flags import MOST, parse_training, refuse_unread, training_arguments
 from training.loop import Iteration, save_trained, train
@@ -250,15 +249,24 @@ def branches(scenes, config):
     return images | dict(text=scenes["text"], control=control)
 
 
-def caption_words(text):
-    """The words of a toy caption (L,) of ids."""
-    return " ".join(VOCAB[word] for word in text if word > 1)
+def guided_by_views(view_scale, nothing):
+    """`guided_noise` with guidance on the views too, beside `nothing` (1, K, 1, C, H, W), with the text in both passes:
+    training never drops both."""
+    def guide(network, null, domains, cfg_scale, control, **inputs):
+        by_text = guided_noise(network, null, domains, cfg_scale, control=control, **inputs)
+        with_views = guided_noise(network, null, domains, 1, control=control, **inputs)
+        without = guided_noise(network, null, domains, 1, control=nothing.to(control).expand_as(control), **inputs)
+
+        def predict_noise(x, t):
+            return by_text(x, t) + (view_scale - 1) * (with_views(x, t) - without(x, t))
+        return by_text if view_scale == 1 else predict_noise
+    return guide
 
 
-def draw(network, scenes, sampling=Sampling(), vae=None):
-    """Images and their maps (N, K, 3, H, W) in [-1, 1] of scenes; sampling.cfg_scale: guidance on the views.
+def draw(network, scenes, sampling=Sampling(), view_scale=1.0, vae=None):
+    """Images and their maps (N, K, 3, H, W) in [-1, 1] of scenes; view_scale: guidance on the views, 1 = none.
 
-    vae: (encode, decode) of `load_vae`, for a model of latents, whose scenes have "text", "text_mask" in vectors.
+    vae: (encode, decode) of `load_vae`, for a model of latents, whose scenes have "text", "text_mask" and "null".
     """
     control = branches(scenes, network.config)["control"]                                           # (N, K, V, 3, H, W)
     shape, control = control.shape[:3], to_pixels(control)
@@ -266,15 +274,15 @@ def draw(network, scenes, sampling=Sampling(), vae=None):
         means = [vae[0](view[None])[0, 0] for view in control.flatten(0, 2)]                        # (C, h, w) each
         control = LATENT_SCALE * torch.stack(means).unflatten(0, shape)
     nothing = torch.full_like(control[:1], 0 if vae else -1)
-    inputs = {name: scenes[name] for name in ("text", "text_mask") if name in scenes}
-    drawn = sample_images(network, inputs | dict(control=control, null={"control": nothing}), sampling, views=shape[1])
+    inputs = {name: scenes[name] for name in ("text", "text_mask", "null") if name in scenes} | dict(control=control)
+    drawn = sample_images(network, inputs, sampling, views=shape[1], guide=guided_by_views(view_scale, nothing))
     return vae[1](drawn.flatten(0, 1)).unflatten(0, shape[:2]) if vae else drawn
 
 
-def draw_sheet(path, network, scenes, sampling=Sampling(), vae=None):
+def draw_sheet(path, network, scenes, sampling=Sampling(), view_scale=1.0, vae=None):
     """Writes a picture: for each scene the views of its asset, the image drawn and the true one where the scenes have
     it ("image"), and below them the point maps; on the left its "captions"."""
-    drawn, rows = to_uint8(draw(network, scenes, sampling, vae)), []
+    drawn, rows = to_uint8(draw(network, scenes, sampling, view_scale, vae)), []
     for k, image in enumerate(drawn):
         for kind in range(len(image)):
             cells = [scenes["references"][k, kind], image[kind, None]]
@@ -295,8 +303,7 @@ def load_refany3d(path, base, device="cpu"):
     if kind != RefAny3DAdapter.kind or not config or not known or config["num_references"] not in VIEW_COUNTS \
             or not 1 <= config["rank"] <= MOST["rank"]:
         raise ValueError(f"{path} holds no RefAny3D: train one with python -m related.refany3d")
-    given = file_id(base)[1]
-    if made.get("base_file", given) != given:               # adapters of earlier commits do not say
+    if made.get("base_file") != file_id(base)[1]:
         raise ValueError(f"{path} was trained beside another base model than {base}: name that one with --base")
     shifters = load_shifters(path, device, dit.config)
     if config["shifted"] != (shifters is not None):
@@ -323,7 +330,7 @@ def train_refany3d(args, launched):
         raise UsageError("--preset full needs --synthetic DIR: shards of scenes, from python -m full.scenes encode")
     torch.manual_seed(args.seed)
     base, shifters = frozen_parts(args, device)
-    base_file = file_id(base_path(args))[1]
+    args.base_file = file_id(base_path(args))[1]
     network = RefAny3D(base, config, shifters=shifters)
 
     def toy_scenes(num, seed):
@@ -333,23 +340,21 @@ def train_refany3d(args, launched):
     else:
         scenes, held = toy_scenes(args.num_assets, SEEDS["synthetic"]), toy_scenes(SHOWN, SEEDS["evaluation"])
         scenes, held = branches(scenes, config), {name: value[::SCENES] for name, value in held.items()}   # one of each
-        held["captions"] = [caption_words(row) for row in held["text"]]
+        held["captions"] = captions_of(held["text"])
 
         def preview(path):
-            draw_sheet(path, network, held, Sampling(num_steps=args.picture_steps))
+            draw_sheet(path, network, held, Sampling(cfg_scale=CFG_SCALE, num_steps=args.picture_steps))
     args.images_per_grid = 1 + config.points
 
     def plan(step):
         return Iteration("syn", step, views=1 + config.points, control=True, control_dropout=0.1)
     losses = train(network, {"syn": scenes}, null_caption(base, scenes), plan, args, launched, preview)
-    args.base_file = base_file                              # now, as states of earlier commits do not have it
     path = f"{args.out}/{args.name}.safetensors"
     return save_trained(path, network, args, losses, launched, keep=("adapter", "shifters"))
 
 
 def draw_objects(args):
-    """Draws held-out assets, or that of --mesh, in the scenes of --prompt with what was trained ->
-    OUT/refany3d_drawn.png."""
+    """Draws held-out assets, or that of --mesh, in the scenes of --prompt -> OUT/refany3d_drawn.png."""
     folder = args.out or f"runs/{args.preset}"
     if args.mesh is not None and args.object:
         raise UsageError("--mesh and --object both name what to draw: give one of them")
@@ -357,14 +362,12 @@ def draw_objects(args):
     numbers = args.object or [14]
     assets = 1 if args.mesh is not None else len(numbers)
     if assets > 1 and len(args.prompt) not in (1, assets):
-        raise UsageError(f"--prompt names {len(args.prompt)} scenes, --object {assets} assets: give one scene for "
-                         "each, or one for all")
+        raise UsageError(f"--prompt names {len(args.prompt)} scenes, --object {assets} assets: give as many, or one")
     num = max(assets, len(args.prompt))
     captions = args.prompt if len(args.prompt) == num else args.prompt * num
     args.base = args.base or scenes_base(args.preset, args.out)
     device = launch(args.threads).device
-    name = f"{args.name or 'refany3d'}.safetensors"
-    path = run_or_shipped(folder, args.preset, name) or f"{folder}/{name}"
+    path = run_or_shipped(folder, args.preset, f"{args.name or 'refany3d'}.safetensors")
     network = load_refany3d(path, base_path(args), device)
     config, vae = network.dit.config, None
     if config.latent:
@@ -382,8 +385,8 @@ def draw_objects(args):
                                folder=f"{folder}/sets", device=device)
             references = scenes["references"][[k * SCENES for k in numbers]]
     scenes = text | dict(captions=captions, references=references.expand(num, *references.shape[1:]))
-    sampling = Sampling(num_steps=args.num_steps, cfg_scale=args.view_scale, seed=args.seed)
-    draw_sheet(f"{folder}/refany3d_drawn.png", network, scenes, sampling, vae)
+    sampling = Sampling(cfg_scale=guidance(args.cfg_scale, config.latent), num_steps=args.num_steps, seed=args.seed)
+    draw_sheet(f"{folder}/refany3d_drawn.png", network, scenes, sampling, args.view_scale, vae)
     print(f"wrote {folder}/refany3d_drawn.png")
 
 
@@ -407,22 +410,21 @@ def parse_args(argv=None):
     add("--shifters", help="Realiz3D's Domain Shifters, of train_stage1.py, to stand in the base model")
     add("--prompt", nargs="+", help="draw instead of training: captions, as \"a mug, sunset background\"")
     add("--object", type=within(0, 10 ** 4 - 1), nargs="+", help="numbers of held-out assets to draw (default 14)")
-    add("--mesh", help="or the asset to draw: a mesh with its texture or vertex colours (GLB, glTF, OBJ, PLY; needs "
-        "trimesh)")
+    add("--mesh", help="or a mesh with its texture or vertex colours (GLB, glTF, OBJ, PLY; needs trimesh)")
     add("--vae", help="PixArt's vae folder, to draw with a model of latents (needs diffusers)")
     add("--text_encoder", help="PixArt's text_encoder folder, likewise (needs transformers)")
     add("--num_steps", type=some_steps, default=50, help="DDIM steps for them (default %(default)s)")
+    add("--cfg_scale", type=finite, help=f"guidance on the text (default {CFG_SCALE:g}; full: {LATENT_CFG_SCALE})")
     add("--view_scale", type=finite, default=1.0, help="guidance on the views for them, 1 = none (default 1)")
     parser.set_defaults(adapter=None)
     args = parse_training(parser, "-m related.refany3d", argv)
     args.shifted = args.shifters is not None
-    drawing = {"prompt", "object", "mesh", "num_steps", "view_scale", "vae", "text_encoder"}
+    drawing = {"prompt", "object", "mesh", "num_steps", "cfg_scale", "view_scale", "vae", "text_encoder"}
     unread = {*drawing, "real", "real_steps", "synthetic"}
     if args.preset == "full":
         unread = unread - {"synthetic"} | {"renders", "num_assets", "picture_steps", "sample_every"}
     if args.prompt:
-        of_both = {"preset", "out", "name", "base", "seed", "threads", "command", "shifted"}
-        unread = vars(args).keys() - drawing - of_both
+        unread = vars(args).keys() - drawing - set("preset out name base seed threads command shifted".split())
     refuse_unread(parser, args, sorted(unread), "beside --prompt: it draws" if args.prompt else "in a training")
     if args.preset != "full":
         refuse_unread(parser, args, ["vae", "text_encoder"], "with the toy's pixels and words")

@@ -109,10 +109,10 @@ def file_id(path):
 
 
 def run_or_shipped(folder, preset, name):
-    """Path of FOLDER/NAME, else of the repository's weights/PRESET_NAME; None where there is neither."""
+    """Path of FOLDER/NAME, or where that is missing of the repository's weights/PRESET_NAME, if there is one."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    paths = f"{folder}/{name}", f"{root}/weights/{preset}_{name}"
-    return next((path for path in paths if os.path.isfile(path)), None)
+    own, shipped = f"{folder}/{name}", f"{root}/weights/{preset}_{name}"
+    return shipped if os.path.isfile(shipped) and not os.path.isfile(own) else own
 
 
 def load_strictly(module, weights, path):

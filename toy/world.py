@@ -246,6 +246,11 @@ def caption(style, color, material, category, view=None, background=None):
     return text + (f", {background} background" if background else "")
 
 
+def captions_of(text):
+    """The words of token ids (N, L), a list of N."""
+    return [" ".join(VOCAB[word] for word in row if word > 1) for row in text]
+
+
 def tokenize(captions):
     """list of N captions -> (N, TEXT_LENGTH) int64, ended by <end> and padded with 0. "" is the null caption.
 

@@ -25,10 +25,9 @@ def scenes_base(preset="toy", folder=None):
     shipped one; else `default_base`. Raises FileNotFoundError."""
     if preset != "toy":
         return default_base(preset, folder)
-    folder = folder or "runs/toy"
-    path = run_or_shipped(folder, preset, "scenes.safetensors")
-    if path is None:
-        raise FileNotFoundError(f"{folder} has no scenes.safetensors: train it with python -m toy.pretrain --scenes")
+    path = run_or_shipped(folder or "runs/toy", preset, "scenes.safetensors")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no such file: {path}: train it with python -m toy.pretrain --scenes")
     return path
 
 

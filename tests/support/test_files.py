@@ -97,4 +97,4 @@ def test_the_run_folders_file_comes_before_the_shipped_one(tmp_path):
     own = tmp_path / "base.safetensors"
     own.touch()
     assert run_or_shipped(tmp_path, "toy", "base.safetensors") == str(own)
-    assert run_or_shipped(tmp_path, "small", "other.safetensors") is None
+    assert run_or_shipped(tmp_path, "small", "other.safetensors") == str(tmp_path / "other.safetensors")
