@@ -19,11 +19,11 @@ image and its map together, in one attention over their tokens and those of clea
 
 Tokens are (B, G, K, N, d): G = 1 + V groups, of which the first is drawn, and K = 2 kinds, colours and maps.
 
-With --renders all pictures that it learns from are renders, and with --shifters Realiz3D's Domain Shifters stand in the
-frozen base model: the image's tokens run with e_syn in training and with e_real when it draws. So nobody has shown it a
-photograph, and it may draw one of a synthetic asset (Realiz3D's idea; neither paper tries it here).
+With --renders it learns from renders alone, and with --shifters Realiz3D's Domain Shifters stand in the base model: the
+image's tokens run with e_syn in training, and with e_real when it draws, perhaps a photograph (neither paper tries it).
 """
 import argparse
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -98,10 +98,8 @@ class TwoLoRAs(nn.Module):
 
 
 class BranchBlock(nn.Module):
-    """What RefAny3D adds to a block of the base model, and how that block runs with several branches.
-
-    GATE gate: how far the image looks at anything but itself; it starts at zero, where the image is the base model's.
-    """
+    """What RefAny3D adds to a block of the base model, and how that block runs with several branches. GATE gate: how
+    far the image looks at anything but itself; it starts at zero, where the image is the base model's."""
 
     def __init__(self, width, config):
         super().__init__()
@@ -125,7 +123,9 @@ class BranchBlock(nn.Module):
         _, G, K, N, _ = qkv.shape
         q, k, v = [attn.split_heads(part.flatten(1, 3)) for part in qkv.chunk(3, -1)]              # (B, h, G K N, d/h)
         q, k = attn.q_norm(q), attn.k_norm(k)
-        drawn = attend(q[:, :, :K * N], k, v)                                   # image and map: to all
+        quiet = q.new_zeros(K * N, G * K * N)       # to the image all others together count as much as itself at first
+        quiet[:N, N:] = -math.log(G * K - 1)
+        drawn = attend(q[:, :, :K * N], k, v, quiet)                            # image and map: to all
         alone = attend(q[:, :, :N], k[:, :, :N], v[:, :, :N])                   # the image as the base model draws it
         image = alone + GATE * self.gate * (drawn[:, :, :N] - alone)
         q, k, v = [part.unflatten(2, (G, K * N)).transpose(1, 2) for part in (q, k, v)]            # (B, G, h, K N, d/h)

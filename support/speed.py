@@ -55,7 +55,8 @@ def compile_blocks(blocks):
 
 
 def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d / h)) v: q (B, heads, N, d / h), k and v (B, heads, M, d / h), mask True = attend.
+    """softmax(q k^T / sqrt(d / h)) v: q (B, heads, N, d / h), k and v (B, heads, M, d / h). mask: True = attend,
+    or what is added to the logits.
 
     PyTorch's kernel, except to train in bf16 on a CPU: its backward pass is slow there, with the formula a step takes
     half the time, on Intel's and AMD's.
@@ -64,7 +65,7 @@ def attend(q, k, v, mask=None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     logits = (q / q.shape[-1] ** 0.5) @ k.transpose(-2, -1)                                         # (B, heads, N, M)
     if mask is not None:
-        logits = logits.masked_fill(~mask, -1e9)
+        logits = logits.masked_fill(~mask, -1e9) if mask.dtype == torch.bool else logits + mask
     return logits.softmax(-1) @ v                                                                   # (B, heads, N, d/h)
 
 
