@@ -187,7 +187,7 @@ def test_flags_of_stage_1_are_refused_by_methods_without_one():
 
 def test_shifters_that_are_missing_are_named(tiny_toy):
     out, _ = tiny_toy
-    refuses(train_stage2, ("--out", out, "--shifters", out / "none.safetensors", *SHORT), 1,
+    refuses(train_stage2, ("--out", out, "--shifters", out / "none.safetensors", *SHORT, *REAL), 1,
             "no shifters at", "none.safetensors", "train with train_stage1.py --preset toy --adapter shifters --rank 8")
 
 

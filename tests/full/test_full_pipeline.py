@@ -41,7 +41,7 @@ def test_the_whole_pipeline_from_renders_to_measures(full_run, capsys):
     assert sorted(path.name for path in (out / "latents").glob("*")) == ["0000.safetensors", "0002.safetensors"]
     run(full.real_set, "real", *DRAW, "--num_steps", 2)
     with pytest.raises(FileNotFoundError, match="train_stage1.py --preset full"):
-        run(train_stage2, *TRAIN, "--steps", 2)
+        run(train_stage2, *TRAIN, "--steps", 2, "--real_warmup", 1)
     run(train_stage1, *TRAIN, "--steps", 4, "--lr", 0.01, "--warmup", 1)
     run(train_stage2, *TRAIN, "--steps", 8, "--real_warmup", 1, "--lr", 0.01, "--warmup", 1, "--ema", 0.5)
     shifters = load_shifters("shifters.safetensors", config=CONFIG)
