@@ -111,8 +111,8 @@ def check_row(label, args):
 def drawn_row(label, scenes, args, device):
     """What a row draws of the cases, uint8 (N, K, 3, H, W), kept in the run folder; trained first where it must be."""
     base, (path, flags) = scenes_base(folder=args.folder), row_training(label, args)
-    out, sampling = path.removesuffix(".safetensors"), Sampling(cfg_scale=CFG_SCALE, num_steps=args.num_steps,
-                                                                      seed=args.seed, batch=16)
+    sampling = Sampling(cfg_scale=CFG_SCALE, num_steps=args.num_steps, seed=args.seed, batch=16)
+    out = path.removesuffix(".safetensors")
     if ROWS[label] is not None and not os.path.isfile(path):
         with locked(out):
             torch.compiler.reset()      # what was compiled for the last model counts against this one's limit

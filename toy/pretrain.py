@@ -82,7 +82,8 @@ def train_base(args, launched):
     images = on_rank_0_first(launched, lambda: world(args.num_base_images, size=config.image_size,
                                                      folder=f"{args.out}/sets", device=device))
     torch.manual_seed(args.seed)
-    network = ShiftedDiT(load_base(args.base, device, config) if args.base else DiT(config).to(device))
+    base = base_path(args) if args.scenes else args.base
+    network = ShiftedDiT(load_base(base, device, config) if base else DiT(config).to(device))
     for name in NEW_INPUTS:
         network.dit.get_parameter(name).requires_grad_(False)       # nothing to learn from: the base sees no control
 
@@ -111,8 +112,6 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.scenes:
-        args.base = base_path(args)
     launched = launch_training(args, "scenes" if args.scenes else "base", __name__ == "__main__")
     choose(args, launched, args.name)
     train_base(args, launched)

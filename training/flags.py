@@ -64,7 +64,7 @@ def training_arguments(parser):
     add("--out", help="run folder (default runs/PRESET)")
     add("--name", help="name of this training below the run folder (default says what it is)")
     add("--base", help="base model: a checkpoint of ours, or PixArt-alpha's .pth or safetensors (default: the run "
-                       "folder's, else the one shipped in weights/)")
+                       "folder's, else the one shipped in weights/; of RefAny3D the one that knows scenes)")
     add("--synthetic", help="synthetic set; full: folder of python -m full.latents encode (toy, small: a safetensors "
         "file, default is to render it; one of your own takes a --real too)")
     add("--real", help="real set; full: folder of python -m full.real_set (toy, small: a safetensors file, default is "

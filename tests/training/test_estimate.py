@@ -131,3 +131,14 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch):
     pace = Pace(0.01, 0.001)
     got, compiled, said = try_compiling(random_model(), None, (16, 20000), pace, "float32")
     assert (got, compiled) == (pace, False) and "no working C++ compiler" in said and "\n" not in said
+
+
+def test_a_trial_of_two_processes_makes_half_of_muons_updates(tmp_path):
+    """And moves no other matrix of the blocks. (By weight decay: a new model has no gradient there yet.)"""
+    model, step, _ = training.estimate.trial(tiny_args(tmp_path, "--lr", 0.1), torch.device("cpu"), 4, 2)
+    matrices = {name: p for name, p in model.named_parameters()
+                if name.startswith("blocks.") and p.ndim == 2 and name.endswith("weight") and p.any()}
+    before = {name: p.detach().clone() for name, p in matrices.items()}
+    step()
+    moved = sum(not torch.equal(p, before[name]) for name, p in matrices.items())
+    assert abs(moved - len(matrices) / 2) <= 1
