@@ -33,8 +33,8 @@ from geometry.camera import VIEWS
 from geometry.files import read_mesh
 from geometry.mesh import mesh_views
 from geometry.texture import save_meshes
-from support.files import (checksum, file_id, load_tensors, locked, read_json, read_metadata, run_or_shipped,
-                           save_tensors, up_to_date, write_array, write_json)
+from support.files import (checksum, file_id, joined_parts, locked, ranges, read_json, read_metadata, run_or_shipped,
+                           save_tensors, up_to_date, write_array, write_json, write_parts)
 from support.generators import SAMPLES, seeded_generator
 from support.launch import (BAR, UsageError, a_seed, barrier, check_out, finite, launch, run_cli, some_steps,
                             some_threads, within)
@@ -288,33 +288,28 @@ def write_real_set(path, base, num_assets, sampling, launched, chunk=64):
     device, rank, world = launched
     network = load_network(base, device)
     draw, train = real_captions(sample_assets(num_assets, SEEDS["synthetic"]))
-    parts, key = f"{path}.parts", dict(base=file_id(base), num_assets=num_assets, seed=sampling.seed,
-                                       num_steps=sampling.num_steps, cfg_scale=sampling.cfg_scale,
-                                       size=network.dit.config.image_size, world=WORLD_VERSION)
-    text, starts = tokenize(draw), range(0, len(draw), chunk)
-    mine = starts[rank::world]
+    folder, key = f"{path}.parts", dict(base=file_id(base), num_assets=num_assets, seed=sampling.seed,
+                                        num_steps=sampling.num_steps, cfg_scale=sampling.cfg_scale,
+                                        size=network.dit.config.image_size, world=WORLD_VERSION)
+    text, parts = tokenize(draw), ranges(len(draw), chunk)
+    mine = parts[rank::world]
     with locked(os.path.dirname(path) or ".") if rank == 0 else nullcontext():
         barrier(launched)                   # here the other ranks wait while another program draws it
         if up_to_date(path, key):
             return
-        with tqdm(total=sum(len(text[start:start + chunk]) for start in mine), unit="image", bar_format=BAR,
-                  desc="real set, drawn by the base model", disable=rank > 0) as progress:
-            for start in mine:
-                part, rows = f"{parts}/{start:08d}.safetensors", text[start:start + chunk]
-                if up_to_date(part, key):
-                    progress.update(len(rows))
-                    continue
-                images = sample_images(network, {"text": rows}, sampling, keys=range(start, start + chunk),
-                                       progress=progress)
-                save_tensors(part, {"image": to_uint8(images)}, key=key)
+        with tqdm(total=sum(map(len, mine)), unit="image", bar_format=BAR, desc="real set, drawn by the base model",
+                  disable=rank > 0) as progress:
+            def draw_part(rows):
+                return to_uint8(sample_images(network, {"text": text[rows]}, sampling, keys=rows, progress=progress))
+            write_parts(folder, key, mine, draw_part, progress)
         barrier(launched)
         if rank == 0:
-            images = torch.cat([load_tensors(f"{parts}/{start:08d}.safetensors")[0]["image"] for start in starts])
+            images = joined_parts(folder, parts)
             tensors = {"image": images, "text": tokenize(train)}
             save_tensors(path, tensors, key=key, checksum=checksum(tensors))
             rows = [(train[k], images[k:k + 4, 0]) for k in range(0, min(40, len(train)), 4)]
             save_picture(f"{path.removesuffix('.safetensors')}.png", rows, column_titles=VIEWS)
-            shutil.rmtree(parts)
+            shutil.rmtree(folder)
         barrier(launched)
 
 

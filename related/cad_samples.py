@@ -6,7 +6,7 @@ a pose those that disagree with the others are dropped.
 """
 import json
 import os
-from dataclasses import replace
+import shutil
 from zlib import crc32
 
 import torch
@@ -17,15 +17,17 @@ from baselines.sdedit import denoised_again
 from dit import PRESETS, T
 from geometry.camera import VIEWS
 from geometry.hull import silhouette
-from related.depth_condition import REFINEMENT, refine_by_depth, train_surface_net
+from related.depth_condition import read_control, refine_by_depth, train_surface_net
 from related.view_prior import draw_views, load_prior, poses_around
 from sample import CFG_SCALE, Sampling, default_model, initial_noise, load_network, trained_task
-from support.files import cached, checksum, file_id, read_metadata, run_or_shipped
+from support.files import (cached, checksum, file_id, joined_parts, locked, ranges, read_metadata, run_or_shipped,
+                           write_parts)
 from support.launch import BAR
 from support.pictures import save_picture, to_uint8
 from toy.world import tokenize
 from training.sets import base_path, check_base
 
+REFINEMENT = 10 ** 9    # added to a sample's number, it names the noise of its refinement
 OF_REFINEMENT = ("refiner", "prompt", "depth", "strength")              # what the prior's own samples do not depend on
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,16 +41,11 @@ def view_phrase(azimuth, named=10):
     return f", {VIEWS[quarter % 4]} view" if abs(float(azimuth) - 90 * quarter) <= named else ""
 
 
-def refine(base, images, azimuth, prompt, strength, sampling):
-    """Images (N, 3, H, W) in [-1, 1], noised to `strength` of the steps and denoised by the base model, which is told
-    what it sees and, where there is a word for it, from which side. azimuth: (N,) degrees."""
+def refine(base, images, noise, azimuth, prompt, strength, sampling):
+    """Images (N, 3, H, W) in [-1, 1] with noise like them, noised to `strength` of the steps and denoised by the base
+    model, which is told what it sees and, where there is a word for it, from which side. azimuth: (N,) degrees."""
     text = tokenize([f"photo of {prompt}{view_phrase(turn)}, white background" for turn in azimuth])
-    done = []
-    for rows in tqdm(torch.arange(len(images)).split(sampling.batch), desc="refinement", unit="batch"):
-        keys = (REFINEMENT + rows).tolist()                             # other noise than the samples were drawn from
-        noise = initial_noise(keys, images.shape[1:], sampling.seed)
-        done.append(denoised_again(base, images[rows], noise, text[rows], strength * T, sampling))
-    return torch.cat(done)
+    return denoised_again(base, images, noise, text, strength * T, sampling)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,11 +109,55 @@ def samples_key(reference, args):
                 refiner=file_id(refiner_path(args)), **{flag: getattr(args, flag) for flag in flags})
 
 
+def in_parts(path, key, num, draw, name):
+    """The images draw(rows, progress) of 0 .. num, a tensor: some rows at a time, which lie in PATH.parts until `path`
+    is there and the caller removes them, so that a run that was stopped goes on."""
+    with tqdm(total=num, desc=name, unit="image", bar_format=BAR) as progress:
+        write_parts(f"{path}.parts", key, ranges(num), lambda rows: draw(rows, progress), progress)
+    return joined_parts(f"{path}.parts", ranges(num))
+
+
+def samples_of_prior(prior, reference, poses, key, args):
+    """Step 1: what the prior draws of the reference (3, H, W) from the poses (azimuth, elevation (N,)), (N, 3, H, W) in
+    [-1, 1]. Kept in OUT/sets, for all --name that refine it."""
+    sampling = Sampling(num_steps=args.num_steps, seed=args.seed, cfg_scale=args.view_scale)
+
+    def draw(rows, progress):
+        of_rows = [angles[rows] for angles in poses]
+        return draw_views(prior, reference, args.elevation, of_rows, sampling, rows, progress)
+    own = {name: value for name, value in key.items() if name not in OF_REFINEMENT}
+    path = f"{args.out}/sets/cad_{crc32(json.dumps(own).encode()):08x}.safetensors"
+    with locked(f"{args.out}/sets"):
+        made = cached(path, own, lambda: {"image": in_parts(path, own, len(poses[0]), draw, "the prior's samples")})
+        shutil.rmtree(f"{path}.parts", ignore_errors=True)
+    return made["image"]
+
+
+def refined_samples(refiner, images, poses, key, args):
+    """Step 2: images (N, 3, H, W) in [-1, 1] from the poses as the photographic model refines them, uint8."""
+    if not args.strength:
+        return to_uint8(images)
+    sampling = Sampling(num_steps=args.num_steps, seed=args.seed, cfg_scale=CFG_SCALE)
+    net = train_surface_net(f"{args.out}/sets") if args.depth else None
+
+    def draw(rows, progress):
+        azimuth, elevation = [angles[rows] for angles in poses]
+        noise = initial_noise([REFINEMENT + k for k in rows], images.shape[1:], args.seed)
+        if args.depth:
+            maps = read_control(net, images[rows], azimuth, elevation)
+            refined = refine_by_depth(refiner, images[rows], noise, maps, args.prompt, args.strength, sampling)
+        else:
+            refined = refine(refiner, images[rows], noise, azimuth, args.prompt, args.strength, sampling)
+        progress.update(len(rows))
+        return to_uint8(refined)
+    return in_parts(f"{args.out}/{args.name}/samples.safetensors", key, len(images), draw, "refinement")
+
+
 def reference_samples(models, reference, judge, args):
     """Steps 1 to 3 of one reference: {"image": uint8 (N, 3, H, W), "azimuth", "elevation": (N,)}, drawn before any
-    training of the GAN, and a picture of them. Kept in OUT/NAME/samples.safetensors, and what the prior drew in
-    OUT/sets. models: from `load_models`."""
-    poses, sampling = poses_around(args.num_poses), Sampling(num_steps=args.num_steps, seed=args.seed)
+    training of the GAN, and a picture of them. Kept in OUT/NAME/samples.safetensors. models: from `load_models`."""
+    places = poses_around(args.num_poses)
+    poses = [angles.repeat_interleave(args.each) for angles in places]
     path, key = f"{args.out}/{args.name}/samples.safetensors", json.loads(json.dumps(samples_key(reference, args)))
     before = read_metadata(path).get("key") if os.path.isfile(path) else key
     if isinstance(before, dict) and before != key:
@@ -124,33 +165,21 @@ def reference_samples(models, reference, judge, args):
         raise ValueError(f"{path} was made with other settings: {', '.join(other)}; use another --name, or delete it")
 
     def build():
-        (prior, refiner), each = models, [part.repeat_interleave(args.each) for part in poses]
-        of_prior, of_refiner = (replace(sampling, cfg_scale=scale) for scale in (args.view_scale, CFG_SCALE))
-
-        def draw():
-            total = args.num_poses * args.each
-            with tqdm(total=total, desc="the prior's samples", unit="image", bar_format=BAR) as bar:
-                return dict(image=draw_views(prior, reference, args.elevation, poses, args.each, of_prior, bar))
-        own = {name: value for name, value in key.items() if name not in OF_REFINEMENT}
-        own_file = f"{args.out}/sets/cad_{crc32(json.dumps(own).encode()):08x}.safetensors"         # serves other names
-        drawn = cached(own_file, own, draw)["image"]
-        images = refined = drawn.flatten(0, 1)
-        if args.strength and args.depth:
-            net = train_surface_net(f"{args.out}/sets")
-            refined = refine_by_depth(refiner, net, images, each, args.prompt, args.strength, of_refiner)
-        elif args.strength:
-            refined = refine(refiner, images, each[0], args.prompt, args.strength, of_refiner)
-        return dict(drawn=to_uint8(drawn), image=to_uint8(refined).view(drawn.shape))
+        drawn = samples_of_prior(models[0], reference, poses, key, args)
+        refined = refined_samples(models[1], drawn, poses, key, args)
+        return {name: images.unflatten(0, (-1, args.each))
+                for name, images in (("drawn", to_uint8(drawn)), ("image", refined))}
     made = cached(path, key, build)
+    shutil.rmtree(f"{path}.parts", ignore_errors=True)
     images, shape = made["image"], made["image"].shape[:2]
     keep = torch.ones(shape, dtype=torch.bool)
     if args.pruning:
         features = judge.features(images.flatten(0, 1) / 255)
         keep = agree_with_others(images / 255, features.unflatten(0, shape))
-    dropped = [f"{poses[0][k]:.0f} degrees {int((~keep[k]).sum())}" for k in range(len(keep)) if not keep[k].all()]
+    dropped = [f"{places[0][k]:.0f} degrees {int((~keep[k]).sum())}" for k in range(len(keep)) if not keep[k].all()]
     print(f"{int(keep.sum())} of {keep.numel()} samples stay; dropped at {', '.join(dropped) or 'no pose'}", flush=True)
-    draw_pruning(f"{args.out}/{args.name}/samples.png", made, keep, poses[0])
-    azimuth, elevation = (part.repeat_interleave(args.each)[keep.flatten()] for part in poses)
+    draw_pruning(f"{args.out}/{args.name}/samples.png", made, keep, places[0])
+    azimuth, elevation = (angles[keep.flatten()] for angles in poses)
     return dict(image=images.flatten(0, 1)[keep.flatten()], azimuth=azimuth, elevation=elevation)
 
 

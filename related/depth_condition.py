@@ -6,20 +6,16 @@ sample, as a depth estimator does in the paper.
 """
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from baselines.sdedit import denoised_again
 from data import control_maps
 from dit import T
 from geometry.camera import Views, camera, project
 from related.triplanes import rays
-from sample import initial_noise
 from toy.judge import UNet, fit_surface_net, in_camera, kept_net
 from toy.poses import BAND
 from toy.render import Look, render
 from toy.world import exaggerated, sample_assets, tokenize
-
-REFINEMENT = 10 ** 9    # added to a sample's number, it names the noise of its refinement
 
 
 class SurfaceNet(UNet):
@@ -75,14 +71,10 @@ def read_control(net, images, azimuth, elevation):
     return control_maps(Views(None, mask, normal, position[:, None].clamp(-0.5, 0.5))), place
 
 
-def refine_by_depth(texturing, net, images, poses, prompt, strength, sampling):
-    """Images (N, 3, H, W) in [-1, 1], noised to `strength` of the steps and denoised by a texturing model of Realiz3D
-    in real mode, under the maps that a SurfaceNet reads off them. poses: azimuth, elevation (N,), degrees."""
-    text, passes, done = tokenize([prompt]), 1 if sampling.cfg_scale == 1 else 2, []
-    control, place = read_control(net, images, *poses)
-    for rows in tqdm(torch.arange(len(images)).split(sampling.batch), desc="refinement", unit="batch"):
-        noise = initial_noise((REFINEMENT + rows).tolist(), images.shape[1:], sampling.seed)
-        with texturing.dit.in_grid(place[rows].repeat(passes)):         # guidance doubles the batch
-            done.append(denoised_again(texturing, images[rows], noise, text.expand(len(rows), -1), strength * T,
-                                       sampling, control=control[rows]))
-    return torch.cat(done)
+def refine_by_depth(texturing, images, noise, maps, prompt, strength, sampling):
+    """Images (N, 3, H, W) in [-1, 1] with noise like them, noised to `strength` of the steps and denoised by a
+    texturing model of Realiz3D in real mode, under the maps that a SurfaceNet reads off them (`read_control`)."""
+    control, place = maps
+    text, passes = tokenize([prompt]).expand(len(images), -1), 1 if sampling.cfg_scale == 1 else 2
+    with texturing.dit.in_grid(place.repeat(passes)):                   # guidance doubles the batch
+        return denoised_again(texturing, images, noise, text, strength * T, sampling, control=control)

@@ -126,15 +126,15 @@ def poses_around(num):
     return (k * 137.50776) % 360, torch.rad2deg((low + (high - low) * k / num).asin())
 
 
-def draw_views(prior, reference, reference_elevation, poses, each, sampling, progress=None):
-    """`each` samples of the reference (3, H, W) in [-1, 1], which is seen from azimuth 0, from each of the poses
-    (azimuth, elevation (P,)): (P, each, 3, H, W). sampling.cfg_scale: guidance on the reference."""
-    azimuth, elevation = (part.repeat_interleave(each) for part in poses)
+def draw_views(prior, reference, reference_elevation, poses, sampling, keys=None, progress=None):
+    """The reference (3, H, W) in [-1, 1], which is seen from azimuth 0, from each of the poses (azimuth, elevation
+    (N,)): (N, 3, H, W) in [-1, 1]. keys: as for `sample_images`. sampling.cfg_scale: guidance on the reference."""
+    azimuth, elevation = poses
     numbers = pose_numbers(azimuth, elevation, torch.full_like(elevation, reference_elevation))
     control = view_control(reference.expand(len(azimuth), -1, -1, -1), numbers)
     inputs = dict(text=tokenize([""]).expand(len(azimuth), -1), control=control,
                   null={"control": torch.zeros_like(control[:1])})
-    return sample_images(prior, inputs, sampling, progress=progress)[:, 0].unflatten(0, (-1, each))
+    return sample_images(prior, inputs, sampling, keys=keys, progress=progress)[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

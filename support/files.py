@@ -95,6 +95,27 @@ def cached(path, key, build):
     return tensors
 
 
+def write_parts(folder, key, parts, draw, progress):
+    """{"image": draw(rows)} for each range of rows in parts, as FOLDER/START.safetensors. Those that are there and made
+    from key stay as they are, so that a run that was stopped goes on; the tqdm bar `progress` passes them."""
+    for rows in parts:
+        path = f"{folder}/{rows.start:08d}.safetensors"
+        if up_to_date(path, key):
+            progress.update(len(rows))
+        else:
+            save_tensors(path, {"image": draw(rows)}, key=key)
+
+
+def joined_parts(folder, parts):
+    """The images of `write_parts`, in their order."""
+    return torch.cat([load_tensors(f"{folder}/{rows.start:08d}.safetensors")[0]["image"] for rows in parts])
+
+
+def ranges(num, size=64):
+    """0 .. num in ranges of at most `size`."""
+    return [range(start, min(start + size, num)) for start in range(0, num, size)]
+
+
 def checksum(tensors):
     """CRC-32 over the bytes of {name: tensor}."""
     crc = 0

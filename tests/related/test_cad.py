@@ -77,13 +77,13 @@ def test_views_are_drawn_from_the_poses(monkeypatch):
     """What stands in the control channels, sample by sample; guidance drops the reference."""
     prior, given = new_prior(random_model()), []
 
-    def sample(network, inputs, sampling, progress):
+    def sample(network, inputs, sampling, keys, progress):
         given.append(inputs)
         return torch.zeros(len(inputs["text"]), 1, 3, 8, 8)
     monkeypatch.setattr(view_prior, "sample_images", sample)
     reference = torch.rand(3, 8, 8)
-    poses = torch.tensor([0.0, 90]), torch.tensor([10.0, 30])
-    assert draw_views(prior, reference, 20.0, poses, 3, Sampling()).shape == (2, 3, 3, 8, 8)
+    poses = torch.tensor([0.0, 90]).repeat_interleave(3), torch.tensor([10.0, 30]).repeat_interleave(3)
+    assert draw_views(prior, reference, 20.0, poses, Sampling()).shape == (6, 3, 8, 8)
     control = given[0]["control"].float()
     assert torch.allclose(control[:, 0, :3], reference.half().float().expand(6, -1, -1, -1))
     want = torch.tensor([[0.0, 1, -1, 0]] * 3 + [[1.0, 0, 1, 0]] * 3)
@@ -95,11 +95,11 @@ def test_refinement_names_the_view_and_starts_where_it_is_told():
     assert {angle: view_phrase(angle) for angle in words} == {
         angle: f", {word} view" if word else "" for angle, word in words.items()}
     base, images, seen = ShiftedDiT(random_model()), torch.rand(3, 3, 8, 8) * 2 - 1, []
-    sampling = Sampling(num_steps=10)
-    assert torch.equal(refine(base, images, torch.zeros(3), PROMPT, 0.0, sampling), images)
+    sampling, noise = Sampling(num_steps=10), torch.randn(3, 3, 8, 8)
+    assert torch.equal(refine(base, images, noise, torch.zeros(3), PROMPT, 0.0, sampling), images)
     base.register_forward_pre_hook(lambda module, given, named: seen.append((given[1].tolist(), named["text"])),
                                    with_kwargs=True)
-    refine(base, images, torch.tensor([0.0, 90, 200]), PROMPT, 0.5, sampling)
+    refine(base, images, noise, torch.tensor([0.0, 90, 200]), PROMPT, 0.5, sampling)
     assert [t[0] for t, _ in seen] == [499, 399, 299, 199, 99]
     captions = [" ".join(VOCAB[word] for word in row if word > 1) for row in seen[0][1]]
     assert captions == [f"photo of {PROMPT} {view}white background" for view in ("front view ", "right view ", "")]
@@ -290,7 +290,7 @@ def test_samples_refined_under_a_depth_condition(prior_and_base, monkeypatch):
         return images, images[:, :1], images[:, :1]
     monkeypatch.setattr(cad_samples, "train_surface_net", lambda folder: net)
     drawn, draw_views = [], cad_samples.draw_views
-    monkeypatch.setattr(cad_samples, "draw_views", lambda *args: drawn.append(len(args[3][0])) or draw_views(*args))
+    monkeypatch.setattr(cad_samples, "draw_views", lambda *args: drawn.append(args[5]) or draw_views(*args))
     judge, reference = cad.train_feature_net(""), torch.full((3, SIZE, SIZE), 0.5)
     flags = ["--object", "1", "--prompt", PROMPT, "--out", str(out), "--num_poses", "8", "--each", "3", "--num_steps",
              "2", "--no-pruning"]
@@ -302,9 +302,35 @@ def test_samples_refined_under_a_depth_condition(prior_and_base, monkeypatch):
         made[name], metadata = load_tensors(f"{out}/{name}/samples.safetensors")
         assert metadata["key"]["refiner"][0] == ("texturing.safetensors" if more else "base.safetensors")
     assert seen == [24] and torch.equal(made["a"]["drawn"], made["b"]["drawn"])
-    assert drawn == [8]                                                         # by the prior once, for both names
+    assert drawn == [range(24)]                                                 # by the prior once, for both names
     assert not torch.equal(made["b"]["drawn"], made["b"]["image"])
     assert not torch.equal(made["a"]["image"], made["b"]["image"])
+
+
+@pytest.mark.parametrize("stopped", ["draw_views", "refine"])
+def test_samples_that_were_stopped_go_on(stopped, prior_and_base, monkeypatch):
+    """Ctrl-C in the second part of 64: the first is not made again, the end is the same, and no part is left."""
+    judge, reference = cad.train_feature_net(""), torch.full((3, SIZE, SIZE), 0.5)
+    flags = ["--object", "1", "--prompt", PROMPT, "--num_poses", "22", "--each", "3", "--num_steps", "2"]
+    made, asked, draw = {}, [], getattr(cad_samples, stopped)
+    for name in ("at_once", "in_two"):
+        args = cad.parse_args([*flags, "--out", str(prior_and_base), "--name", name, "--seed", "3"])
+        if name == "in_two":
+            def until_stopped(*given):
+                asked.append(len(given[3][0]) if stopped == "draw_views" else len(given[1]))
+                if len(asked) == 2:
+                    raise KeyboardInterrupt
+                return draw(*given)
+            for path in (prior_and_base / "sets").glob("cad_*"):
+                path.unlink()
+            monkeypatch.setattr(cad_samples, stopped, until_stopped)
+            with pytest.raises(KeyboardInterrupt):
+                reference_samples(load_models(args), reference, judge, args)
+        reference_samples(load_models(args), reference, judge, args)
+        made[name], _ = load_tensors(f"{prior_and_base}/{name}/samples.safetensors")
+    assert asked == [64, 2, 2] and not list(prior_and_base.rglob("*.parts"))
+    for name in ("drawn", "image"):
+        assert torch.equal(made["at_once"][name], made["in_two"][name])
 
 
 def test_a_picture_as_reference(tmp_path):

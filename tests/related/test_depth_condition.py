@@ -59,15 +59,15 @@ def test_the_texturing_model_sees_maps_places_and_the_prompt_alone(cfg_scale):
 
     def net(pixels):
         return torch.zeros(3, 3, 8, 8), torch.zeros(3, 1, 8, 8), torch.ones(3, 1, 8, 8)
-    sampling = Sampling(cfg_scale=cfg_scale, num_steps=10, batch=2)
-    assert torch.equal(refine_by_depth(texturing, net, images, poses, "a red mug", 0.0, sampling), images)
-    out = refine_by_depth(texturing, net, images, poses, "a red mug", 0.8, sampling)
+    sampling, maps = Sampling(cfg_scale=cfg_scale, num_steps=10), read_control(net, images, *poses)
+    noise = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(refine_by_depth(texturing, images, noise, maps, "a red mug", 0.0, sampling), images)
+    out = refine_by_depth(texturing, images, noise, maps, "a red mug", 0.8, sampling)
     assert out.shape == images.shape and texturing.dit.places is None
     passes = 1 if cfg_scale == 1 else 2
-    assert [int(inputs[1][0]) for inputs, _ in given] == 2 * list(range(799, 0, -100))
-    assert places == 8 * [passes * [0, 1]] + 8 * [passes * [2]]
-    control, _ = read_control(net, images, *poses)
-    assert torch.equal(given[0][1]["control"], control[:2].repeat(passes, 1, 1, 1, 1))
+    assert [int(inputs[1][0]) for inputs, _ in given] == list(range(799, 0, -100))
+    assert places == 8 * [passes * [0, 1, 2]]
+    assert torch.equal(given[0][1]["control"], maps[0].repeat(passes, 1, 1, 1, 1))
     assert [VOCAB[word] for word in given[0][1]["text"][0] if word > 1] == ["a", "red", "mug"]
     assert (given[0][1]["domains"] == 1).all()                          # e_real
 
