@@ -16,7 +16,7 @@ import torch
 from data import SEEDS
 from evaluate import kid, measuring_flags
 from experiments.results import check_places, check_row_flags, kept_rows, write_means
-from experiments.scene_measures import measure_scenes
+from experiments.scene_measures import measure_scenes, silhouettes
 from related import refany3d
 from related.refany3d import draw, load_refany3d
 from sample import CFG_SCALE, Sampling, load_network, sample_images
@@ -147,13 +147,14 @@ def run_rows(args):
         check_row(label, args)
     device, sets = launch(args.threads).device, f"{args.folder}/sets"
     scenes, assets = evaluation_cases(args.num, sets)
+    sides = silhouettes(assets)
     judge = train_feature_net(sets, num=4000, steps=3000, world="scenes")
     photos = judge.features(scene_set(250, SEEDS["photos"], folder=sets)["image"][:, 0] / 255)
     print(f"{len(todo)} rows of {args.num} cases, seed {args.seed}, into {path}; a missing model is trained first, "
           "half an hour on one core", flush=True)
 
     def keep(label, drawn, given=scenes):
-        row = measure_scenes(drawn, given, assets) | judged(drawn[:, 0] / 255, scenes["labels"], judge, photos)
+        row = measure_scenes(drawn, given, assets, sides) | judged(drawn[:, 0] / 255, scenes["labels"], judge, photos)
         with locked(args.results):
             rows = rows_of_cases(path, args)
             rows.setdefault(label, {"toy": {}})["toy"][str(args.seed)] = row

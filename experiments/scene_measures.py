@@ -24,10 +24,10 @@ def named_places(maps):
     return to_pixels(maps) / 2, maps.amin(dim=1) < 235
 
 
-def measure_scenes(drawn, scenes, assets):
+def measure_scenes(drawn, scenes, assets, sides):
     """{measure: mean over N scenes} of what was drawn, uint8 (N, K, 3, H, W), image and (K = 2) point map.
 
-    scenes: as from `scene_set`, one of each of the N Assets. Of the image alone:
+    scenes: as from `scene_set`, one of each of the N Assets; sides: their `silhouettes`. Of the image alone:
     background: share of the scenes whose background is nearest to the one asked for.
     shape: IoU of the object's silhouette with the most alike of the asset's from all sides, see `framed`.
     matches: how many patches of the image are found again in the references, see `matched_patches`.
@@ -44,7 +44,7 @@ def measure_scenes(drawn, scenes, assets):
     truth, truly_on = named_places(scenes["image"][:, 1])
     asked = [BACKGROUNDS.index(name) for name in background_names(scenes["text"])]
     shown, behind = find_objects(images)                                                           # (N, H, W), (N,)
-    sides, rows = silhouettes(assets), []
+    rows = []
     for k in range(len(drawn)):
         row = dict(background=float(behind[k] == asked[k]), shape=most_alike(shown[k], sides[k]),
                    matches=matched_patches(images[k], shown[k], scenes["references"][k, 0]))

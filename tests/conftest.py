@@ -47,8 +47,9 @@ ALONE = Launched(torch.device("cpu"))
 @pytest.fixture(autouse=True, scope="session")
 def nothing_to_choose():
     """Programs in this process compute in fp32 and with the threads that it has: what is fastest is not always the
-    same, and other threads round otherwise."""
+    same, and other threads round otherwise. Their trials are short."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.estimate.IMAGES", 4)
         patch.setattr("support.speed.CPU_DTYPES", ("float32",))
         for module in ("support.speed", "training.estimate"):
             patch.setattr(f"{module}.thread_counts", lambda: [torch.get_num_threads()])
@@ -207,16 +208,14 @@ def tiny_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def quick_judges(tmp_path_factory):
-    """Judges that learned quickly, in place of those that every command trains."""
+def shipped_judges(tmp_path_factory):
+    """The judges in weights/, beside 40 photographs: the commands render 1,000."""
     import data
     from toy.judge import SECOND, Judges, train_feature_net, train_normal_net
 
     folder = tmp_path_factory.mktemp("judges")
-    net = train_feature_net(folder, num=60, steps=40)
-    second = train_feature_net(folder, num=60, steps=40, seed=SECOND)
-    photos = net.features(data.photo_set(40, folder=folder)["image"][:, 0] / 255)
-    return Judges(net, second, train_normal_net(folder, num=20, steps=5), photos)
+    net, second, normal = train_feature_net(folder), train_feature_net(folder, seed=SECOND), train_normal_net(folder)
+    return Judges(net, second, normal, net.features(data.photo_set(40, folder=folder)["image"][:, 0] / 255))
 
 
 @pytest.fixture

@@ -120,13 +120,13 @@ def test_views_are_weighed_by_the_squared_cosine_and_only_where_they_show_the_sa
     assert torch.allclose(alone[0, 0, 0, 14:18, 14:18], torch.tensor(0.2))
 
 
-def test_text_to_views_is_judged_on_the_hull_and_on_what_it_leaves_out(views, quick_judges):
+def test_text_to_views_is_judged_on_the_hull_and_on_what_it_leaves_out(views, shipped_judges):
     """The views of one object fit together; those of four objects do not, and the misfit counts."""
     maps, photo, _ = views
     mixed = torch.stack([photo[:, v].roll(v, dims=0) for v in range(4)], dim=1)
     held = dict(mask=maps.mask * 255, labels=torch.zeros(len(photo), 3, dtype=torch.long), photo=photo * 255,
                 image=photo * 255)
-    one, four = (evaluate.measure(images, held, quick_judges, task="text") for images in (photo, mixed))
+    one, four = (evaluate.measure(images, held, shipped_judges, task="text") for images in (photo, mixed))
     assert one["loo_gap"] == pytest.approx(0) and four["loo_gap"] > 1 and one["normals"] is None
     assert one["iou"] is None and one["psnr"] > four["psnr"] + 4 and one["ssim"] > four["ssim"]
     blank = torch.ones(1, 4, 3, 32, 32)
@@ -341,9 +341,9 @@ def test_position_maps_of_another_camera_or_size_are_refused(tmp_path, views):
 # ---- the trained models
 
 
-def test_toy_table_of_untrained_models(tmp_path, tiny_run, quick_judges, monkeypatch, capsys):
+def test_toy_table_of_untrained_models(tmp_path, tiny_run, shipped_judges, monkeypatch, capsys):
     """The command as a whole: the oracle rows score nearly perfectly, models of three steps do not."""
-    monkeypatch.setattr(evaluate, "load_judges", lambda *args: quick_judges)
+    monkeypatch.setattr(evaluate, "load_judges", lambda *args: shipped_judges)
     model = tiny_run / "realiz3d_texturing.safetensors"
     flags = f"--num 2 --num_steps 2 --threads 1 --model {model} --syn_only {model} --base {tiny_run}/base.safetensors"
     evaluate.main(["toy", *flags.split(), "--folder", str(tmp_path), "--out", str(tmp_path / "e.png")])
@@ -388,8 +388,8 @@ def test_fid_b_compares_with_base_images_of_the_prompts_that_the_models_get(tmp_
     assert sampling == Sampling("real", num_steps=4, seed=5, batch=32)
 
 
-def test_oracle_prints_each_measure_beside_its_target(tmp_path, quick_judges, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "load_judges", lambda *args: quick_judges)
+def test_oracle_prints_each_measure_beside_its_target(tmp_path, shipped_judges, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "load_judges", lambda *args: shipped_judges)
     evaluate.main(["oracle", "--num", "3", "--folder", str(tmp_path)])
     head, *lines = capsys.readouterr().out.splitlines()
     assert "3 held-out objects" in head and len(lines) == 12

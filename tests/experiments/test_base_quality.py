@@ -12,17 +12,17 @@ from toy.render import Look, render
 from toy.world import sample_assets, take
 
 
-def test_photographs_of_other_objects_are_read_wrong_and_renders_are_far_from_photographs(quick_judges):
+def test_photographs_of_other_objects_are_read_wrong_and_renders_are_far_from_photographs(shipped_judges):
     assets = sample_assets(24, SEEDS["evaluation"])
     photo, plain = (render(assets, Look(style), (0,), geometry=False).rgb[:, 0] for style in ("photo", "render"))
-    row = base_quality.image_quality(photo, assets, quick_judges)
+    row = base_quality.image_quality(photo, assets, shipped_judges)
     others = take(assets, torch.arange(24).roll(1))
-    assert base_quality.image_quality(photo, others, quick_judges)["caption"] < row["caption"]
-    assert base_quality.image_quality(plain, assets, quick_judges)["FD_I"] > row["FD_I"]
+    assert base_quality.image_quality(photo, others, shipped_judges)["caption"] < row["caption"]
+    assert base_quality.image_quality(plain, assets, shipped_judges)["FD_I"] > row["FD_I"]
 
 
-def test_base_quality_as_a_command(tmp_path, tiny_run, quick_judges, monkeypatch, capsys):
-    monkeypatch.setattr(base_quality, "load_judges", lambda *args: quick_judges)
+def test_base_quality_as_a_command(tmp_path, tiny_run, shipped_judges, monkeypatch, capsys):
+    monkeypatch.setattr(base_quality, "load_judges", lambda *args: shipped_judges)
     flags = ("--base", tiny_run / "base.safetensors", "--num", 20, "--num_steps", 1, "--out", tmp_path / "b.png")
     run_main(base_quality, *flags)
     stored = json.loads((tmp_path / "b.json").read_text())

@@ -37,12 +37,12 @@ def test_depth_is_lifted_to_the_surface(ducks):
     assert cosine.median() > 0.97
 
 
-def test_mistakes_show_where_they_should(ducks, quick_judges):
+def test_mistakes_show_where_they_should(ducks, shipped_judges):
     views = ducks.rgb
 
     def measured(images, category=None):
-        read = quick_judges.net(images[:, 0])["category"].argmax(1)[0] if category is None else category
-        return measure_objects(images, None, torch.tensor([int(read), 0, 0]), views[0], quick_judges)
+        read = shipped_judges.net(images[:, 0])["category"].argmax(1)[0] if category is None else category
+        return measure_objects(images, None, torch.tensor([int(read), 0, 0]), views[0], shipped_judges)
     same = measured(views[:1].expand(2, -1, -1, -1, -1))
     assert same["diversity"] == pytest.approx(0, abs=1e-3) and same["likeness"] == pytest.approx(1, abs=1e-5)
     assert measured(views)["likeness"] < same["likeness"] and same["two_fronts"] == 0 and same["drawn"] == 1
@@ -61,11 +61,11 @@ def test_mistakes_show_where_they_should(ducks, quick_judges):
     assert measured(red)["chroma"] == pytest.approx((2 / 3) ** 0.5, abs=1e-5)
 
 
-def test_a_table_of_three_rows(tmp_path, monkeypatch, quick_judges):
+def test_a_table_of_three_rows(tmp_path, monkeypatch, shipped_judges):
     small = replace(TINY, image_size=32, depth=2)
     monkeypatch.setitem(PRESETS, "toy", small)
-    monkeypatch.setattr(cad, "train_feature_net", lambda *args: quick_judges.net)
-    monkeypatch.setattr(distillation, "load_judges", lambda *args: quick_judges)
+    monkeypatch.setattr(cad, "train_feature_net", lambda *args: shipped_judges.net)
+    monkeypatch.setattr(distillation, "load_judges", lambda *args: shipped_judges)
     monkeypatch.setattr(distillation, "EACH", 2)
     save_model(str(tmp_path / "base.safetensors"), small, random_model(small))
     run_main(view_prior, "--out", tmp_path, "--num_assets", 2, "--steps", 1, "--batch", 2, "--picture_steps", 1,

@@ -47,10 +47,10 @@ def test_select_picks_the_most_consistent_shift_within_the_loss(tmp_path, tiny_r
         selected_shift(str(path))
 
 
-def test_dial_turns_from_one_domain_to_the_other(tmp_path, tiny_run, quick_judges, monkeypatch, capsys):
+def test_dial_turns_from_one_domain_to_the_other(tmp_path, tiny_run, shipped_judges, monkeypatch, capsys):
     """Seven settings in order, each passed to the sampler as it is; 0 and 1 are the domains themselves."""
     sample_images, drawn = shift.sample_images, {}
-    monkeypatch.setattr(shift, "load_judges", lambda *args: quick_judges)
+    monkeypatch.setattr(shift, "load_judges", lambda *args: shipped_judges)
 
     def watched(network, inputs, sampling, **options):
         drawn[sampling.mode] = sample_images(network, inputs, sampling, **options)

@@ -2,14 +2,16 @@
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ALONE, TINY_STAGE2, refuses
+from conftest import ALONE, TINY, TINY_STAGE2, random_model, refuses
 
 import data
 import train_stage2
+from dit import PRESETS, save_model
 from experiments import tables
 from experiments.paper import PAPER1, PAPER_COLUMNS, TABLES
 from experiments.results import ORACLE, seed_folder, seed_mean, seed_noise, table_lines
@@ -20,10 +22,13 @@ from support.pictures import to_uint8
 from toy.world import asset_captions, sample_assets, tokenize
 
 
-def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, quick_judges, monkeypatch, capsys):
+def test_table_2_trains_samples_measures_and_goes_on(tmp_path, shipped_judges, monkeypatch, capsys):
     """All eight rows from five trainings; run again, it trains and samples nothing and prints the same numbers."""
+    small, run = replace(TINY, image_size=32, depth=2), tmp_path / "run"
+    monkeypatch.setitem(PRESETS, "toy", small)
+    save_model(str(run / "base.safetensors"), small, random_model(small))
     train, started = train_stage2.main, []
-    monkeypatch.setattr(tables, "load_judges", lambda *args: quick_judges)
+    monkeypatch.setattr(tables, "load_judges", lambda *args: shipped_judges)
 
     def counted(flags):
         started.append(flags)
@@ -33,12 +38,12 @@ def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, quick_j
     monkeypatch.setattr(train_stage2, "announce", lambda *args: None)
     rest = " ".join(map(str, TINY_STAGE2)) + " --no-compile"
     command = ["table2", *"--num 2 --num_steps 2 --cfg_scale 1 --threads 1".split(), "--results", str(tmp_path)]
-    command += ["--folder", str(tiny_run), "--train_flags", rest]
+    command += ["--folder", str(run), "--train_flags", rest]
     tables.main(command)
     first = json.loads((tmp_path / "table2.json").read_text())["rows"]
     assert len(started) == 5 and len(first) == 9  # eight rows and the oracle
     assert first["8 = 7, shifted"]["paper"]["PSNR"] == 24.78 and first["1 joint"]["toy"]["0"]["FD_B"] > 0
-    modes = [path.name.rsplit("-", 1)[1] for path in tiny_run.glob("texturing-*.samples")]
+    modes = [path.name.rsplit("-", 1)[1] for path in run.glob("texturing-*.samples")]
     assert sorted(modes) == ["real.samples"] * 5 + ["shifted.samples"] * 3
     assert (tmp_path / "table2.png").exists() and (tmp_path / "table2_sheet.png").exists()
     assert capsys.readouterr().out.count("Spearman") == 2
@@ -46,13 +51,13 @@ def test_table_2_trains_samples_measures_and_goes_on(tmp_path, tiny_run, quick_j
     drawn = (tmp_path / "table2_sheet.png").read_bytes()
     for elsewhere in (False, True):
         if elsewhere:
-            for path in tiny_run.glob("texturing-*"):
+            for path in run.glob("texturing-*"):
                 path.rename(tmp_path / path.name)
         tables.main(command)
         assert len(started) == 5 and json.loads((tmp_path / "table2.json").read_text())["rows"] == first
         assert (tmp_path / "table2_sheet.png").read_bytes() == drawn
     for path in tmp_path.glob("texturing-*"):
-        path.rename(tiny_run / path.name)
+        path.rename(run / path.name)
     # another seed trains anew and stands beside the first
     tables.main([*command, "--seed", "1", "--rows", "3 real data", "4 = 3, shifted"])
     both, text = json.loads((tmp_path / "table2.json").read_text())["rows"], (tmp_path / "table2.md").read_text()

@@ -148,12 +148,13 @@ def test_a_steps_random_numbers_are_its_own():
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_the_losses_of_a_stage(stage, quick_judges):
+def test_the_losses_of_a_stage(stage, shipped_judges):
     """Who learns from what, and R1 at some steps only, weighed up for the others."""
     samples, args = samples_and_flags()
     torch.manual_seed(0)
     G, D = Generator(), Discriminator(6, SIZE) if stage == 1 else Discriminator(3, 16)
-    nets, losses = dict(generator=G, discriminator=D, judge=quick_judges.net), (stage1_losses, stage2_losses)[stage - 1]
+    nets = dict(generator=G, discriminator=D, judge=shipped_judges.net)
+    losses = (stage1_losses, stage2_losses)[stage - 1]
     loss_G, loss_D, real_scores = losses(nets, samples, cad.R1_EVERY, 0.0, args)
     at = {(gamma, step): losses(nets, samples, step, 0.0, Namespace(**{**vars(args), "gamma": gamma}))[1].item()
           for gamma in (0.0, 2.0, 4.0) for step in (1, cad.R1_EVERY)}
@@ -174,7 +175,7 @@ def test_the_losses_of_a_stage(stage, quick_judges):
     assert sure[0] < loss_G and sure[1] > 5 and sure[2].mean() > 5
 
 
-def test_an_image_is_inverted_and_its_matter_meshed(quick_judges):
+def test_an_image_is_inverted_and_its_matter_meshed(shipped_judges):
     torch.manual_seed(0)
     G = Generator().requires_grad_(False)
     with torch.no_grad():
@@ -182,7 +183,7 @@ def test_an_image_is_inverted_and_its_matter_meshed(quick_judges):
         off = {}
         for steps in (0, 30):
             with torch.enable_grad():
-                w = invert(G, target[0], (0.0, 20.0), quick_judges.net, steps)
+                w = invert(G, target[0], (0.0, 20.0), shipped_judges.net, steps)
             off[steps] = (G.draw_lifted(w, torch.zeros(1), torch.full((1,), 20.0))[0] - target).square().mean()
     assert off[30] < 0.7 * off[0]
     image, depth = turned(G, w)
@@ -196,11 +197,11 @@ def test_an_image_is_inverted_and_its_matter_meshed(quick_judges):
 
 
 @pytest.fixture
-def prior_and_base(tmp_path, monkeypatch, quick_judges):
+def prior_and_base(tmp_path, monkeypatch, shipped_judges):
     """A run folder with a small base model and the prior that two steps of training make of it."""
     small = replace(TINY, image_size=32, depth=2)
     monkeypatch.setitem(PRESETS, "toy", small)
-    monkeypatch.setattr(cad, "train_feature_net", lambda *args: quick_judges.net)
+    monkeypatch.setattr(cad, "train_feature_net", lambda *args: shipped_judges.net)
     monkeypatch.setattr(cad, "R1_EVERY", 2)
     save_model(str(tmp_path / "base.safetensors"), small, random_model(small))
     flags = ("--out", tmp_path, "--num_assets", 2, "--steps", 2, "--batch", 2, "--picture_steps", 1, "--threads", 1)

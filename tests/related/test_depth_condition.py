@@ -73,7 +73,7 @@ def test_the_texturing_model_sees_maps_places_and_the_prompt_alone(cfg_scale):
 
 
 def test_a_surface_net_learns_normals_and_depth(tmp_path):
-    net = train_surface_net(tmp_path, num=60, steps=60)
+    net = train_surface_net(tmp_path, num=40, steps=60)
     views, (normal, depth, on) = seen(torch.linspace(0, 300, 6), torch.full((6,), 20.0))
     shown, behind, logit = net(views.rgb[:, 0])
     assert ((logit > 0) == (on > 0)).float().mean() > 0.9

@@ -15,8 +15,8 @@ from toy.world import WORLD_VERSION, sample_assets
 
 
 def test_feature_net_learns_the_domain_and_is_kept(tmp_path):
-    net = judge.train_feature_net(tmp_path, num=100, steps=60)
-    again = judge.train_feature_net(tmp_path, num=100, steps=60)
+    net = judge.train_feature_net(tmp_path, num=40, steps=30)
+    again = judge.train_feature_net(tmp_path, num=40, steps=30)
     assets = sample_assets(24, data.SEEDS["evaluation"])
     photo, picture = (render(assets, Look(style), geometry=False).rgb.flatten(0, 1) for style in ("photo", "render"))
     features = net.features(photo)
@@ -62,8 +62,8 @@ def test_normals_of_a_camera_point_right_up_and_at_it():
 
 
 def test_normal_net_learns_the_surface_and_its_error_is_an_angle(tmp_path):
-    net = judge.train_normal_net(tmp_path, num=60, steps=60)
-    again = judge.train_normal_net(tmp_path, num=60, steps=60)
+    net = judge.train_normal_net(tmp_path, num=30, steps=30)
+    again = judge.train_normal_net(tmp_path, num=30, steps=30)
     assets = sample_assets(6, data.SEEDS["evaluation"])
     photo, plain = render(assets), render(assets, Look("render"), geometry=False)
     errors = [net.angular_error(rgb, photo.normal) for rgb in (photo.rgb, plain.rgb)]
@@ -82,25 +82,25 @@ def test_normal_net_learns_the_surface_and_its_error_is_an_angle(tmp_path):
     assert Perfect().angular_error(photo.rgb, tilted).mean() == pytest.approx(angle.item(), rel=0.1)
 
 
-def test_what_the_judges_read_is_counted(quick_judges):
+def test_what_the_judges_read_is_counted(shipped_judges):
     """Shares against a count by hand; the two judges are asked separately."""
     assets = sample_assets(24, data.SEEDS["evaluation"])
     images, labels = render(assets, azimuth=(0,), geometry=False).rgb[:, 0], torch.stack(assets[:3], dim=1)
-    row = judge.read(images, labels, quick_judges)
+    row = judge.read(images, labels, shipped_judges)
     with torch.no_grad():
-        heads = quick_judges.net(images)
+        heads = shipped_judges.net(images)
     for name, truth in zip(("category", "color", "material"), labels.T):
         right = sum(int(logits.argmax()) == int(label) for logits, label in zip(heads[name], truth))
         assert row[name] == pytest.approx(right / 24)
     said = [heads[name][k].softmax(0)[labels[k, i]] for i, name in enumerate(heads) if name != "domain" for k in range(24)]
     assert row["caption"] == pytest.approx(sum(map(float, said)) / 72, abs=1e-5)
-    for name, net in (("photo", quick_judges.net), ("photo_2", quick_judges.second)):
+    for name, net in (("photo", shipped_judges.net), ("photo_2", shipped_judges.second)):
         assert row[name] == (net.photo_probability(images) > 0.5).double().mean()
 
     class Never(judge.FeatureNet):
         def photo_probability(self, images):
             return torch.zeros(len(images))
-    assert judge.read(images, labels, quick_judges._replace(second=Never()))["photo_2"] == 0
+    assert judge.read(images, labels, shipped_judges._replace(second=Never()))["photo_2"] == 0
 
 
 def test_the_shipped_judges_and_models_are_of_this_world():
