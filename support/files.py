@@ -44,7 +44,8 @@ def load_tensors(path, device="cpu", prefix=""):
         except Exception:           # its unpickler raises whatever the bytes of another file lead it to
             raise ValueError(f"{path} is not a readable file of torch.save with nothing but tensors in it") from None
         tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
-        if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        whole = isinstance(tensors, dict) and all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
+        if not whole or not tensors:
             raise ValueError(f"{path} holds no state_dict, a dictionary of tensors")
         return tensors, metadata
     with safe_open(path, "pt", device=str(device)) as file:

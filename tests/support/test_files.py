@@ -37,6 +37,17 @@ def test_tensors_and_metadata_come_back(tmp_path):
     assert again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)
 
 
+@pytest.mark.parametrize("content", [
+    {}, [torch.ones(1)], {"a": 3}, {"state_dict": torch.ones(2)}, {"state_dict": "a"},
+])
+def test_a_pth_file_of_something_else_is_named(content, tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, tmp_path / "m.pth")
+    assert load_tensors(tmp_path / "m.pth")[0]["a"].tolist() == [1, 1]
+    torch.save(content, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match="m.pth (holds no state_dict|is not a readable file of torch.save)"):
+        load_tensors(tmp_path / "m.pth")
+
+
 def test_a_cached_file_is_made_once_a_key_and_again_when_damaged(tmp_path, capsys):
     path, built = tmp_path / "c.safetensors", []
 
