@@ -8,7 +8,7 @@
     python sample.py --model weights/toy_base.safetensors --prompt "photo of a red wooden mug"  # the base model
     torchrun --nproc_per_node=8 sample.py --real_set real.safetensors                       # the toy's real set (C.1)
 
-The picture has a row for the control maps and one for each domain mode, with the four views side by side.
+The picture shows the four views side by side: normals, positions, each domain mode and the toy's perfect photographs.
 """
 import argparse
 import math
@@ -389,7 +389,7 @@ def parse_args(argv=None):
     add("--model", "--base", help="checkpoint, of a base model too: ours or PixArt-alpha's .pth or safetensors "
         "(default: the run folder's realiz3d of this task, else the shipped one)")
     add("--shifters", help="shifters of stage 1, to put into a model without its own")
-    add("--preset", choices=PRESETS, default="toy", help="which default model")
+    add("--preset", choices=PRESETS, default="toy", help="which default model (default %(default)s)")
     add("--task", choices=("texturing", "text"), help="default: the one the model was trained for")
     add("--object", type=int, nargs="+", help=f"numbers of held-out objects (default {' '.join(map(str, SHOWN))})")
     add("--prompt", nargs="+", help="captions instead of objects: a base model, --task text, or one for --mesh")
@@ -401,9 +401,10 @@ def parse_args(argv=None):
         "likewise, else 950)")
     add("--cfg_scale", type=finite, help=f"guidance on the text, 1 = none (default {CFG_SCALE:g}; full: "
         f"{LATENT_CFG_SCALE}; --real_set: 1)")
-    add("--num_steps", type=some_steps, default=50, help="DDIM steps")
-    add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps")
-    add("--seed", type=a_seed, default=0, help="decides the noise")
+    add("--num_steps", type=some_steps, default=50, help="DDIM steps (default %(default)s)")
+    add("--spacing", choices=("trailing", "leading", "linspace"), default="trailing", help="spacing of the steps "
+        "(default %(default)s)")
+    add("--seed", type=a_seed, default=0, help="decides the noise (default %(default)s)")
     add("--threads", type=some_threads, help="CPU threads (default: the fastest in a trial)")
     add("--dtype", choices=CPU_DTYPES, help="precision of pixels on a CPU (default: the faster in a trial)")
     add("--out", help="picture to write (default runs/PRESET/sample.png)")

@@ -166,17 +166,19 @@ def parse_args(argv=None):
     training_arguments(parser)
     add = parser.add_argument
     add("--task", choices=("texturing", "text"), default="texturing", help="control by normal and position maps, or by "
-        "the view alone")
-    add("--method", choices=METHODS, default="realiz3d", help="realiz3d or a baseline (Sec. 5)")
+        "the view alone (default %(default)s)")
+    add("--method", choices=METHODS, default="realiz3d", help="realiz3d or a baseline (Sec. 5) (default %(default)s)")
     add("--no_real_data", action="store_true", help="synthetic iterations only (Table 2, row 2)")
     add("--no_freezing", action="store_true", help="no layer-aware training")
     add("--no_reassignment", action="store_true", help="no domain reassignment")
     add("--joint", action="store_true", help="skip stage 1, train shifters or domain switcher with the model (Table 2, "
         "row 1, is this with --no_freezing --no_reassignment)")
     add("--tau_B", type=finite, default=TAU_B, help="how many of the first blocks may be frozen or "
-        "reassigned, as a share of N_B")
-    add("--p_B", type=finite, default=P_B, help="probability of domain reassignment on a real iteration")
-    add("--real_warmup", type=int, default=20, help="real iterations before the domains alternate")
+        "reassigned, as a share of N_B (default %(default)s)")
+    add("--p_B", type=finite, default=P_B, help="probability of domain reassignment on a real iteration "
+        "(default %(default)s)")
+    add("--real_warmup", type=int, default=20, help="real iterations before the domains alternate "
+        "(default %(default)s)")
     add("--shifters", help="shifters, or a baseline's adapter, of stage 1 (default: in OUT)")
     add("--rank", type=int, help="r of the Domain Shifters (default 8) or of a baseline's adapter (32 at full)")
     add("--stage1_steps", type=int, help="steps of stage 1 where it is trained on the way")

@@ -1,10 +1,11 @@
 """CAD (related/cad.py) and its ablations beside score distillation, on references whose truth is known.
 
+    python -m related.view_prior                                # first: the prior
     python -m experiments.distillation                          # trains what is missing; many hours on a CPU; goes on
     python -m experiments.distillation --objects 3 7 --seed 1 --rows CAD "score distillation"
 
-Each row makes a 3D object, or many, of each reference: held-out assets, as renders. Of each reference EACH objects are
-drawn from eight sides. Writes results/cad.json and .md, and a sheet.
+Each row makes a 3D object, or many, of each reference: held-out assets, as renders. Of each reference four objects are
+drawn from eight sides, two by score distillation. Writes results/cad.json and .md, and a sheet.
 """
 import argparse
 import os

@@ -1,6 +1,7 @@
 """RefAny3D (related/refany3d.py) and its ablations on the toy world, where the truth is known: is it *this* asset, is
 the point map one of its surface, and is the rest as asked?
 
+    python -m toy.pretrain --scenes                             # first: the base model learns what scenes are
     python -m experiments.references                            # trains what is missing; hours on a CPU; goes on
     python -m experiments.references --seed 1 --rows RefAny3D "text only"
 

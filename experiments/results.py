@@ -212,7 +212,7 @@ def disagreement(results, most=0.05):
 
 
 LEGEND = """psnr, ssim: generated views against their re-rendering (up: consistent); psnr_loo: on surface seen by two
-views, each from the other, and loo_gap: how far that is below perfect photographs and renders, in the row's shares.
+views, each from the other, and loo_gap: how far that is below perfect photographs and renders, mixed as `photo` says.
 FD, KD x1000: distances of a small network's features to the base model's images (B) and to held-out photographs (I)
 (down: realistic), not on the paper's scale of FID and KID. caption: how surely that network reads category, colour and
 material, material: how often it is right; iou: silhouette against the control's; normals: degrees between the normals

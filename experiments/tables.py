@@ -1,8 +1,8 @@
 """The paper's tables on the toy world: Table 1 (texturing), Table 2 (ablation), Table 3 (text to multiview).
 
-    python -m experiments.tables table1                         # hours on a CPU; run again to go on
+    python -m experiments.tables table1 --results runs/toy/results      # hours on a CPU; run again to go on
     python -m experiments.tables table2 --seed 1 --rows "3 real data" "5 = 3 + reassignment"        # another seed
-    python -m experiments.tables table3 --processes 2           # two rows at a time, one on each core of a CPU
+    python -m experiments.tables table3 --processes 2 --seed 2  # two rows at a time, one on each core of a CPU
 
 The rows, their flags and the paper's numbers are in paper.py, what is printed in results.py. A row's model is trained
 by train_stage2.py where it is missing, its images are sampled where they are missing; both are kept in the run folder.

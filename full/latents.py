@@ -302,11 +302,12 @@ def parse_args(argv=None):
     sub.add_argument("--vae", required=True, metavar="DIR", help="PixArt's vae folder (needs diffusers)")
     sub.add_argument("--text_encoder", required=True, metavar="DIR", help="PixArt's text_encoder folder, with "
                      "tokenizer beside it (needs transformers)")
-    sub.add_argument("--size", type=within(8, 2 ** 12), default=512, help="pixels to a side of the views")
-    sub.add_argument("--shard", type=within(1, 10 ** 6), default=64, help="objects a file")
+    sub.add_argument("--size", type=within(8, 2 ** 12), default=512, help="pixels to a side of the views "
+                     "(default %(default)s)")
+    sub.add_argument("--shard", type=within(1, 10 ** 6), default=64, help="objects a file (default %(default)s)")
     sub = commands.add_parser("read", help="time the reading of shards for --preset full")
     sub.add_argument("folder", help="of shards; if it is not there, it is made, of random numbers (120 MB)")
-    sub.add_argument("--workers", type=within(1, 256), default=2, help="threads")
+    sub.add_argument("--workers", type=within(1, 256), default=2, help="threads (default %(default)s)")
     return parser.parse_args(argv)
 
 

@@ -322,9 +322,9 @@ def write_toy_objects(out, num, size=512, seed=0):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="folder to write a folder for each object to")
-    parser.add_argument("--num", type=within(1, 10 ** 6), default=8, help="how many objects")
-    parser.add_argument("--size", type=within(1, 2 ** 12), default=512, help="pixels to a side")
-    parser.add_argument("--seed", type=a_seed, default=0, help="which objects")
+    parser.add_argument("--num", type=within(1, 10 ** 6), default=8, help="how many objects (default %(default)s)")
+    parser.add_argument("--size", type=within(1, 2 ** 12), default=512, help="pixels to a side (default %(default)s)")
+    parser.add_argument("--seed", type=a_seed, default=0, help="which objects (default %(default)s)")
     args = parser.parse_args(argv)
     write_toy_objects(args.out, args.num, args.size, args.seed)
 

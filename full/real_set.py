@@ -93,9 +93,10 @@ def parse_args(argv=None):
         "drawn")
     add("--text_encoder", required=True, metavar="DIR", help="PixArt's text_encoder folder, with tokenizer beside it "
         "(needs transformers)")
-    add("--num_steps", type=some_steps, default=20, help="DDIM steps")
-    add("--cfg_scale", type=finite, default=LATENT_CFG_SCALE, help="guidance on the text, 1 = none")
-    add("--seed", type=a_seed, default=0, help="decides the noise")
+    add("--num_steps", type=some_steps, default=20, help="DDIM steps (default %(default)s)")
+    add("--cfg_scale", type=finite, default=LATENT_CFG_SCALE, help="guidance on the text, 1 = none "
+        "(default %(default)s)")
+    add("--seed", type=a_seed, default=0, help="decides the noise (default %(default)s)")
     add("--threads", type=some_threads, help="CPU threads (default: the fastest in a trial)")
     return parser.parse_args(argv)
 

@@ -139,17 +139,18 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     sub = commands.add_parser("toy", help="write toy scenes, as an example")
     sub.add_argument("out", help="folder to write a folder for each scene to")
-    sub.add_argument("--num", type=within(1, 10 ** 6), default=8, help="how many")
-    sub.add_argument("--seed", type=within(0, 10 ** 12), default=0, help="which assets")
-    sub.add_argument("--size", type=within(8, 2 ** 12), default=512, help="pixels to a side")
+    sub.add_argument("--num", type=within(1, 10 ** 6), default=8, help="how many (default %(default)s)")
+    sub.add_argument("--seed", type=within(0, 10 ** 12), default=0, help="which assets (default %(default)s)")
+    sub.add_argument("--size", type=within(8, 2 ** 12), default=512, help="pixels to a side (default %(default)s)")
     sub = commands.add_parser("encode", help="VAE latents and T5 tokens of scenes; also under torchrun")
     sub.add_argument("scenes", help="folder of scene folders")
     sub.add_argument("out", help="folder to write shards to")
     sub.add_argument("--vae", required=True, metavar="DIR", help="PixArt's vae folder (needs diffusers)")
     sub.add_argument("--text_encoder", required=True, metavar="DIR", help="PixArt's text_encoder folder, with "
                      "tokenizer beside it (needs transformers)")
-    sub.add_argument("--size", type=within(8, 2 ** 12), default=512, help="pixels to a side of the images")
-    sub.add_argument("--shard", type=within(1, 10 ** 6), default=32, help="scenes a file")
+    sub.add_argument("--size", type=within(8, 2 ** 12), default=512, help="pixels to a side of the images "
+                     "(default %(default)s)")
+    sub.add_argument("--shard", type=within(1, 10 ** 6), default=32, help="scenes a file (default %(default)s)")
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,8 @@
 """CAD (arXiv 2312.06663): a 3D generator, distilled by an adversary from what a diffusion model believes about one
 reference image.
 
-    python -m related.cad --object 3 --prompt "a red wooden mug"                    # all steps for one reference
+    python -m related.view_prior                                                    # first: the prior of step 1
+    python -m related.cad --object 3 --prompt "a green metal cylinder"              # all steps for one reference
     python -m related.cad --reference mug.png --prompt "a red wooden mug" --name mug --mesh meshes
 
 Score distillation seeks one mode of the diffusion model: too smooth, too saturated, with two faces. CAD draws many
