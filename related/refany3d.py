@@ -49,7 +49,7 @@ from training.loop import Iteration, save_trained, train
 from training.sets import base_model, base_path, null_caption, scenes_base
 
 SHOWN = 4                               # held-out assets of the picture
-GATE = 10                               # times its weight, which AdamW moves by its rate a step at most
+OPENING = 0.2                           # of a training, in which the image comes to see its views
 VIEW_COUNTS = (1, 2, 4, 6, 8)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,27 +98,25 @@ class TwoLoRAs(nn.Module):
 
 
 class BranchBlock(nn.Module):
-    """What RefAny3D adds to a block of the base model, and how that block runs with several branches. GATE gate: how
-    far the image looks at anything but itself; it starts at zero, where the image is the base model's."""
+    """What RefAny3D adds to a block of the base model, and how that block runs with several branches."""
 
     def __init__(self, width, config):
         super().__init__()
         self.qkv, self.proj = TwoLoRAs(width, 3 * width, config), TwoLoRAs(width, width, config)
         self.mlp_out = TwoLoRAs(4 * width, width, config)
-        self.gate = nn.Parameter(torch.zeros(()))
 
-    def forward(self, block, h, mod, text, text_mask, reads):
+    def forward(self, block, h, mod, text, text_mask, reads, opening):
         """h (B, G, K, N, d) -> the same, as `Block.forward`. mod: (B, G, K, 6, 1, d). reads: (G, K, 1, 1), 1 where the
-        text is seen."""
+        text is seen. opening: how far the image sees anything but itself; at 0 it is the base model's."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (block.scale_shift_table[:, None] + mod).unbind(3)
         x = modulate(block.norm(h), shift1, scale1)
-        seen = self.attend_branches(block.attn, self.qkv(block.attn.qkv(x), x))
+        seen = self.attend_branches(block.attn, self.qkv(block.attn.qkv(x), x), opening)
         h = h + gate1 * self.proj(block.attn.proj(seen), seen)
         h = h + reads * block.cross_attn(h.flatten(1, 3), text, text_mask).view_as(h)
         x = block.mlp[:2](modulate(block.norm(h), shift2, scale2))
         return h + gate2 * self.mlp_out(block.mlp[2](x), x)                                         # (B, G, K, N, d)
 
-    def attend_branches(self, attn, qkv):
+    def attend_branches(self, attn, qkv, opening):
         """The table at the head of this file: qkv (B, G, K, N, 3 d) -> what each token attends to, (B, G, K, N, d)."""
         _, G, K, N, _ = qkv.shape
         q, k, v = [attn.split_heads(part.flatten(1, 3)) for part in qkv.chunk(3, -1)]              # (B, h, G K N, d/h)
@@ -127,7 +125,7 @@ class BranchBlock(nn.Module):
         quiet[:N, N:] = -math.log(G * K - 1)
         drawn = attend(q[:, :, :K * N], k, v, quiet)                            # image and map: to all
         alone = attend(q[:, :, :N], k[:, :, :N], v[:, :, :N])                   # the image as the base model draws it
-        image = alone + GATE * self.gate * (drawn[:, :, :N] - alone)
+        image = alone + opening * (drawn[:, :, :N] - alone)
         q, k, v = [part.unflatten(2, (G, K * N)).transpose(1, 2) for part in (q, k, v)]            # (B, G, h, K N, d/h)
         k, v = [torch.cat([part[:, 1:], part[:, :1].expand_as(part[:, 1:])], dim=3) for part in (k, v)]
         views = attend(q[:, 1:].flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))                    # (B V, h, K N, d/h)
@@ -174,12 +172,12 @@ class RefAny3D(nn.Module):
         """Whether the domain makes a difference."""
         return self.shifters is not None
 
-    def forward(self, x, t, text, control, text_mask=None, domains=None, frozen_blocks=0):
+    def forward(self, x, t, text, control, text_mask=None, domains=None, opening=1.0):
         """Predicts the noise in an image and its point map.
 
         x: (B, K, C, H, W), both noisy. t: (B,). text, text_mask: as in `DiT.forward`. control: views of the asset and
         their maps, (B, K, V, C, H, W), uint8 pixels or in the model's range; black (latents: 0) where there are none.
-        domains: (N_B, B), read where there are shifters. frozen_blocks: Realiz3D's, not used. Returns epsilon like x.
+        domains: (N_B, B), read where there are shifters. opening: see `BranchBlock`. Returns epsilon like x.
         """
         dit, (B, K) = self.dit, x.shape[:2]
         views = to_pixels(control) if control.dtype == torch.uint8 else control
@@ -192,12 +190,13 @@ class RefAny3D(nn.Module):
         if self.config.text_agnostic:
             reads[0, 1:] = 0                                                    # the image's map
         shift = None if self.shifters is None else self.shifters(domains)                           # (N_B, B, d)
+        opening = x.new_tensor(opening)                     # for each number --compile would begin anew
         for k, (block, branch_block) in enumerate(zip(dit.blocks, self.blocks)):
             if shift is not None:
                 of_image = torch.zeros_like(h[:, :, :, :1])                                         # (B, G, K, 1, d)
                 of_image[:, 0, 0, 0] = shift[k]
                 h = h + of_image
-            inputs = block, h, mod, text, text_mask, reads
+            inputs = block, h, mod, text, text_mask, reads, opening
             recompute = dit.grad_checkpointing and torch.is_grad_enabled()
             h = checkpoint(branch_block, *inputs, use_reentrant=False) if recompute else branch_block(*inputs)
         shift, scale = (dit.final_table[:, None, None] + t_emb[:, None, :, None]).unbind(1)         # (B, K, 1, d)
@@ -347,10 +346,10 @@ def train_refany3d(args, launched):
     args.images_per_grid = 1 + config.points
 
     def plan(step):
-        return Iteration("syn", step, views=1 + config.points, control=True, control_dropout=0.1)
+        return Iteration("syn", step, views=1 + config.points, control=True, control_dropout=0.1,
+                         opening=min(1, step / (OPENING * args.steps)))
     losses = train(network, {"syn": scenes}, null_caption(base, scenes), plan, args, launched, preview)
-    path = f"{args.out}/{args.name}.safetensors"
-    return save_trained(path, network, args, losses, launched, keep=("adapter", "shifters"))
+    return save_trained(f"{args.out}/{args.name}.safetensors", network, args, losses, launched, ("adapter", "shifters"))
 
 
 def draw_objects(args):

@@ -62,7 +62,7 @@ class ViewPrior(nn.Module):
         """Realiz3D's domains are no input here."""
         return False
 
-    def forward(self, x, t, text, control, domains=None, frozen_blocks=0):
+    def forward(self, x, t, text, control, domains=None):
         """As `DiT.forward`; control (B, 1, 7, H, W): see `view_control`, all zeros where there is no reference."""
         self.pose = control[:, 0, 3:, 0, 0].to(x)                                                   # (B, 4)
         return self.dit(x, t, text, control=control[:, :, :3])

@@ -36,7 +36,7 @@ DEFAULTS = {
     ("toy", "stage2"):      (1e-3,    50,         0.01,  0.99),
     ("toy", "selective"):   (2e-4,    20,         0.01,  0.98),     # layer-selective training (A.2)
     ("toy", "scenes"):      (1e-3,   100,         0.01, 0.999),
-    ("toy", "refany3d"):    (1e-3,    50,          0.0,  0.99),
+    ("toy", "refany3d"):    (3e-3,    50,          0.0,  0.99),
     ("toy", "view_prior"):  (1e-3,    50,         0.01,  0.99),
     ("small", "base"):      (3e-4,  1000,         0.01, 0.9999),
     ("small", "stage1"):    (1e-4,   100,          0.0,   0.0),
@@ -71,7 +71,7 @@ def training_arguments(parser):
         "to let the base model draw it)")
     add("--num_assets", type=int, help="assets of the synthetic set: how many the toy world renders, and with a "
         f"--synthetic of your own how many an epoch has (default by preset: {ASSETS})")
-    add("--real_steps", type=int, default=10, help="DDIM steps for the images of the real set")
+    add("--real_steps", type=int, default=10, help="DDIM steps for the images of the real set (default %(default)s)")
     for flag, kind, text in (
             ("steps", int, "training steps"),
             ("batch", int, "per process: grids of four views, of a base model images"),
@@ -84,9 +84,11 @@ def training_arguments(parser):
         "AdamW for the rest (default: at toy and small, where the blocks train)")
     add("--loss", choices=("epsilon", "even"), help="plain epsilon loss as in the paper (default at full), or "
         "divided by alpha_bar so that noise levels weigh alike (default at toy and small: few pixels)")
-    add("--clip", type=finite, default=1.0, help="largest norm of the gradient")
-    add("--text_dropout", type=finite, default=0.1, help="how often the caption is dropped, for guidance")
-    add("--seed", type=int, default=0, help="decides initial weights, data order, noise and draws")
+    add("--clip", type=finite, default=1.0, help="largest norm of the gradient (default %(default)s)")
+    add("--text_dropout", type=finite, default=0.1, help="how often the caption is dropped, for guidance (default "
+        "%(default)s)")
+    add("--seed", type=int, default=0, help="decides initial weights, data order, noise and draws "
+        "(default %(default)s)")
     add("--dtype", choices=CPU_DTYPES, help="autocast (default bfloat16 on CUDA; on a CPU what is faster in a trial)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block (default: on a CPU, where "
         "a trial says that it pays)")
@@ -94,12 +96,12 @@ def training_arguments(parser):
         f"result (default 1; full: of {GRIDS_A_PART} grids at most)")
     add("--workers", type=int, help="threads that read batches ahead (default 2 on CUDA, 0 elsewhere)")
     add("--grad_checkpointing", action="store_true", help="recompute blocks in the backward pass to save memory")
-    add("--threads", type=int, help="CPU threads of each process (default: with --batch also left open, as many "
-        "processes and threads as are fastest in a trial)")
-    add("--log_every", type=int, default=20, help="steps between lines of log.jsonl")
-    add("--save_every", type=int, default=250, help="steps between states to resume from")
-    add("--sample_every", type=int, default=500, help="steps between pictures of samples")
-    add("--picture_steps", type=int, default=25, help="DDIM steps for those pictures")
+    add("--threads", type=int, help="CPU threads of each process (default: the fastest in a trial; without --batch too "
+        "it may start more processes)")
+    add("--log_every", type=int, default=20, help="steps between lines of log.jsonl (default %(default)s)")
+    add("--save_every", type=int, default=250, help="steps between states to resume from (default %(default)s)")
+    add("--sample_every", type=int, default=500, help="steps between pictures of samples (default %(default)s)")
+    add("--picture_steps", type=int, default=25, help="DDIM steps for those pictures (default %(default)s)")
 
 
 def parse_training(parser, script, argv):

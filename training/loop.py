@@ -49,6 +49,13 @@ class Iteration:
     frozen_last_blocks: int = 0 # how many of the last blocks are frozen: layer-selective training (A.2)
     control_dropout: float = 0.0    # how often the maps are lost (black pixels), never together with the caption
     timesteps: tuple = (0, T, 1)    # (first, last, draws): t is the least of so many draws from [first, last)
+    opening: float = None       # RefAny3D's, which no other network has: how far the image sees its views
+
+    @property
+    def of_network(self):
+        """What the network is given of it by name, where it is not the default."""
+        given = dict(frozen_blocks=self.frozen_blocks or None, opening=self.opening)
+        return {name: value for name, value in given.items() if value is not None}
 
     def domains(self, num_blocks, batch, device):
         """The domains in which the blocks run, (N_B, B) of SYN / REAL."""
@@ -84,8 +91,8 @@ def training_step(model, optimizers, batch, iteration, null, args, lap=lambda pa
         waits = isinstance(model, DistributedDataParallel) and k + 1 < len(parts)           # for the last part
         with model.no_sync() if waits else nullcontext():
             with autocast(x0.device, args.dtype), dit.in_grid(part.get("places")):
-                prediction = model(add_noise(x0, noise, t), t, domains=domains, control=control,
-                                   frozen_blocks=iteration.frozen_blocks, **text)
+                prediction = model(add_noise(x0, noise, t), t, domains=domains, control=control, **text,
+                                   **iteration.of_network)
                 part_loss, part_bins = epsilon_loss(prediction, noise, t, even=args.loss == "even")
             lap("forward")
             (share * part_loss).backward()

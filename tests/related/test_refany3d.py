@@ -10,8 +10,7 @@ from conftest import TINY, random_model, refuses, run_main
 from dit import PRESETS, save_model, timestep_embedding
 from domain_shifter import REAL, SYN, DomainShifters, ShiftedDiT, uniform_domains
 from related import refany3d, view_prior
-from related.refany3d import (GATE, RefAny3D, References, TwoLoRAs, branch_positions, branches, draw,
-                              load_refany3d)
+from related.refany3d import RefAny3D, References, TwoLoRAs, branch_positions, branches, draw, load_refany3d
 from sample import Sampling
 from support.files import file_id, load_tensors
 from toy import pretrain
@@ -38,11 +37,12 @@ def test_before_training_the_image_is_the_base_models():
     base = random_model()
     made = RefAny3D(base, VIEWS)
     x, t, text, control = (z.float() if z.is_floating_point() else z for z in inputs())
-    assert torch.allclose(made(x, t, text, control)[:, :1], base(x[:, :1], t, text), atol=1e-5)
+    assert torch.allclose(made(x, t, text, control, opening=0.0)[:, :1], base(x[:, :1], t, text), atol=1e-5)
     assert {name for name, p in made.named_parameters() if p.requires_grad} == {
         f"adapter.{name}" for name, _ in made.adapter.named_parameters()}
-    torch.nn.init.constant_(made.adapter.blocks[0].gate, 1 / GATE)                         # then it looks at the asset
-    assert (made(x, t, text, control)[:, :1] - base(x[:, :1], t, text)).abs().max() > 1e-3
+    for opening, least in ((0.1, 1e-3), (1.0, 1e-2)):                           # then it sees the asset
+        moved = made(x, t, text, control, opening=opening)[:, :1] - base(x[:, :1], t, text)
+        assert moved.abs().max() > least
 
 
 def test_realiz3ds_shifters_move_the_images_tokens_alone():
@@ -56,7 +56,7 @@ def test_realiz3ds_shifters_move_the_images_tokens_alone():
     made.blocks[0].register_forward_pre_hook(lambda module, given: taken.append(given[1]))
     for domain in (SYN, REAL):
         domains = uniform_domains(domain, TINY.depth, 2)
-        images.append(made(x, t, text, control, domains=domains)[:, :1])
+        images.append(made(x, t, text, control, domains=domains, opening=0.0)[:, :1])
         assert torch.allclose(images[-1], ShiftedDiT(base, shifters)(x[:, :1], t, text, domains), atol=1e-5)
     moved = (taken[1] - taken[0]).abs().amax(dim=(0, 3, 4))                     # (G, K)
     assert moved[0, 0] > 1e-2 and (images[1] - images[0]).abs().max() > 1e-3
@@ -69,7 +69,6 @@ def test_each_branch_attends_to_what_the_table_says():
     """Against softmax over a hand-written mask of all pairs of tokens."""
     made = network()
     block, attn, (G, K, N) = made.adapter.blocks[0], made.dit.blocks[0].attn, (4, 2, 4)
-    block.gate.data.fill_(0.3 / GATE)
     qkv = torch.randn(2, G, K, N, 3 * TINY.width, dtype=torch.float64)
     names = [(g, k) for g in range(G) for k in range(K) for _ in range(N)]      # group and kind of each token
     masks = {}
@@ -83,7 +82,7 @@ def test_each_branch_attends_to_what_the_table_says():
             for name, mask in masks.items()}
     want = seen["all"].clone()
     want[:, :N] = seen["alone"][:, :N] + 0.3 * (seen["all"] - seen["alone"])[:, :N]
-    assert torch.allclose(block.attend_branches(attn, qkv).flatten(1, 3), want, atol=1e-10)
+    assert torch.allclose(block.attend_branches(attn, qkv, 0.3).flatten(1, 3), want, atol=1e-10)
 
 
 @pytest.mark.parametrize("text_agnostic", [True, False])
@@ -133,12 +132,13 @@ def test_a_block_is_the_base_models_with_the_loras_in_its_maps():
                 out[:, g, k] = x[:, g, k] @ weight.T + linear.bias
         return out
     shift1, scale1, gate1, shift2, scale2, gate2 = (block.scale_shift_table[:, None] + mod).unbind(3)
-    seen = beside.attend_branches(block.attn, mapped(block.norm(h) * (1 + scale1) + shift1, block.attn.qkv, beside.qkv))
+    x = block.norm(h) * (1 + scale1) + shift1
+    seen = beside.attend_branches(block.attn, mapped(x, block.attn.qkv, beside.qkv), 0.4)
     want = h + gate1 * mapped(seen, block.attn.proj, beside.proj)
     want = want + reads * block.cross_attn(want.flatten(1, 3), text, None).view_as(want)
     x = block.mlp[:2](block.norm(want) * (1 + scale2) + shift2)
     want = want + gate2 * mapped(x, block.mlp[2], beside.mlp_out)
-    assert torch.allclose(beside(block, h, mod, text, None, reads), want, atol=1e-9)
+    assert torch.allclose(beside(block, h, mod, text, None, reads, 0.4), want, atol=1e-9)
 
 
 def test_recomputed_blocks_give_the_same_gradients():
@@ -213,6 +213,27 @@ def test_views_are_dropped_where_the_text_is_not():
     assert got.flatten(1).amax(1).tolist() == [9, 9, 9, 0] and control.min() == 9
     assert seen_control(dict(u=u, control=control), Iteration("syn", 0)) is None
     assert seen_control(dict(u=u, control=control), Iteration("syn", 0, control=True)) is control
+
+
+def test_the_image_comes_to_see_its_views_in_a_fifth_of_the_training(tiny_toy, monkeypatch):
+    """What the loop is told, and the network by it; in sampling it sees them in full."""
+    plans = []
+    monkeypatch.setattr(refany3d, "train", lambda *args: plans.append(args[3]))
+    monkeypatch.setattr(refany3d, "save_trained", lambda *args: None)
+    monkeypatch.setattr(refany3d, "scene_set", lambda *args, **options: {name: torch.zeros(1, 2, 8) for name in
+                                                                         ("image", "references", "text")})
+    monkeypatch.setattr(refany3d, "captions_of", lambda text: [])
+    base = tiny_toy[0] / "base.safetensors"
+    run_main(refany3d, "--out", tiny_toy[0], "--base", base, "--steps", 100, "--threads", 1)
+    plan, = plans
+    assert [plan(step).opening for step in (0, 5, 19, 20, 99)] == pytest.approx([0, 0.25, 0.95, 1, 1])
+    assert plan(5).of_network == dict(opening=0.25) and Iteration("real", 0, frozen_blocks=2).of_network == dict(
+        frozen_blocks=2)
+    made, given = network(), []
+    made.blocks[0].register_forward_pre_hook(lambda module, inputs: given.append(float(inputs[6])))
+    made(*inputs(), **plan(5).of_network)
+    made(*inputs())
+    assert given == [0.25, 1] and Iteration("syn", 0).of_network == {}
 
 
 def test_guidance_on_the_views_and_on_the_text():

@@ -23,7 +23,7 @@ def test_the_gradient_is_the_weighed_error_of_the_noise():
 class GrayPrior(ViewPrior):
     """Knows that all images are gray: eps = (x_t - sqrt(alpha_bar) gray) / sqrt(1 - alpha_bar)."""
 
-    def forward(self, x, t, text, control, domains=None, frozen_blocks=0):
+    def forward(self, x, t, text, control, domains=None):
         alpha_bar = alphas_cumprod[t].float().view(-1, 1, 1, 1, 1)
         return (x - alpha_bar.sqrt() * -0.5) / (1 - alpha_bar).sqrt()
 
