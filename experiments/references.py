@@ -24,6 +24,7 @@ from sample import CFG_SCALE, Sampling, load_network, sample_images
 from support.files import cached, file_id, locked, read_metadata, run_or_shipped, write_json
 from support.launch import Launched, a_seed, launch, run_cli
 from support.pictures import save_picture, to_uint8
+from support.speed import choose_dtype
 from toy.judge import train_feature_net
 from toy.scenes import SCENES, scene_set
 from toy.world import WORLD_VERSION, Assets, exaggerated, sample_assets
@@ -112,7 +113,8 @@ def check_row(label, args):
 def drawn_row(label, scenes, args, device):
     """What a row draws of the cases, uint8 (N, K, 3, H, W), kept in the run folder; trained first where it must be."""
     base, (path, flags) = scenes_base(folder=args.folder), row_training(label, args)
-    sampling = Sampling(cfg_scale=CFG_SCALE, num_steps=args.num_steps, seed=args.seed, batch=16)
+    sampling = Sampling(cfg_scale=CFG_SCALE, num_steps=args.num_steps, seed=args.seed, batch=16,
+                        dtype=choose_dtype(device))
     out = path.removesuffix(".safetensors")
     if ROWS[label] is not None and not os.path.isfile(path):
         with locked(out):

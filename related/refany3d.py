@@ -40,7 +40,7 @@ from sample import CFG_SCALE, LATENT_CFG_SCALE, Sampling, guidance, guided_noise
 from support.files import file_id, load_strictly, read_metadata, run_or_shipped
 from support.launch import UsageError, check_out, finite, launch, on_rank_0_first, run_cli, some_steps, within
 from support.pictures import save_picture, to_pixels, to_uint8
-from support.speed import attend
+from support.speed import attend, choose_dtype
 from toy.scenes import SCENES, SIDES, mesh_references, scene_set, spread_views
 from toy.world import captions_of, refuse_unknown_words, tokenize
 from training.estimate import choose, launch_training
@@ -384,7 +384,8 @@ def draw_objects(args):
                                folder=f"{folder}/sets", device=device)
             references = scenes["references"][[k * SCENES for k in numbers]]
     scenes = text | dict(captions=captions, references=references.expand(num, *references.shape[1:]))
-    sampling = Sampling(cfg_scale=guidance(args.cfg_scale, config.latent), num_steps=args.num_steps, seed=args.seed)
+    sampling = Sampling(cfg_scale=guidance(args.cfg_scale, config.latent), num_steps=args.num_steps, seed=args.seed,
+                        dtype=None if config.latent else choose_dtype(device))
     draw_sheet(f"{folder}/refany3d_drawn.png", network, scenes, sampling, args.view_scale, vae)
     print(f"wrote {folder}/refany3d_drawn.png")
 
