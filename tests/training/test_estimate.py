@@ -109,7 +109,7 @@ def test_compilation_is_tried_in_long_runs_only(tmp_path, trial, monkeypatch):
     args = stage2_args(tmp_path, "--steps", 500, "--batch", 1)              # 20 seconds
     assert choose(args, ALONE).step == 0.01 and not args.compile and not tried
     args = stage2_args(tmp_path, "--steps", 5000, "--batch", 1)             # 200
-    assert choose(args, ALONE).step == 0.005 and args.compile and tried == [(16, 20000)]
+    assert choose(args, ALONE).step == 0.005 and args.compile and tried == [(training.estimate.IMAGES, 20000)]
 
 
 @pytest.mark.parametrize("images, pays", [(700, False), (900, True)])
