@@ -164,7 +164,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     lines = "\n".join(findings_lines(read_tables(args.results)))
     print(lines)
-    write_text(f"{args.results}/findings.md", f"# The paper's findings on the toy (python -m experiments.findings)\n\n"
+    write_text(f"{args.results}/findings.md", "# The paper's findings on the toy (python -m experiments.findings)\n\n"
                f"{MEASURED}\n\n{lines}\n")
 
 

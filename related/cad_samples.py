@@ -112,7 +112,8 @@ def samples_key(reference, args):
 
 def in_parts(path, key, num, draw, name):
     """The images draw(rows, progress) of 0 .. num, a tensor: some rows at a time, which lie in PATH.parts until `path`
-    is there and the caller removes them, so that a run that was stopped goes on."""
+    is there and the caller removes them, so that a run that was stopped goes on. key: with the precision, as parts of
+    two shall not be joined."""
     with tqdm(total=num, desc=name, unit="image", bar_format=BAR) as progress:
         write_parts(f"{path}.parts", key, ranges(num), lambda rows: draw(rows, progress), progress)
     return joined_parts(f"{path}.parts", ranges(num))
@@ -135,7 +136,8 @@ def samples_of_prior(prior, reference, poses, key, args):
     own = {name: value for name, value in key.items() if name not in OF_REFINEMENT}
     path = f"{args.out}/sets/cad_{crc32(json.dumps(own).encode()):08x}.safetensors"
     with locked(f"{args.out}/sets"):
-        made = cached(path, own, lambda: {"image": in_parts(path, own, len(poses[0]), draw, "the prior's samples")})
+        of_parts = own | dict(dtype=sampling.dtype)
+        made = cached(path, own, lambda: {"image": in_parts(path, of_parts, len(poses[0]), draw, "prior's samples")})
         shutil.rmtree(f"{path}.parts", ignore_errors=True)
     return made["image"]
 
@@ -157,7 +159,8 @@ def refined_samples(refiner, images, poses, key, args):
             refined = refine(refiner, images[rows], noise, azimuth, args.prompt, args.strength, sampling)
         progress.update(len(rows))
         return to_uint8(refined)
-    return in_parts(f"{args.out}/{args.name}/samples.safetensors", key, len(images), draw, "refinement")
+    key, path = key | dict(dtype=sampling.dtype), f"{args.out}/{args.name}/samples.safetensors"
+    return in_parts(path, key, len(images), draw, "refinement")
 
 
 def reference_samples(models, reference, judge, args):

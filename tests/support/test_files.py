@@ -8,10 +8,11 @@ import zlib
 import pytest
 import torch
 from conftest import ROOT
+from tqdm import tqdm
 
 import support.files
-from support.files import (cached, file_id, load_strictly, load_tensors, locked, read_json, run_or_shipped,
-                           save_tensors, up_to_date, write_json)
+from support.files import (cached, file_id, joined_parts, load_strictly, load_tensors, locked, ranges, read_json,
+                           run_or_shipped, save_tensors, up_to_date, write_json, write_parts)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -62,6 +63,21 @@ def test_a_cached_file_is_made_once_a_key_and_again_when_damaged(tmp_path, capsy
     assert cached(path, dict(seed=1), build)["a"].tolist() == [3, 3]
     assert "c.safetensors is damaged, making it again" in capsys.readouterr().out
     assert not up_to_date(tmp_path / "none.safetensors", dict(seed=1))
+
+
+def test_parts_are_made_once_a_key_and_joined_in_order(tmp_path):
+    """A part that another key has made, as of another precision, is made again."""
+    made, parts, bar = [], ranges(5, 2), tqdm(total=5, disable=True)
+    assert parts == [range(0, 2), range(2, 4), range(4, 5)]
+
+    def draw(rows):
+        made.append(rows)
+        return torch.tensor([*rows]) + 10
+    for key, those, expected in (("a", parts[:2], parts[:2]), ("a", parts, parts[2:]), ("b", parts, parts)):
+        made.clear()
+        write_parts(tmp_path / "parts", dict(dtype=key), those, draw, bar)
+        assert made == expected
+    assert joined_parts(tmp_path / "parts", parts).tolist() == [10, 11, 12, 13, 14]
 
 
 def test_a_file_s_id_changes_when_its_tensors_do(tmp_path):
