@@ -14,8 +14,7 @@ import torch.nn.functional as F
 
 from geometry.camera import EXTENT, camera
 
-SAMPLES_A_RAY = 24
-REACH = 0.87                            # rays run from -REACH to REACH, past the corners of the cube [-0.5, 0.5]^3
+SAMPLES_A_RAY = 16
 SIZE = 32                               # of images and of stage 1's planes, to a side
 Z, W = 64, 128                          # widths of z and w
 PLANE_FEATURES, RAY_FEATURES = 16, 16   # of a plane; of what rendering gives, the first three a colour
@@ -43,23 +42,33 @@ def lookup(planes, points):
     return values[:, :, 0].unflatten(0, (-1, 3)).sum(dim=1).transpose(1, 2)
 
 
+def cube_span(origins, direction):
+    """Where rays, see `rays`, enter and leave the cube [-0.5, 0.5]^3, along the direction, (B, M) each; 0 and 0 where
+    they miss it."""
+    direction = torch.where(direction.abs() < 1e-6, 1e-6, direction)[:, None]                       # (B, 1, 3)
+    one, other = (-0.5 - origins) / direction, (0.5 - origins) / direction                          # (B, M, 3)
+    near, far = torch.minimum(one, other).amax(dim=2), torch.maximum(one, other).amin(dim=2)
+    meets = near < far
+    return near * meets, far * meets
+
+
 def render_rays(field, origins, direction, samples=SAMPLES_A_RAY, jitter=None):
-    """Volumetric rendering (Max 1995): what a ray meets, before white.
+    """Volumetric rendering (Max 1995): what a ray meets in the cube, before white.
 
     field(points (B, M, 3)) -> density (B, M), features (B, M, F) in [-1, 1], the first three a colour. jitter: (B, M,
-    samples) in [0, 1), where in its share of the ray a sample lies (stratified); None: in the middle. Matter ends at
-    the cube. Returns features (B, M, F), white (1) where nothing is, opacity (B, M), depth (B, M) along the direction.
+    samples) in [0, 1), where in its share of the ray a sample lies (stratified); None: in the middle. Returns features
+    (B, M, F), white (1) where nothing is, opacity (B, M), depth (B, M) along the direction.
     """
-    width = 2 * REACH / samples
-    along = -REACH + width * (torch.arange(samples) + (0.5 if jitter is None else jitter))          # (.., S)
+    near, far = cube_span(origins, direction)
+    width = (far - near)[..., None] / samples                                                       # (B, M, 1)
+    along = near[..., None] + width * (torch.arange(samples) + (0.5 if jitter is None else jitter))  # (B, M, S)
     points = origins[:, :, None] + along[..., None] * direction[:, None, None]                      # (B, M, S, 3)
-    density, features = field(points.flatten(1, 2).clamp(-0.5, 0.5))
-    inside = (points.abs() <= 0.5).all(dim=-1)                                                      # (B, M, S)
-    alpha = 1 - torch.exp(-width * density.view_as(inside) * inside)
+    density, features = field(points.flatten(1, 2))
+    alpha = 1 - torch.exp(-width * density.view_as(along))
     left = torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha], dim=-1), dim=-1)   # (B, M, S + 1)
     weight = alpha * left[..., :-1]
     opacity = 1 - left[..., -1]
-    seen = (weight[..., None] * features.unflatten(1, inside.shape[1:])).sum(dim=2)
+    seen = (weight[..., None] * features.unflatten(1, along.shape[1:])).sum(dim=2)
     depth = (weight * along).sum(dim=2) / opacity.clamp(min=1e-6)
     return seen + (1 - opacity)[..., None], opacity, depth
 
@@ -67,16 +76,17 @@ def render_rays(field, origins, direction, samples=SAMPLES_A_RAY, jitter=None):
 def surface_depth(field, origins, direction, samples=96):
     """Where a ray has lost half of its light, along the direction (B, M), and the opacity (B, M); arguments as of
     `render_rays`. (The depth of volumetric rendering, a mean, lies behind the surface, by 1 / density on each ray.)"""
-    width = 2 * REACH / samples
-    along = -REACH + width * (torch.arange(samples) + 0.5)                                          # (S,)
-    points = origins[:, :, None] + along[:, None] * direction[:, None, None]                        # (B, M, S, 3)
-    density, _ = field(points.flatten(1, 2).clamp(-0.5, 0.5))
-    lost = width * density.view(points.shape[:3]) * (points.abs() <= 0.5).all(dim=-1)               # (B, M, S)
+    near, far = cube_span(origins, direction)
+    width = (far - near)[..., None] / samples                                                       # (B, M, 1)
+    along = near[..., None] + width * (torch.arange(samples) + 0.5)                                 # (B, M, S)
+    points = origins[:, :, None] + along[..., None] * direction[:, None, None]                      # (B, M, S, 3)
+    density, _ = field(points.flatten(1, 2))
+    lost = width * density.view_as(along)
     total = lost.cumsum(dim=2)                                          # light falls as exp(-total)
     half = math.log(2)
     first = (total >= half).float().argmax(dim=2, keepdim=True)         # 0 where there is too little matter
     share = (half - total.gather(2, first)) / lost.gather(2, first).clamp(min=1e-6) + 1
-    return (-REACH + width * (first + share.clamp(0, 1)))[..., 0], 1 - torch.exp(-total[..., -1])
+    return (near[..., None] + width * (first + share.clamp(0, 1)))[..., 0], 1 - torch.exp(-total[..., -1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,11 +158,11 @@ class Generator(nn.Module):
         flat = planes.flatten(0, 1)
         return (enlarged(flat) + self.lift(flat)).unflatten(0, (-1, 3))
 
-    def field(self, planes):
-        """What planes say of points: field(points) for `render_rays`."""
+    def field(self, planes, features=RAY_FEATURES):
+        """What planes say of points: field(points) for `render_rays`, with so many of the features."""
         def at(points):
-            density, features = self.decoder(lookup(planes, points)).split([1, RAY_FEATURES], dim=-1)
-            return 10 * F.softplus(density[..., 0] - 1), features.tanh()
+            decoded = self.decoder(lookup(planes, points))
+            return 10 * F.softplus(decoded[..., 0] - 1), decoded[..., 1:1 + features].tanh()
         return at
 
     def draw(self, w, azimuth, elevation, jitter=None):
@@ -170,9 +180,9 @@ class Generator(nn.Module):
 
     def draw_lifted(self, w, azimuth, elevation, jitter=None):
         """Stage 2: the image (B, 3, SIZE, SIZE), opacity and depth, (B, 1, SIZE, SIZE) each; here M = SIZE^2."""
-        field = self.field(self.planes(w, stage=2))
+        field = self.field(self.planes(w, stage=2), features=3)
         seen, opacity, depth = render_rays(field, *rays(azimuth, elevation, SIZE), jitter=jitter)
-        maps = torch.cat([seen[..., :3], opacity[..., None], depth[..., None]], dim=-1)
+        maps = torch.cat([seen, opacity[..., None], depth[..., None]], dim=-1)
         return maps.transpose(1, 2).unflatten(2, (SIZE, SIZE)).split([3, 1, 1], dim=1)
 
 

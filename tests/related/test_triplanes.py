@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from geometry.camera import EXTENT, camera, project
-from related.triplanes import (RAY_FEATURES, REACH, SIZE, Discriminator, Generator, StyledConv, W, Z,
-                               adapted, augment, lookup, r1, rays, render_rays, surface_depth)
+from related.triplanes import (RAY_FEATURES, SIZE, Discriminator, Generator, StyledConv, W, Z, adapted, augment,
+                               cube_span, lookup, r1, rays, render_rays, surface_depth)
 from toy.poses import BAND, pose_numbers
 
 
@@ -86,8 +86,23 @@ def test_rays_are_the_toys_camera():
         assert torch.allclose(column, grid.expand(size, size), atol=1e-4) and (depth - 0.3).abs().max() < 1e-5
         assert torch.allclose(row, grid[:, None].expand(size, size), atol=1e-4)
         assert torch.allclose(direction[b], camera(azimuth[b], elevation[b])[2])
-    corner = torch.tensor([0.5, 0.5, 0.5])                              # the cube lies between the ends of all rays
-    assert REACH > corner.norm() and EXTENT > 0.5
+    assert EXTENT > 0.5
+
+
+def test_a_ray_has_its_samples_in_the_cube():
+    """Against a walk along each ray in small steps; from the front and from above, too, along the cube's edges."""
+    azimuth, elevation = torch.tensor([40.0, 310.0, 0.0, 90.0]), torch.tensor([5.0, 30.0, 0.0, 90.0])
+    origins, direction = rays(azimuth, elevation, 24)
+    near, far = cube_span(origins, direction)
+    walk = torch.linspace(-1, 1, 1001)
+    places = origins[:, :, None] + walk[:, None] * direction[:, None, None]                         # (4, 576, 1001, 3)
+    inside = (places.abs() <= 0.5).all(dim=-1)
+    met = inside.any(dim=2)
+    assert torch.equal(met, near < far) and met.sum() < met.numel() and near[~met].abs().max() == 0
+    first = torch.where(inside, walk, torch.inf).amin(dim=2)
+    last = torch.where(inside, walk, -torch.inf).amax(dim=2)
+    assert (near - first)[met].abs().max() < 3e-3 and (far - last)[met].abs().max() < 3e-3
+    assert far[~met].abs().max() == 0
 
 
 def test_a_sample_lies_in_its_share_of_the_ray():
@@ -100,7 +115,7 @@ def test_a_sample_lies_in_its_share_of_the_ray():
     origins, direction = rays(torch.zeros(1), torch.zeros(1), 1)        # one ray, along -z
     for where in (0.0, 1.0):
         render_rays(field, origins, direction, samples=6, jitter=torch.full((1, 1, 6), where))
-    width = 2 * REACH / 6
+    width = 1 / 6
     assert torch.allclose(seen[0][2:5], torch.tensor([width, 0, -width]), atol=1e-6)
     assert torch.allclose(seen[1][1:4], seen[0][2:5], atol=1e-6)
 
