@@ -110,13 +110,21 @@ def samples_key(reference, args):
                 refiner=file_id(refiner_path(args)), **{flag: getattr(args, flag) for flag in flags})
 
 
-def in_parts(path, key, num, draw, name):
-    """The images draw(rows, progress) of 0 .. num, a tensor: some rows at a time, which lie in PATH.parts until `path`
-    is there and the caller removes them, so that a run that was stopped goes on. key: with the precision, as parts of
-    two shall not be joined."""
-    with tqdm(total=num, desc=name, unit="image", bar_format=BAR) as progress:
-        write_parts(f"{path}.parts", key, ranges(num), lambda rows: draw(rows, progress), progress)
-    return joined_parts(f"{path}.parts", ranges(num))
+def kept_images(name, key, sampling, num, draw, out):
+    """The images draw(rows, progress) of 0 .. num, a tensor, drawn some rows at a time. Kept in OUT/sets under the
+    checksum of what they are made from, for all who ask for the same; until they are there, their parts are, so that a
+    run that was stopped goes on."""
+    path = f"{out}/sets/cad_{crc32(json.dumps(key).encode()):08x}.safetensors"
+    parts, of_parts = f"{path}.parts", key | dict(dtype=sampling.dtype)         # parts of two precisions are not joined
+
+    def build():
+        with tqdm(total=num, desc=name, unit="image", bar_format=BAR) as progress:
+            write_parts(parts, of_parts, ranges(num), lambda rows: draw(rows, progress), progress)
+        return {"image": joined_parts(parts, ranges(num))}
+    with locked(parts):
+        made = cached(path, key, build)
+        shutil.rmtree(parts, ignore_errors=True)
+    return made["image"]
 
 
 def sampling_of(args, cfg_scale):
@@ -127,19 +135,14 @@ def sampling_of(args, cfg_scale):
 
 def samples_of_prior(prior, reference, poses, key, args):
     """Step 1: what the prior draws of the reference (3, H, W) from the poses (azimuth, elevation (N,)), (N, 3, H, W) in
-    [-1, 1]. Kept in OUT/sets, for all --name that refine it."""
+    [-1, 1]."""
     sampling = sampling_of(args, args.view_scale)
 
     def draw(rows, progress):
         of_rows = [angles[rows] for angles in poses]
         return draw_views(prior, reference, args.elevation, of_rows, sampling, rows, progress)
     own = {name: value for name, value in key.items() if name not in OF_REFINEMENT}
-    path = f"{args.out}/sets/cad_{crc32(json.dumps(own).encode()):08x}.safetensors"
-    with locked(f"{args.out}/sets"):
-        of_parts = own | dict(dtype=sampling.dtype)
-        made = cached(path, own, lambda: {"image": in_parts(path, of_parts, len(poses[0]), draw, "prior's samples")})
-        shutil.rmtree(f"{path}.parts", ignore_errors=True)
-    return made["image"]
+    return kept_images("prior's samples", own, sampling, len(poses[0]), draw, args.out)
 
 
 def refined_samples(refiner, images, poses, key, args):
@@ -159,8 +162,7 @@ def refined_samples(refiner, images, poses, key, args):
             refined = refine(refiner, images[rows], noise, azimuth, args.prompt, args.strength, sampling)
         progress.update(len(rows))
         return to_uint8(refined)
-    key, path = key | dict(dtype=sampling.dtype), f"{args.out}/{args.name}/samples.safetensors"
-    return in_parts(path, key, len(images), draw, "refinement")
+    return kept_images("refinement", key, sampling, len(images), draw, args.out)
 
 
 def reference_samples(models, reference, judge, args):
@@ -180,7 +182,6 @@ def reference_samples(models, reference, judge, args):
         return {name: images.unflatten(0, (-1, args.each))
                 for name, images in (("drawn", to_uint8(drawn)), ("image", refined))}
     made = cached(path, key, build)
-    shutil.rmtree(f"{path}.parts", ignore_errors=True)
     images, shape = made["image"], made["image"].shape[:2]
     keep = torch.ones(shape, dtype=torch.bool)
     if args.pruning:

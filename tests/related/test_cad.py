@@ -310,7 +310,8 @@ def test_samples_refined_under_a_depth_condition(prior_and_base, monkeypatch):
 
 @pytest.mark.parametrize("stopped", ["draw_views", "refine"])
 def test_samples_that_were_stopped_go_on(stopped, prior_and_base, monkeypatch):
-    """Ctrl-C in the second part of 64: the first is not made again, the end is the same, and no part is left."""
+    """Ctrl-C in the second part of 64: the first is not made again, the end is the same, and no part is left. Another
+    name of the same flags has it all."""
     judge, reference = cad.train_feature_net(""), torch.full((3, SIZE, SIZE), 0.5)
     flags = ["--object", "1", "--prompt", PROMPT, "--num_poses", "22", "--each", "3", "--num_steps", "2"]
     made, asked, draw = {}, [], getattr(cad_samples, stopped)
@@ -329,6 +330,8 @@ def test_samples_that_were_stopped_go_on(stopped, prior_and_base, monkeypatch):
                 reference_samples(load_models(args), reference, judge, args)
         reference_samples(load_models(args), reference, judge, args)
         made[name], _ = load_tensors(f"{prior_and_base}/{name}/samples.safetensors")
+    args = cad.parse_args([*flags, "--out", str(prior_and_base), "--name", "another", "--seed", "3"])
+    reference_samples(load_models(args), reference, judge, args)
     assert asked == [64, 2, 2] and not list(prior_and_base.rglob("*.parts"))
     for name in ("drawn", "image"):
         assert torch.equal(made["at_once"][name], made["in_two"][name])
