@@ -205,13 +205,17 @@ def turned(G, w, num=8):
 
 
 def write_sheets(G, reference, judge, args):
-    """Writes OUT/NAME.png: the reference, four objects from eight sides, a way between two of them, the reference
-    inverted in w and w+, the depth of one; and with --mesh each object as GLB."""
+    """Writes OUT/NAME.png: the reference, four objects from eight sides (the first also as depth, and as stage 1 drew
+    it), a way between two of them, the reference inverted in w and w+; and with --mesh each object as GLB."""
     w = G.style(torch.randn(4, Z, generator=seeded_generator(GAN, args.seed, 0, 4)))
     rows = [("reference", to_uint8(reference)[None])]
     for k in range(4):
         image, depth = turned(G, w[k:k + 1])
-        rows += [(f"object {k + 1}", image)] + ([("its depth", depth)] if k == 0 else [])
+        rows.append((f"object {k + 1}", image))
+        if k == 0:
+            with torch.no_grad():
+                before, _ = G.draw(w[:1].expand(8, -1, -1), 45.0 * torch.arange(8), torch.full((8,), float(ELEVATION)))
+            rows += [("its depth", depth), ("in stage 1", to_uint8(before))]
     between = torch.lerp(w[:1], w[1:2], torch.linspace(0, 1, 8)[:, None, None])
     with torch.no_grad():
         way, _, _ = G.draw_lifted(between, torch.zeros(8), torch.full((8,), float(ELEVATION)))
