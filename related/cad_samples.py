@@ -187,17 +187,18 @@ def reference_samples(models, reference, judge, args):
     if args.pruning:
         features = judge.features(images.flatten(0, 1) / 255)
         keep = agree_with_others(images / 255, features.unflatten(0, shape))
-    dropped = [f"{places[0][k]:.0f} degrees {int((~keep[k]).sum())}" for k in range(len(keep)) if not keep[k].all()]
-    print(f"{int(keep.sum())} of {keep.numel()} samples stay; dropped at {', '.join(dropped) or 'no pose'}", flush=True)
+    side = torch.tensor([round(float(azimuth) / 90) % 4 for azimuth in places[0]])      # the nearest view
+    dropped = [f"{int((~keep[side == k]).sum())} of {int((side == k).sum()) * args.each} {VIEWS[k]}" for k in range(4)]
+    print(f"{int(keep.sum())} of {keep.numel()} samples stay; dropped: {', '.join(dropped)}", flush=True)
     draw_pruning(f"{args.out}/{args.name}/samples.png", made, keep, places[0])
     azimuth, elevation = (angles[keep.flatten()] for angles in poses)
     return dict(image=images.flatten(0, 1)[keep.flatten()], azimuth=azimuth, elevation=elevation)
 
 
 def draw_pruning(path, made, keep, azimuth, num=6):
-    """Writes a picture: of some poses the samples as drawn, and refined, before red what was dropped."""
+    """Writes a picture: of some poses, once around, the samples as drawn, and refined, before red what was dropped."""
     rows, red = [], torch.tensor([255, 60, 60], dtype=torch.uint8)[:, None, None]
-    for k in range(0, len(keep), max(1, len(keep) // num))[:num]:
+    for k in azimuth.argsort()[::max(1, len(azimuth) // num)][:num].tolist():
         white = (made["image"][k] > 230).all(dim=1, keepdim=True)
         marked = torch.where(white & ~keep[k][:, None, None, None], red, made["image"][k])
         rows += [(f"{azimuth[k]:.0f} degrees", made["drawn"][k]), ("refined", marked)]

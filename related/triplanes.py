@@ -93,13 +93,22 @@ def surface_depth(field, origins, direction, samples=96):
 # The generator
 
 
+def unit_linear(inputs, outputs, gain=1):
+    """A linear layer that makes of inputs of mean square 1 outputs of mean square `gain` (StyleGAN2's start; with that
+    of nn.Linear z moves the weights by a tenth only, and the generator learns to do without)."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, std=(gain / inputs) ** 0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class StyledConv(nn.Module):
     """A convolution whose weights are scaled by a style (StyleGAN2, Karras et al. 2020). Inside a network (`active`)
     they are brought back to unit length, and a leaky ReLU follows."""
 
     def __init__(self, inputs, outputs, kernel=3, active=True):
         super().__init__()
-        self.style = nn.Linear(W, inputs)
+        self.style = unit_linear(W, inputs)
         self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel, kernel) / (inputs * kernel ** 2) ** 0.5)
         self.bias = nn.Parameter(torch.zeros(outputs))
         self.active = active
@@ -128,7 +137,7 @@ class Generator(nn.Module):
     def __init__(self):
         super().__init__()
         C, widths = PLANE_FEATURES, [128, 96, 64, 64]                   # of maps of 4, 8, 16, 32 to a side
-        self.mapping = nn.Sequential(nn.Linear(Z, W), nn.LeakyReLU(0.2), nn.Linear(W, W), nn.LeakyReLU(0.2))
+        self.mapping = nn.Sequential(unit_linear(Z, W, 2), nn.LeakyReLU(0.2), unit_linear(W, W, 2), nn.LeakyReLU(0.2))
         self.start = nn.Parameter(torch.randn(1, 128, 4, 4))
         self.synthesis = nn.ModuleList(StyledConv(a, b) for a, b in zip([128, *widths], widths))
         self.to_planes = StyledConv(widths[-1], 3 * C, kernel=1, active=False)

@@ -218,7 +218,7 @@ def test_one_reference_from_samples_to_generator_and_a_run_that_was_stopped(prio
     run_main(cad, *flags)
     first, metadata = load_tensors(str(out / "cad_1.safetensors"))
     assert metadata["made"]["samples"]["prompt"] == PROMPT and (out / "cad_1.png").exists()
-    assert (out / "cad_1" / "samples.png").exists() and " of 24 samples stay; dropped at " in capsys.readouterr().out
+    assert (out / "cad_1" / "samples.png").exists() and " of 24 samples stay; dropped: " in capsys.readouterr().out
     samples, _ = load_tensors(str(out / "cad_1" / "samples.safetensors"))
     assert samples["image"].shape == (8, 3, 3, 32, 32)
     # stopped after two steps of a stage: the same command ends with the same bits
