@@ -1,5 +1,6 @@
 """Pairs of views of an asset: what a view-conditioned model is trained on (CAD, related/cad.py), from the toy world."""
 import torch
+import torch.nn.functional as F
 
 from data import SEEDS, build_set
 from support.pictures import to_pixels, to_uint8
@@ -28,16 +29,19 @@ def view_control(reference, pose):
 
 def pose_set(num, seed=SEEDS["synthetic"], size=32, folder="runs/toy/sets", device="cpu"):
     """VIEWS_EACH renders of each of num assets from poses in BAND -> image uint8 (N, 1, 3, H, W), control float16
-    (N, 1, 7, H, W), see `view_control`, with another view of the asset as the reference, text (N, L): no words."""
+    (N, 1, 7, H, W), see `view_control`, with a view of the asset from the front as the reference, text (N, L): no
+    words. (Of references from anywhere a network learns how far it is turned, but not to which side: docs/cad.md.)"""
     def draw(assets, first):
         n, each = len(assets.category), VIEWS_EACH
-        repeated = take(exaggerated(assets), torch.arange(n).repeat_interleave(each))
-        u = uniforms(n, seed + 4000, 2 * each, first).float()
-        azimuth, elevation = 360 * u[:, :each], BAND[0] + (BAND[1] - BAND[0]) * u[:, each:]
+        repeated = take(exaggerated(assets), torch.arange(n).repeat_interleave(1 + each))
+        u = uniforms(n, seed + 4000, 1 + 2 * each, first).float()
+        azimuth = 360 * F.pad(u[:, 1:1 + each], (1, 0))                 # of the reference 0; (n, 1 + each)
+        elevation = BAND[0] + (BAND[1] - BAND[0]) * torch.cat([u[:, :1], u[:, 1 + each:]], dim=1)
         views = render(repeated, Look("render"), azimuth.reshape(-1, 1), size, False, elevation.flatten(), device)
-        image = to_uint8(2 * views.rgb - 1).unflatten(0, (n, each))                                 # (n, 8, 1, 3, H, W)
-        turn, low = azimuth - azimuth.roll(1, 1), elevation.roll(1, 1)
-        pose = pose_numbers(turn.flatten(), elevation.flatten(), low.flatten())
-        control = view_control(to_pixels(image.roll(1, 1)[:, :, 0].flatten(0, 1)), pose)
-        return dict(image=image.flatten(0, 1), control=control, text=tokenize([""]).expand(n * each, -1).clone())
-    return build_set("poses", num, seed, size, folder, draw)
+        image = to_uint8(2 * views.rgb - 1).unflatten(0, (n, 1 + each))                             # (n, 9, 1, 3, H, W)
+        reference = to_pixels(image[:, 0, 0]).repeat_interleave(each, dim=0)
+        low = elevation[:, 0].repeat_interleave(each)
+        pose = pose_numbers(azimuth[:, 1:].flatten(), elevation[:, 1:].flatten(), low)
+        return dict(image=image[:, 1:].flatten(0, 1), control=view_control(reference, pose),
+                    text=tokenize([""]).expand(n * each, -1).clone())
+    return build_set("turns", num, seed, size, folder, draw)

@@ -37,24 +37,23 @@ def test_poses_cover_the_band_evenly():
 
 
 def test_pairs_are_views_of_one_asset(tmp_path):
-    """The reference is the next view of the asset, the pose is between the two."""
+    """The reference is a view of the asset from the front, the pose is between the two."""
     got = pose_set(3, folder=tmp_path)
     num, assets = 3 * VIEWS_EACH, exaggerated(sample_assets(3, 2))
     assert got["image"].shape == (num, 1, 3, 32, 32) and got["control"].shape == (num, 1, 7, 32, 32)
     assert got["text"].unique().tolist() == [0, 1]                      # an end and padding
-    u = uniforms(3, 2 + 4000, 2 * VIEWS_EACH).float()
+    u = uniforms(3, 2 + 4000, 1 + 2 * VIEWS_EACH).float()
     for k in (0, 5, 15, 23):
         asset, view = divmod(k, VIEWS_EACH)
-        before = asset * VIEWS_EACH + (view - 1) % VIEWS_EACH
         reference, pose = got["control"][k, 0].split([3, 4])
-        assert torch.equal(reference, to_pixels(got["image"][before, 0]).half())
-        turn = 2 * torch.pi * (u[asset, view] - u[asset, (view - 1) % VIEWS_EACH])
-        heights = [2 * u[asset, VIEWS_EACH + v % VIEWS_EACH] - 1 for v in (view, view - 1)]
-        want = torch.stack([turn.sin(), turn.cos(), *heights])
+        turn, up, low = float(u[asset, 1 + view]), float(u[asset, 1 + VIEWS_EACH + view]), float(u[asset, 0])
+        angle = torch.tensor(2 * torch.pi * turn)
+        want = torch.stack([angle.sin(), angle.cos(), torch.tensor(2 * up - 1), torch.tensor(2 * low - 1)])
         assert (pose.float() - want[:, None, None]).abs().max() < 2e-3
-        one = render(take(assets, torch.tensor([asset])), Look("render"), (360 * float(u[asset, view]),),
-                     elevation=BAND[0] + (BAND[1] - BAND[0]) * float(u[asset, VIEWS_EACH + view]))
-        assert (to_pixels(got["image"][k]) - (2 * one.rgb[0] - 1)).abs().mean() < 0.01
+        for image, azimuth, height in ((reference, 0.0, low), (to_pixels(got["image"][k, 0]), 360 * turn, up)):
+            one = render(take(assets, torch.tensor([asset])), Look("render"), (azimuth,),
+                         elevation=BAND[0] + (BAND[1] - BAND[0]) * height)
+            assert (image.float() - (2 * one.rgb[0, 0] - 1)).abs().mean() < 0.01
 
 
 def test_before_training_the_prior_is_the_base_model():
