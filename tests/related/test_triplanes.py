@@ -120,6 +120,18 @@ def test_a_sample_lies_in_its_share_of_the_ray():
     assert torch.allclose(seen[1][1:4], seen[0][2:5], atol=1e-6)
 
 
+def test_z_moves_the_object_from_the_start():
+    """Styles spread about as far as the ones that they are added to (StyleGAN2), and the planes with them."""
+    torch.manual_seed(0)
+    G = Generator()
+    with torch.no_grad():
+        w = G.style(torch.randn(128, Z))
+        spread = torch.stack([conv.style(w[:, 0]).std(dim=0).mean() for conv in G.synthesis])
+        planes = G.planes(w)
+    assert w.square().mean().sqrt().sub(1).abs() < 0.3 and spread.min() > 0.6 and spread.max() < 1.4
+    assert planes.std(dim=0).mean() > 0.5 * planes.square().mean().sqrt()
+
+
 def test_planes_are_looked_up_as_by_a_loop():
     torch.manual_seed(0)
     n, C = 5, 2
