@@ -2,7 +2,7 @@
 reference image.
 
     python -m related.view_prior                                                    # first: the prior of step 1
-    python -m related.cad --object 3 --prompt "a green metal cylinder"              # all steps for one reference
+    python -m related.cad --object 9 --prompt "a blue metal teapot"                 # all steps for one reference
     python -m related.cad --reference mug.png --prompt "a red wooden mug" --name mug --mesh meshes
 
 Score distillation seeks one mode of the diffusion model: too smooth, too saturated, with two faces. CAD draws many

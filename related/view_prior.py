@@ -3,7 +3,7 @@
     python -m related.view_prior                                # fine-tunes the base model on pairs of renders
 
 It draws the object of a reference image from another pose: the reference comes through the control channels, the pose
-beside the time embedding.
+beside the time embedding and, as the ray of each pixel, through the control channels too.
 """
 import argparse
 from dataclasses import replace
@@ -14,6 +14,7 @@ import torch.nn as nn
 from data import SEEDS
 from dit import PRESETS, DiT, require_config
 from full.pixart import load_base
+from related.triplanes import rays
 from sample import Sampling, sample_images
 from support.files import load_strictly, load_tensors, read_metadata
 from support.launch import on_rank_0_first, run_cli
@@ -24,6 +25,8 @@ from training.estimate import choose, launch_training
 from training.flags import parse_training, refuse_unread, training_arguments
 from training.loop import Iteration, save_trained, train
 from training.sets import base_model
+
+CONTROL_CHANNELS = 3 + 6                # the reference's colours and a ray
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The network
@@ -43,9 +46,21 @@ class PoseEmbedding(nn.Module):
         return self.layers(pose)
 
 
+def ray_map(pose, size):
+    """The ray of each pixel of a view from poses (B, 4), see `pose_numbers`: where it starts and where it points, in
+    the frame of the reference -> (B, 6, size, size); zeros where the pose is zeros. (A product of pose and place, which
+    a network is slow to find: docs/cad.md.)"""
+    azimuth = torch.rad2deg(torch.atan2(pose[:, 0], pose[:, 1]))
+    middle, half = sum(BAND) / 2, (BAND[1] - BAND[0]) / 2
+    origins, direction = rays(azimuth, middle + half * pose[:, 2], size)                            # (B, M, 3), (B, 3)
+    both = torch.cat([origins, direction[:, None].expand_as(origins)], dim=2)
+    known = pose[:, :2].square().sum(dim=1)                             # 1 of a pose, 0 of none
+    return (known[:, None, None] * both).transpose(1, 2).unflatten(2, (size, size))
+
+
 class ViewPrior(nn.Module):
-    """A DiT that draws the object of a reference image from another pose: the reference comes through the control
-    channels, the pose beside the time."""
+    """A DiT that draws the object of a reference image from another pose: the reference and the rays come through the
+    control channels, the pose beside the time."""
     shifters = None
 
     def __init__(self, dit):
@@ -65,12 +80,13 @@ class ViewPrior(nn.Module):
     def forward(self, x, t, text, control, domains=None):
         """As `DiT.forward`; control (B, 1, 7, H, W): see `view_control`, all zeros where there is no reference."""
         self.pose = control[:, 0, 3:, 0, 0].to(x)                                                   # (B, 4)
-        return self.dit(x, t, text, control=control[:, :, :3])
+        rays_of_pixels = ray_map(self.pose, x.shape[-1])[:, None]                                   # (B, 1, 6, H, W)
+        return self.dit(x, t, text, control=torch.cat([control[:, :, :3].to(x), rays_of_pixels], dim=2))
 
 
 def new_prior(base):
     """ViewPrior on the weights of a base model: what its control channels were is left out."""
-    dit = DiT(replace(base.config, control_channels=3, num_views=0))
+    dit = DiT(replace(base.config, control_channels=CONTROL_CHANNELS, num_views=0))
     kept = {name: tensor for name, tensor in base.state_dict().items()
             if name not in ("control_embedder.weight", "view_encoding")}
     dit.load_state_dict(kept | {"control_embedder.weight": dit.control_embedder.weight})
@@ -83,7 +99,7 @@ def load_prior(path, device="cpu"):
         raise ValueError(f"{path} holds no view-conditioned model: train one with python -m related.view_prior")
     weights, _ = load_tensors(path)
     prior = ViewPrior(load_base(path))
-    require_config(path, prior.dit.config, replace(PRESETS["toy"], control_channels=3, num_views=0))
+    require_config(path, prior.dit.config, replace(PRESETS["toy"], control_channels=CONTROL_CHANNELS, num_views=0))
     load_strictly(prior.adapter, {name.removeprefix("adapter."): tensor.float() for name, tensor in weights.items()
                                   if name.startswith("adapter.")}, path)
     return prior.to(device).eval()
