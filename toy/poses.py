@@ -21,8 +21,8 @@ def pose_numbers(azimuth, *elevations):
 
 def view_control(reference, pose):
     """Reference images in [-1, 1] (N, 3, H, W) and poses (N, 4), `pose_numbers` of the azimuth relative to the
-    reference's and both elevations -> what stands in the control channels, float16 (N, 1, 7, H, W): the reference, and
-    the pose in each pixel."""
+    reference's and both elevations -> what a set keeps for the control channels, float16 (N, 1, 7, H, W): the
+    reference, and the pose in each pixel."""
     planes = pose[:, :, None, None].expand(-1, -1, *reference.shape[2:])
     return torch.cat([reference, planes], dim=1)[:, None].half()
 
