@@ -52,6 +52,15 @@ def cube_span(origins, direction):
     return near * meets, far * meets
 
 
+def samples_on_rays(origins, direction, samples, jitter=None):
+    """Of each ray `samples` points in the cube (B, M, S, 3), how far along the ray they lie (B, M, S), and how much of
+    the ray each stands for (B, M, 1). jitter: see `render_rays`."""
+    near, far = cube_span(origins, direction)
+    width = (far - near)[..., None] / samples
+    along = near[..., None] + width * (torch.arange(samples) + (0.5 if jitter is None else jitter))
+    return origins[:, :, None] + along[..., None] * direction[:, None, None], along, width
+
+
 def render_rays(field, origins, direction, samples=SAMPLES_A_RAY, jitter=None):
     """Volumetric rendering (Max 1995): what a ray meets in the cube, before white.
 
@@ -59,10 +68,7 @@ def render_rays(field, origins, direction, samples=SAMPLES_A_RAY, jitter=None):
     samples) in [0, 1), where in its share of the ray a sample lies (stratified); None: in the middle. Returns features
     (B, M, F), white (1) where nothing is, opacity (B, M), depth (B, M) along the direction.
     """
-    near, far = cube_span(origins, direction)
-    width = (far - near)[..., None] / samples                                                       # (B, M, 1)
-    along = near[..., None] + width * (torch.arange(samples) + (0.5 if jitter is None else jitter))  # (B, M, S)
-    points = origins[:, :, None] + along[..., None] * direction[:, None, None]                      # (B, M, S, 3)
+    points, along, width = samples_on_rays(origins, direction, samples, jitter)
     density, features = field(points.flatten(1, 2))
     alpha = 1 - torch.exp(-width * density.view_as(along))
     left = torch.cumprod(torch.cat([torch.ones_like(alpha[..., :1]), 1 - alpha], dim=-1), dim=-1)   # (B, M, S + 1)
@@ -76,17 +82,15 @@ def render_rays(field, origins, direction, samples=SAMPLES_A_RAY, jitter=None):
 def surface_depth(field, origins, direction, samples=96):
     """Where a ray has lost half of its light, along the direction (B, M), and the opacity (B, M); arguments as of
     `render_rays`. (The depth of volumetric rendering, a mean, lies behind the surface, by 1 / density on each ray.)"""
-    near, far = cube_span(origins, direction)
-    width = (far - near)[..., None] / samples                                                       # (B, M, 1)
-    along = near[..., None] + width * (torch.arange(samples) + 0.5)                                 # (B, M, S)
-    points = origins[:, :, None] + along[..., None] * direction[:, None, None]                      # (B, M, S, 3)
+    points, along, width = samples_on_rays(origins, direction, samples)
     density, _ = field(points.flatten(1, 2))
     lost = width * density.view_as(along)
     total = lost.cumsum(dim=2)                                          # light falls as exp(-total)
     half = math.log(2)
     first = (total >= half).float().argmax(dim=2, keepdim=True)         # 0 where there is too little matter
     share = (half - total.gather(2, first)) / lost.gather(2, first).clamp(min=1e-6) + 1
-    return (near[..., None] + width * (first + share.clamp(0, 1)))[..., 0], 1 - torch.exp(-total[..., -1])
+    place = along.gather(2, first) + width * (share.clamp(0, 1) - 0.5)  # a sample lies in the middle of its share
+    return place[..., 0], 1 - torch.exp(-total[..., -1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
