@@ -34,7 +34,8 @@ from geometry.hull import silhouette
 from geometry.mesh import surface_mesh
 from geometry.texture import save_meshes
 from related.cad_samples import load_models, reference_samples, samples_key, view_phrase
-from related.triplanes import SAMPLES_A_RAY, SIZE, Discriminator, Generator, Z, adapted, augment, enlarged, r1
+from related.triplanes import (SAMPLES_A_RAY, SIZE, WINDOW, Discriminator, Generator, Z, adapted, augment, enlarged, r1,
+                               windows)
 from support.files import checksum, load_strictly, load_tensors, read_metadata, run_or_shipped, save_tensors
 from support.folders import read_image
 from support.generators import GAN, seeded_generator, seeded_words
@@ -47,7 +48,6 @@ from training.flags import check_name, parse_training, refuse_unread
 from training.loop import signals_caught
 from training.states import Trained, hold, load_state, save_state, stored_speed
 
-WINDOW = 16             # side of what stage 2's discriminator sees
 R1_EVERY = 8            # steps between those with R1, which is weighed up for it (StyleGAN2)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,26 +98,22 @@ def stage1_losses(nets, samples, step, share, args):
 
 
 def stage2_losses(nets, samples, step, share, args):
-    """Stage 2, likewise: the planes are enlarged, the rest of the generator stays as it is. Windows of the image must
-    look real, and the whole like stage 1's image, to a network's features and by pixels; without ADA (share is 0)."""
+    """Stage 2, likewise: the planes are enlarged, the rest of the generator stays as it is. A window of the image is
+    drawn: it must look real, and like stage 1's image there, to a network's features and by pixels; without ADA (share
+    is 0)."""
     G, D, batch = nets["generator"], nets["discriminator"], gan_batch(samples, 2, step, args)
     with torch.no_grad():
         w = G.style(batch.z)
-        branch, _ = G.draw(w, batch.azimuth, batch.elevation)
-    jitter = torch.rand(args.batch, SIZE ** 2, SAMPLES_A_RAY, generator=batch.generator)
-    whole, _, _ = G.draw_lifted(w, batch.azimuth, batch.elevation, jitter)
+        whole, _ = G.draw(w, batch.azimuth, batch.elevation)
+    jitter = torch.rand(args.batch, WINDOW ** 2, SAMPLES_A_RAY, generator=batch.generator)
     corner = torch.randint(SIZE - WINDOW + 1, (2, args.batch, 2), generator=batch.generator)
-    fake, real = windows(whole, corner[0]), windows(batch.real, corner[1]).requires_grad_()
+    fake, _, _ = G.draw_lifted(w, batch.azimuth, batch.elevation, jitter, corner[0])
+    branch, real = windows(whole, corner[0]), windows(batch.real, corner[1]).requires_grad_()
     real_scores = D(real, batch.pose)
     loss_D = discriminator_loss(D(fake.detach(), batch.fake_pose), real_scores, real, step, args.gamma)
     features = nets["judge"].body
-    alike = (features(whole) - features(branch)).square().mean() + (whole - branch).square().mean()
+    alike = (features(fake) - features(branch)).square().mean() + (fake - branch).square().mean()
     return F.softplus(-D(fake, batch.fake_pose)).mean() + args.branch_weight * alike, loss_D, real_scores.detach()
-
-
-def windows(images, corner):
-    """Of each of images (B, C, H, W) the window of WINDOW x WINDOW with its upper left pixel at corner (B, 2)."""
-    return torch.stack([image[:, y:y + WINDOW, x:x + WINDOW] for image, (y, x) in zip(images, corner.tolist())])
 
 
 def stage_settings(stage, args):

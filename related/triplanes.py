@@ -16,6 +16,7 @@ from geometry.camera import EXTENT, camera
 
 SAMPLES_A_RAY = 16
 SIZE = 32                               # of images and of stage 1's planes, to a side
+WINDOW = 16                             # of what stage 2 draws in training
 Z, W = 64, 128                          # widths of z and w
 PLANE_FEATURES, RAY_FEATURES = 16, 16   # of a plane; of what rendering gives, the first three a colour
 
@@ -118,12 +119,19 @@ class StyledConv(nn.Module):
         self.active = active
 
     def forward(self, x, w):
-        weight = self.weight * (1 + self.style(w))[:, None, :, None, None]                          # (B, out, in, k, k)
+        style = 1 + self.style(w)                                                                   # (B, in)
+        # weights scaled by input channel are inputs scaled, and their lengths divide outputs: no weights a sample
+        out = F.conv2d(x * style[:, :, None, None], self.weight, padding="same")
         if self.active:
-            weight = weight * weight.square().sum(dim=(2, 3, 4), keepdim=True).add(1e-8).rsqrt()
-        out = F.conv2d(x.flatten(0, 1)[None], weight.flatten(0, 1), padding="same", groups=len(x))
-        out = out.view(len(x), -1, *x.shape[2:]) + self.bias[:, None, None]
+            length = (style.square() @ self.weight.square().sum(dim=(2, 3)).T).add(1e-8).sqrt()     # (B, out)
+            out = out / length[:, :, None, None]
+        out = out + self.bias[:, None, None]
         return F.leaky_relu(out, 0.2) * 2 ** 0.5 if self.active else out
+
+
+def windows(images, corner):
+    """Of each of images (B, C, H, W) the window of WINDOW x WINDOW with its upper left pixel at corner (B, 2)."""
+    return torch.stack([image[:, y:y + WINDOW, x:x + WINDOW] for image, (y, x) in zip(images, corner.tolist())])
 
 
 def enlarged(x):
@@ -191,12 +199,17 @@ class Generator(nn.Module):
             x = conv(x, w[:, first + k])
         return maps[:, :3] + self.to_image(x, w[:, -1]), maps[:, :3]
 
-    def draw_lifted(self, w, azimuth, elevation, jitter=None):
-        """Stage 2: the image (B, 3, SIZE, SIZE), opacity and depth, (B, 1, SIZE, SIZE) each; here M = SIZE^2."""
+    def draw_lifted(self, w, azimuth, elevation, jitter=None, corner=None):
+        """Stage 2: the image (B, 3, n, n), opacity and depth, (B, 1, n, n) each, n = SIZE; or of each the window at
+        its corner (B, 2), see `windows`, n = WINDOW. jitter: as of `draw`, M = n^2."""
         field = self.field(self.planes(w, stage=2), features=3)
-        seen, opacity, depth = render_rays(field, *rays(azimuth, elevation, SIZE), jitter=jitter)
-        maps = torch.cat([seen, opacity[..., None], depth[..., None]], dim=-1)
-        return maps.transpose(1, 2).unflatten(2, (SIZE, SIZE)).split([3, 1, 1], dim=1)
+        origins, direction = rays(azimuth, elevation, SIZE)                                         # (B, SIZE^2, 3)
+        if corner is not None:
+            origins = windows(origins.transpose(1, 2).unflatten(2, (SIZE, SIZE)), corner).flatten(2).transpose(1, 2)
+        seen, opacity, depth = render_rays(field, origins, direction, jitter=jitter)
+        maps = torch.cat([seen, opacity[..., None], depth[..., None]], dim=-1).transpose(1, 2)      # (B, 5, n^2)
+        n = math.isqrt(maps.shape[2])
+        return maps.unflatten(2, (n, n)).split([3, 1, 1], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,10 +12,9 @@ from domain_shifter import DomainShifters, ShiftedDiT
 from geometry.camera import EXTENT, project
 from geometry.hull import silhouette
 from related import cad, cad_samples, view_prior
-from related.cad import (Batch, field_mesh, gan_batch, invert, read_reference, stage1_losses, stage2_losses, turned,
-                         windows)
+from related.cad import Batch, field_mesh, gan_batch, invert, read_reference, stage1_losses, stage2_losses, turned
 from related.cad_samples import agree_with_others, load_models, reference_samples, refine, view_phrase
-from related.triplanes import SIZE, Discriminator, Generator, Z
+from related.triplanes import SIZE, WINDOW, Discriminator, Generator, Z
 from related.view_prior import draw_views, load_prior, new_prior, poses_around, ray_map
 from sample import Sampling
 from support.files import load_tensors, read_metadata, save_tensors
@@ -143,12 +142,6 @@ def test_planted_bad_samples_are_dropped():
     assert agree_with_others(alike[:1, :3], apart).tolist() == [[True, False, False]]      # one of each pose stays
 
 
-def test_windows():
-    images = torch.arange(2.0 * SIZE ** 2).view(2, 1, SIZE, SIZE)
-    got = windows(images, torch.tensor([[1, 2], [16, 0]]))
-    assert torch.equal(got[0], images[0, :, 1:17, 2:18]) and torch.equal(got[1], images[1, :, 16:, :16])
-
-
 def samples_and_flags(num=6):
     """Samples of random numbers, and the flags of a step."""
     image = torch.randint(256, (num, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -173,7 +166,7 @@ def test_the_losses_of_a_stage(stage, shipped_judges):
     """Who learns from what, and R1 at some steps only, weighed up for the others."""
     samples, args = samples_and_flags()
     torch.manual_seed(0)
-    G, D = Generator(), Discriminator(6, SIZE) if stage == 1 else Discriminator(3, 16)
+    G, D = Generator(), Discriminator(6, SIZE) if stage == 1 else Discriminator(3, WINDOW)
     nets = dict(generator=G, discriminator=D, judge=shipped_judges.net)
     losses = (stage1_losses, stage2_losses)[stage - 1]
     loss_G, loss_D, real_scores = losses(nets, samples, cad.R1_EVERY, 0.0, args)
@@ -194,6 +187,18 @@ def test_the_losses_of_a_stage(stage, shipped_judges):
         D.score.bias += 9                                               # all looks real: G is content, D is not
     sure = losses(nets, samples, 1, 0.0, args)
     assert sure[0] < loss_G and sure[1] > 5 and sure[2].mean() > 5
+
+
+def test_stage_2_is_compared_with_stage_1_in_the_same_window():
+    samples, args = samples_and_flags()
+    torch.manual_seed(0)
+    G, seen = Generator(), []
+    judge = Namespace(body=lambda images: seen.append(images) or images)
+    stage2_losses(dict(generator=G, discriminator=Discriminator(3, WINDOW), judge=judge), samples, 1, 0.0, args)
+    drawn, branch = seen
+    assert drawn.shape == branch.shape == (4, 3, WINDOW, WINDOW)
+    apart = torch.cdist(drawn.flatten(1), branch.flatten(1))                    # (4, 4), each with each
+    assert torch.equal(apart.argmin(dim=1), torch.arange(4)) and apart.diag().max() < 0.5 * apart.mean()
 
 
 def test_an_image_is_inverted_and_its_matter_meshed(shipped_judges):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from geometry.camera import EXTENT, camera, project
 from related.triplanes import (RAY_FEATURES, SIZE, Discriminator, Generator, StyledConv, W, Z, adapted, augment,
-                               cube_span, lookup, r1, rays, render_rays, surface_depth)
+                               cube_span, lookup, r1, rays, render_rays, surface_depth, windows)
 from toy.poses import BAND, pose_numbers
 
 
@@ -165,6 +165,12 @@ def test_a_styled_convolution_is_one_of_scaled_unit_weights():
         assert torch.allclose(got[b:b + 1], want, atol=1e-5)
 
 
+def test_windows():
+    images = torch.arange(2.0 * SIZE ** 2).view(2, 1, SIZE, SIZE)
+    got = windows(images, torch.tensor([[1, 2], [16, 0]]))
+    assert torch.equal(got[0], images[0, :, 1:17, 2:18]) and torch.equal(got[1], images[1, :, 16:, :16])
+
+
 def test_stage_2_starts_as_stage_1s_planes():
     torch.manual_seed(0)
     G, pose = Generator(), (torch.tensor([10.0, 100.0]), torch.tensor([20.0, 15.0]))
@@ -177,6 +183,9 @@ def test_stage_2_starts_as_stage_1s_planes():
     whole, opacity, depth = G.draw_lifted(w, *pose)
     assert whole.shape == image.shape and opacity.shape == depth.shape == (2, 1, SIZE, SIZE)
     assert 0 <= opacity.min() and opacity.max() <= 1 and whole[opacity.expand(-1, 3, -1, -1) == 0].eq(1).all()
+    corner = torch.tensor([[0, 16], [7, 3]])
+    for part, map_ in zip(G.draw_lifted(w, *pose, corner=corner), (whole, opacity, depth)):     # rays of a window
+        assert torch.allclose(part, windows(map_, corner), atol=1e-5)
     _, features = G.field(G.planes(w))(torch.zeros(2, 5, 3))
     assert features.shape == (2, 5, RAY_FEATURES) and features.abs().max() <= 1
 
