@@ -5,18 +5,22 @@
     python -m experiments.distillation --objects 3 7 --seed 1 --rows CAD "score distillation"
 
 Each row makes a 3D object, or many, of each reference: held-out assets, as renders. Of each reference four objects are
-drawn from eight sides, two by score distillation. Writes results/cad.json and .md, and a sheet.
+drawn from eight sides, two by score distillation. Adds to results/cad.json, by seed and reference, so that the table
+can be made in pieces; beside a row's means stands how far they are from CAD's on the same references. Also writes
+cad.md, and a sheet of the references of this run.
 """
 import argparse
+import math
 import os
 from argparse import Namespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from data import SEEDS, evaluation_set
-from evaluate import Surface, consistency, kid, surface_normals
-from experiments.results import check_places, check_row_flags, kept_rows, mean_of, seed_folder, write_means
+from evaluate import Surface, consistency, formatted, kid, surface_normals
+from experiments.results import (check_places, check_row_flags, kept_rows, markdown_table, seed_folder, seed_mean)
 from experiments.scene_measures import LEAST
 from geometry.camera import ELEVATION
 from related import cad
@@ -25,7 +29,7 @@ from related.score_distillation import distill_score
 from related.triplanes import SIZE, Z, rays, surface_depth
 from related.view_prior import load_prior, poses_around
 from sample import default_base, default_model
-from support.files import cached, file_id, locked, read_metadata, write_json
+from support.files import cached, file_id, locked, read_metadata, write_json, write_text
 from support.generators import GAN, seeded_generator
 from support.launch import a_seed, launch, run_cli, some_threads, within
 from support.pictures import save_picture, to_pixels, to_uint8
@@ -70,7 +74,8 @@ def measure_objects(images, surface, labels, truth, judges):
     views. psnr_loo: views against what the others show of the same places (`consistency`, to a pixel), and the share of
     the surface that this can judge, covered; surface: a Surface, None where there is none. chroma: mean distance from
     gray over the object. diversity: mean distance of the features, of unit length, of two objects from the same side,
-    over views that are read as the right category: noise would be the most diverse.
+    over views that are read as the right category: noise would be the most diverse. KD: to photographs of all kinds,
+    of one object high by nature.
     """
     flat = images.flatten(0, 1)
     heads, features = judges.net(flat), judges.net.features(flat)
@@ -78,6 +83,7 @@ def measure_objects(images, surface, labels, truth, judges):
            for name, label in zip(("category", "color", "material"), labels)}
     unit = F.normalize(features, dim=1).unflatten(0, images.shape[:2])                              # (N, 8, F)
     alike = unit @ F.normalize(judges.net.features(truth), dim=1).T                     # (N, 8, 8), with each true view
+    row["KD"] = 1000 * kid(judges.photos, features)
     row["likeness"] = alike[:, 0, 0].mean().item()
     row["two_fronts"] = (alike[:, 3:6].argmax(dim=2) == 0).any(dim=1).double().mean().item()
     row["photo"] = (judges.net.photo_probability(flat) > 0.5).double().mean().item()
@@ -185,39 +191,56 @@ def compare_rows(args):
     print(f"{len(todo)} rows of {len(args.objects)} references, seed {args.seed}, into {path}; a missing generator is "
           "trained first, half an hour on two cores", flush=True)
     perfect = render(assets, Look("photo"), AZIMUTHS, geometry=True)
-    sheet = {"reference": torch.stack([held["image"][k, 0] for k in args.objects])}
+    whole = Surface(perfect.position, perfect.normal, perfect.mask, AZIMUTHS, ELEVATION)
+    sheet = {label: [] for label in ("reference", PERFECT, *todo)}
 
-    def keep(label, made):
-        """made: {number of the reference: (images, surface)}."""
-        rows = [measure_objects(images, surface, held["labels"][k], perfect.rgb[k], judges)
-                for k, (images, surface) in made.items()]
-        row = {name: mean_of([one[name] for one in rows]) for name in rows[0]}
-        images = torch.cat([images.flatten(0, 1) for images, _ in made.values()])
-        row["KD"] = 1000 * kid(judges.photos, judges.net.features(images))
+    def keep(label, number, images, surface):
+        row = measure_objects(images, surface, held["labels"][number], perfect.rgb[number], judges)
+        row = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        sheet[label].append(to_uint8(2 * images[0, 1] - 1))
         with locked(args.results):
             table = stored_rows(path, args)
-            table.setdefault(label, {"toy": {}})["toy"][str(args.seed)] = row
+            table.setdefault(label, {"toy": {}})["toy"][f"{args.seed}, {number}"] = row
             write_json(path, dict(settings=table_settings_of(args), rows=table))
-        sheet[label] = torch.stack([to_uint8(2 * images[0, 1] - 1) for images, _ in made.values()])
-        return table
-    whole = Surface(perfect.position, perfect.normal, perfect.mask, AZIMUTHS, ELEVATION)
-    table = keep(PERFECT, {k: (perfect.rgb[k:k + 1], Surface(*(part[k:k + 1] for part in whole[:3]), *whole[3:]))
-                           for k in args.objects})
-    for label in todo:
-        made = {}
-        for k in args.objects:
+    for k in args.objects:
+        sheet["reference"].append(held["image"][k, 0])
+        keep(PERFECT, k, perfect.rgb[k:k + 1], Surface(*(part[k:k + 1] for part in whole[:3]), *whole[3:]))
+        for label in todo:
             drawn = made_objects(label, k, captions[k], args)
-            made[k] = drawn["image"] / 255, lifted_surface(drawn["opacity"], drawn["depth"])
-        table = keep(label, made)
-    command = f"`python -m experiments.distillation --objects {' '.join(map(str, args.objects))}`"
-    write_means(f"{args.results}/cad.md", "CAD beside score distillation", table, (PERFECT, *ROWS), COLUMNS, command)
-    save_picture(f"{args.results}/cad_sheet.png", list(sheet.items()))
+            keep(label, k, drawn["image"] / 255, lifted_surface(drawn["opacity"], drawn["depth"]))
+    table = stored_rows(path, args)
+    lines = "\n".join(markdown_table(paired_cells({name: table[name] for name in (PERFECT, *ROWS) if name in table})))
+    print(lines)
+    write_text(f"{args.results}/cad.md", f"# CAD beside score distillation\n\n{LEGEND}\n\n{lines}\n")
+    save_picture(f"{args.results}/cad_sheet.png", [(label, torch.stack(images)) for label, images in sheet.items()])
     print(f"wrote {path}, cad.md and cad_sheet.png")
 
 
+LEGEND = """Means over references and seeds (`cases`), as `python -m experiments.distillation --objects .. --seed ..`
+adds them; in brackets how far a row is from CAD on the same cases, and the standard error of that."""
+
+
+def paired_cells(table):
+    """{label: {"toy": {case: measures}}} as the cells of a table, of which a row also says how far it is on average
+    from CAD in the same cases, and, of two or more, the standard error of that: "0.47 (-0.12 +- 0.05)"."""
+    cells, of_cad = [["", "cases", *COLUMNS]], table.get("CAD", {"toy": {}})["toy"]
+    for label, row in table.items():
+        cells.append([label, str(len(row["toy"]))])
+        for name, digits in COLUMNS.items():
+            pairs = [(measures.get(name), of_cad.get(case, {}).get(name)) for case, measures in row["toy"].items()]
+            apart = [own - cad for own, cad in pairs if own is not None and cad is not None]
+            cell = formatted(seed_mean(row, name), digits)
+            if label != "CAD" and apart:
+                error = f" +- {np.std(apart, ddof=1) / len(apart) ** 0.5:.{digits}f}" if len(apart) > 1 else ""
+                cell += f" ({np.mean(apart):+.{digits}f}{error})"
+            cells[-1].append(cell)
+    return cells
+
+
 def table_settings_of(args):
-    """The flags that decide the numbers, for the results file."""
-    return {name: getattr(args, name) for name in ("objects", "sds_steps", "sds_scale", "train_flags")}
+    """The flags that decide the numbers and the prior, for the results file."""
+    prior = file_id(prior_path(args.prior, args.folder))
+    return {name: getattr(args, name) for name in ("sds_steps", "sds_scale", "train_flags")} | dict(prior=prior)
 
 
 def stored_rows(path, args):

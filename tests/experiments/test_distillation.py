@@ -10,10 +10,11 @@ from conftest import TINY, random_model, refuses, run_main
 from data import SEEDS
 from dit import PRESETS, save_model
 from experiments import distillation
-from experiments.distillation import AZIMUTHS, PERFECT, lifted_surface, measure_objects
+from experiments.distillation import AZIMUTHS, PERFECT, lifted_surface, measure_objects, paired_cells
 from geometry.camera import ELEVATION, camera
 from related import cad, cad_samples, view_prior
 from related.view_prior import poses_around
+from support.files import save_tensors
 from toy.render import Look, render
 from toy.world import exaggerated, sample_assets, take
 
@@ -78,19 +79,22 @@ def test_a_table_of_three_rows(tmp_path, monkeypatch, shipped_judges):
     run_main(distillation, *command)
     table = json.loads((tmp_path / "results" / "cad.json").read_text())["rows"]
     assert list(table) == [PERFECT, *rows] and (tmp_path / "results" / "cad_sheet.png").exists()
-    assert all("diversity" in table[label]["toy"]["0"] for label in rows)      # they have several objects to show
-    assert "diversity" not in table[PERFECT]["toy"]["0"] and table[PERFECT]["toy"]["0"]["covered"] > 0.9
-    assert table[PERFECT]["toy"]["0"]["psnr_loo"] > 20
-    text = (tmp_path / "results" / "cad.md").read_text()
-    assert "score distillation" in text and "`python -m experiments.distillation --objects 1`" in text
+    assert all("diversity" in table[label]["toy"]["0, 1"] for label in rows)   # they have several objects to show
+    assert "diversity" not in table[PERFECT]["toy"]["0, 1"] and table[PERFECT]["toy"]["0, 1"]["covered"] > 0.9
+    assert table[PERFECT]["toy"]["0, 1"]["psnr_loo"] > 20
+    assert "| score distillation" in (tmp_path / "results" / "cad.md").read_text()
     before = (tmp_path / "cad_1.safetensors").read_bytes()
     run_main(distillation, *command)                                            # nothing is made again
     again = json.loads((tmp_path / "results" / "cad.json").read_text())["rows"]
     for label, row in table.items():                                            # None: no pair is of the right category
-        row["toy"]["0"] = {name: value for name, value in row["toy"]["0"].items() if value is not None}
-        again[label]["toy"]["0"] = {name: again[label]["toy"]["0"][name] for name in row["toy"]["0"]}
-        assert again[label]["toy"]["0"] == pytest.approx(row["toy"]["0"], rel=1e-4)
+        row["toy"]["0, 1"] = {name: value for name, value in row["toy"]["0, 1"].items() if value is not None}
+        again[label]["toy"]["0, 1"] = {name: again[label]["toy"]["0, 1"][name] for name in row["toy"]["0, 1"]}
+        assert again[label]["toy"]["0, 1"] == pytest.approx(row["toy"]["0, 1"], rel=1e-4)
     assert (tmp_path / "cad_1.safetensors").read_bytes() == before
+    run_main(distillation, *command, "--objects", 2, "--rows", "score distillation")        # another is added
+    added = json.loads((tmp_path / "results" / "cad.json").read_text())["rows"]
+    assert {label: list(row["toy"]) for label, row in added.items()} == \
+        {PERFECT: ["0, 1", "0, 2"], "CAD": ["0, 1"], "stage 1 alone": ["0, 1"], "score distillation": ["0, 1", "0, 2"]}
     refuses(distillation, [*command, "--sds_steps", 3], 1, "cad.json was made with")
     refuses(distillation, [*command[:-1], "--results", tmp_path / "other"], 1, "cad_1.safetensors was made by")
     model = (tmp_path / "base.safetensors").read_bytes()
@@ -102,6 +106,18 @@ def test_a_table_of_three_rows(tmp_path, monkeypatch, shipped_judges):
     refuses(distillation, [*command, "--prior", tmp_path / "none.safetensors"], 1, "none.safetensors")
     (tmp_path / "results" / "cad.json").write_text("[]")
     refuses(distillation, command, 1, "cad.json is no file of results")
+
+
+def test_rows_are_compared_with_cad_case_by_case():
+    cases = {"0, 1": 0.5, "0, 2": 0.1, "1, 1": 0.3}
+    table = {"CAD": {"toy": {case: dict(photo=value) for case, value in cases.items()}},
+             "other": {"toy": {"0, 1": dict(photo=0.6), "0, 2": dict(photo=0.4), "7, 7": dict(photo=0.5)}},
+             "one": {"toy": {"0, 2": dict(photo=0.1), "1, 1": dict(photo=None)}}}
+    head, *rows = paired_cells(table)
+    assert [row[:2] for row in rows] == [["CAD", "3"], ["other", "3"], ["one", "2"]]
+    # .1 and .3 above CAD: .2 on average, with the standard error of two numbers, half of their distance
+    assert [row[head.index("photo")] for row in rows] == ["0.30", "0.50 (+0.20 +- 0.10)", "0.10 (+0.00)"]
+    assert rows[1][head.index("KD")] == "-" and paired_cells({"one": table["one"]})[1][3] == "0.10"
 
 
 @pytest.mark.parametrize("flags, word", [
@@ -122,6 +138,8 @@ def test_flags_are_refused_at_once(flags, word, tmp_path, monkeypatch):
                                       '{"likeness": 1%s}' % (400 * "0")])
 def test_values_that_are_no_numbers_are_found_before_any_work(measures, tmp_path, monkeypatch):
     monkeypatch.setattr(distillation, "load_judges", None)
-    settings = json.dumps(distillation.table_settings_of(distillation.parse_args([])))
+    save_tensors(str(tmp_path / "prior"), {"weight": torch.ones(1)})
+    flags = ["--prior", tmp_path / "prior", "--threads", 1, "--results", tmp_path]
+    settings = json.dumps(distillation.table_settings_of(distillation.parse_args([str(flag) for flag in flags])))
     (tmp_path / "cad.json").write_text('{"settings": %s, "rows": {"CAD": {"toy": {"0": %s}}}}' % (settings, measures))
-    refuses(distillation, ("--threads", 1, "--results", tmp_path), 1, "cad.json is no file of results")
+    refuses(distillation, flags, 1, "cad.json is no file of results")
