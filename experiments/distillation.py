@@ -252,8 +252,8 @@ def parse_args(argv=None):
     """The command line of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--objects", type=within(0, 10 ** 4 - 1), nargs="+", default=[1, 4, 6, 10, 13, 14, 16, 17], metavar="NUMBER",
-        help="references: held-out assets (default: eight)")
+    add("--objects", type=within(0, 10 ** 4 - 1), nargs="+", default=[1, 4, 6, 9, 10, 13, 14, 17], metavar="NUMBER",
+        help="references: held-out assets (default: eight kinds)")
     add("--rows", nargs="+", choices=ROWS, metavar="LABEL", help="only these rows (default: all)")
     add("--seed", type=a_seed, default=0, help="decides samples and training (default %(default)s)")
     add("--prior", help="view-conditioned model (default: the run folder's, else the shipped one)")

@@ -327,7 +327,7 @@ def parse_args(argv=None):
     add("--pruning", action=argparse.BooleanOptionalAction, default=True, help="drop samples that disagree")
     add("--gamma", type=within(0, 10 ** 6, float), default=3.0, help="weight of R1 (default %(default)s)")
     add("--steps", type=within(1, 10 ** 7), default=1500, help="steps of stage 1 (default %(default)s)")
-    add("--lift_steps", type=within(1, 10 ** 7), default=500, help="steps of stage 2 (default %(default)s)")
+    add("--lift_steps", type=within(1, 10 ** 7), default=1000, help="steps of stage 2 (default %(default)s)")
     add("--batch", type=within(2, 4096), default=16, help="images a step (default %(default)s)")
     add("--lr", type=within(0, 1, float), default=5e-4, help="learning rate (default %(default)s)")
     add("--branch_weight", type=within(0, 10 ** 6, float), default=1.0, help="how much stage 2 shall look like stage 1 "
