@@ -1,6 +1,5 @@
 """CAD (related/cad.py) and its ablations beside score distillation, on references whose truth is known.
 
-    python -m related.view_prior                                # first: the prior
     python -m experiments.distillation                          # trains what is missing; many hours on a CPU; goes on
     python -m experiments.distillation --objects 3 7 --seed 1 --rows CAD "score distillation"
 

@@ -1,8 +1,8 @@
 """CAD (arXiv 2312.06663): a 3D generator, distilled by an adversary from what a diffusion model believes about one
 reference image.
 
-    python -m related.view_prior                                                    # first: the prior of step 1
-    python -m related.cad --object 9 --prompt "a blue metal teapot"                 # all steps for one reference
+    python -m related.cad --object 9 --prompt "a blue metal teapot"                 # the shipped generator's sheet
+    python -m related.cad --object 4 --prompt "a blue wooden car"                   # all steps for one reference
     python -m related.cad --reference mug.png --prompt "a red wooden mug" --name mug --mesh meshes
 
 Score distillation seeks one mode of the diffusion model: too smooth, too saturated, with two faces. CAD draws many
@@ -332,7 +332,7 @@ def parse_args(argv=None):
     add("--lr", type=within(0, 1, float), default=5e-4, help="learning rate (default %(default)s)")
     add("--branch_weight", type=within(0, 10 ** 6, float), default=1.0, help="how much stage 2 shall look like stage 1 "
         "(default %(default)s)")
-    add("--invert_steps", type=within(1, 10 ** 6), default=200, help="steps of an inversion (default %(default)s)")
+    add("--invert_steps", type=within(1, 10 ** 6), default=150, help="steps of an inversion (default %(default)s)")
     add("--save_every", type=within(1, 10 ** 7), default=100, help="steps between states (default %(default)s)")
     add("--seed", type=a_seed, default=0, help="decides samples and training (default %(default)s)")
     add("--threads", type=some_threads, help="CPU threads (default: the fastest in a trial)")
