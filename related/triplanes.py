@@ -120,8 +120,9 @@ class StyledConv(nn.Module):
 
     def forward(self, x, w):
         style = 1 + self.style(w)                                                                   # (B, in)
-        # weights scaled by input channel are inputs scaled, and their lengths divide outputs: no weights a sample
-        x = F.pad(x * style[:, :, None, None], (self.weight.shape[-1] // 2,) * 4, mode="replicate")     # no frame shows
+        # scaling weights by input channel is scaling inputs, and their lengths divide outputs: so all samples share one
+        # convolution. Zeros beyond the edge would show as a frame.
+        x = F.pad(x * style[:, :, None, None], (self.weight.shape[-1] // 2,) * 4, mode="replicate")
         out = F.conv2d(x, self.weight)
         if self.active:
             length = (style.square() @ self.weight.square().sum(dim=(2, 3)).T).add(1e-8).sqrt()     # (B, out)
