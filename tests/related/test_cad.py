@@ -1,4 +1,5 @@
 """CAD: poses, the prior, refinement, pruning, and one reference from the samples to the generator."""
+import json
 from argparse import Namespace
 from dataclasses import replace
 
@@ -13,15 +14,16 @@ from geometry.camera import EXTENT, project
 from geometry.hull import silhouette
 from related import cad, cad_samples, view_prior
 from related.cad import Batch, field_mesh, gan_batch, invert, read_reference, stage1_losses, stage2_losses, turned
-from related.cad_samples import agree_with_others, load_models, reference_samples, refine, view_phrase
-from related.triplanes import SIZE, WINDOW, Discriminator, Generator, Z
+from related.cad_samples import (agree_with_others, load_models, prior_path, reference_samples, refine, samples_key,
+                                 view_phrase)
+from related.triplanes import SIZE, WINDOW, Discriminator, Generator, W, Z
 from related.view_prior import draw_views, load_prior, new_prior, poses_around, ray_map
 from sample import Sampling
-from support.files import load_tensors, read_metadata, save_tensors
+from support.files import load_tensors, read_metadata, run_or_shipped, save_tensors
 from support.pictures import to_pixels
 from toy.poses import BAND, VIEWS_EACH, pose_numbers, pose_set, view_control
 from toy.render import Look, render
-from toy.world import VOCAB, exaggerated, sample_assets, take, uniforms
+from toy.world import VOCAB, WORLD_VERSION, exaggerated, sample_assets, take, uniforms
 
 PROMPT = "a red wooden mug"
 
@@ -123,6 +125,17 @@ def test_refinement_names_the_view_and_starts_where_it_is_told():
     assert [t[0] for t, _ in seen] == [499, 399, 299, 199, 99]
     captions = [" ".join(VOCAB[word] for word in row if word > 1) for row in seen[0][1]]
     assert captions == [f"photo of {PROMPT} {view}white background" for view in ("front view ", "right view ", "")]
+
+
+def test_the_shipped_generator_is_of_the_shipped_prior_and_todays_flags(tmp_path):
+    """Else the documented command would make it anew."""
+    args = cad.parse_args(["--object", "9", "--prompt", "a blue metal teapot", "--out", str(tmp_path)])
+    path = run_or_shipped(str(tmp_path), "toy", "cad_9.safetensors")
+    made = read_metadata(path)["made"]
+    assert made["samples"] == json.loads(json.dumps(samples_key(read_reference(args), args)))
+    assert made["pruning"] is True and made["stages"] == [vars(cad.stage_settings(stage, args)) for stage in (1, 2)]
+    assert cad.load_generator(path).draw_lifted(torch.zeros(1, Generator().layers, W), *torch.tensor([[0.0], [20]]))[0].isfinite().all()
+    assert load_prior(prior_path(None, str(tmp_path))).dit.config.world == WORLD_VERSION
 
 
 def test_planted_bad_samples_are_dropped():
