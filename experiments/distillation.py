@@ -10,7 +10,6 @@ cad.md, and a sheet of the references of this run.
 """
 import argparse
 import math
-import os
 from argparse import Namespace
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 
 from data import SEEDS, evaluation_set
 from evaluate import Surface, consistency, formatted, kid, surface_normals
-from experiments.results import (check_places, check_row_flags, kept_rows, markdown_table, seed_folder, seed_mean)
+from experiments.results import check_places, check_row_flags, kept_rows, markdown_table, seed_folder, seed_mean
 from experiments.scene_measures import LEAST
 from geometry.camera import ELEVATION
 from related import cad
@@ -28,7 +27,7 @@ from related.score_distillation import distill_score
 from related.triplanes import SIZE, Z, rays, surface_depth
 from related.view_prior import load_prior, poses_around
 from sample import default_base, default_model
-from support.files import cached, file_id, locked, read_metadata, write_json, write_text
+from support.files import cached, file_id, locked, write_json, write_text
 from support.generators import GAN, seeded_generator
 from support.launch import a_seed, launch, run_cli, some_threads, within
 from support.pictures import save_picture, to_pixels, to_uint8
@@ -151,22 +150,18 @@ def made_objects(label, number, prompt, args):
             return {part: torch.cat([one[part] for one in made]) for part in made[0]}
         return cached(f"{out}/{name}.samples", dict(prior=file_id(prior), num=EACH_DISTILLED, **settings), draw)
     name = "-".join([f"cad_{number}", *ROWS[label].replace("--", "").split()])
-    path = f"{out}/{name}.safetensors"
     flags = ["--object", str(number), "--prompt", prompt, "--out", out, "--name", name, "--prior", prior]
     refiner = ("--depth_model", default_model(folder=args.folder)) if "--depth" in ROWS[label] else \
         ("--base", default_base("toy", args.folder))
     flags += refiner
     flags += ["--seed", str(args.seed), "--threads", str(args.threads or 1), *ROWS[label].split()]
     flags += args.train_flags.split()
-    if not os.path.isfile(path):
+    row_args = cad.parse_args(flags)
+    key = cad.generator_key(cad.read_reference(row_args), row_args)
+    if not cad.fitting_generator(key, row_args):
         print(f"{label}: python -m related.cad {' '.join(flags)}", flush=True)
-        cad.main(flags)
-    metadata = read_metadata(path)
-    if metadata.get("command") != cad.parse_args(flags).command:
-        raise ValueError(f"{path} was made by '{metadata.get('command')}': name another --folder, or delete it")
-    samples = metadata["made"]["samples"]
-    if [samples.get("prior"), samples.get("refiner")] != [file_id(prior), file_id(refiner[1])]:
-        raise ValueError(f"{path} was made with another {prior} or {refiner[1]}: name another --folder, or delete it")
+        cad.main(flags)                 # refuses one in its place that was made from something else
+    path = cad.fitting_generator(key, row_args)
     stage = 1 if label == "stage 1 alone" else 2
 
     def draw():

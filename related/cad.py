@@ -265,15 +265,13 @@ def distill(args):
     if args.mesh:
         check_out(f"{args.mesh}/{args.name}.glb", "--mesh")
     reference, judge = read_reference(args), train_feature_net(f"{args.out}/sets")
-    key = dict(samples=samples_key(reference, args), pruning=args.pruning,
-               stages=[vars(stage_settings(stage, args)) for stage in (1, 2)])
+    key = generator_key(reference, args)
     lock = hold(folder)
-    found = run_or_shipped(args.out, "toy", f"{args.name}.safetensors")
-    fits = os.path.isfile(found) and read_metadata(found).get("made") == json.loads(json.dumps(key))
-    if os.path.isfile(path) and not fits:
+    found = fitting_generator(key, args)
+    if os.path.isfile(path) and not found:
         raise ValueError(f"{path} is no generator of CAD, or was made from another reference, prior or refining "
-                         "model, or with other flags: use another --name, or delete it")
-    if not fits:
+                         "model, or with other flags: use another --name or folder, or delete it")
+    if not found:
         print(f"{args.name}: {args.num_poses} poses x {args.each} samples, refined and sorted; {args.steps} steps of "
               f"stage 1, {args.lift_steps} of stage 2, of {args.batch} images; into {folder}", flush=True)
         samples = reference_samples(models, reference, judge, args)
@@ -286,8 +284,22 @@ def distill(args):
             raise FloatingPointError(f"{args.name}: weights too large for 16 bits: delete {folder}/stage*, and try a "
                                      "lower --lr")
         save_tensors(path, weights, made=key, command=args.command)
-    write_sheets(load_generator(found if fits else path), reference, judge, args)
+    write_sheets(load_generator(found or path), reference, judge, args)
     del lock
+
+
+def generator_key(reference, args):
+    """What a generator of the reference (3, SIZE, SIZE) is made from, as its file keeps it."""
+    key = dict(samples=samples_key(reference, args), pruning=args.pruning,
+               stages=[vars(stage_settings(stage, args)) for stage in (1, 2)])
+    return json.loads(json.dumps(key))
+
+
+def fitting_generator(key, args):
+    """Path of the generator of this name in the run folder, or else the shipped one, if it was made from key, see
+    `generator_key`; else None."""
+    found = run_or_shipped(args.out, "toy", f"{args.name}.safetensors")
+    return found if os.path.isfile(found) and read_metadata(found).get("made") == key else None
 
 
 def load_generator(path):
