@@ -131,7 +131,7 @@ def eight_sides(shape, w, stage=2):
     return dict(image=to_uint8(torch.stack(images)), opacity=opacity, depth=depth)
 
 
-def made_objects(label, number, prompt, args):
+def made_objects(label, number, prompt, args, device):
     """What a row makes of a reference: {"image": uint8 (N, 8, 3, H, W), "opacity", "depth"}, kept in the run folder;
     trained first where it must be."""
     out = seed_folder(args)
@@ -145,7 +145,8 @@ def made_objects(label, number, prompt, args):
             made = []
             for again in range(EACH_DISTILLED):         # it has one object to show: more of them from other seeds
                 own = settings | dict(seed=args.seed + 1000 * again)
-                shape = distill_score(load_prior(prior), reference, ELEVATION, poses_around(250), Namespace(**own))
+                shape = distill_score(load_prior(prior, device), reference, ELEVATION, poses_around(250),
+                                      Namespace(**own))
                 made.append(eight_sides(shape, shape.style(torch.zeros(1, Z))))
             return {part: torch.cat([one[part] for one in made]) for part in made[0]}
         return cached(f"{out}/{name}.samples", dict(prior=file_id(prior), num=EACH_DISTILLED, **settings), draw)
@@ -175,7 +176,7 @@ def compare_rows(args):
     """Trains what is missing, draws and measures every row, and writes the table."""
     path = f"{args.results}/cad.json"
     check_places(args, "cad", ".json", ".md", "_sheet.png")
-    launch(args.threads or 1)           # as many as a row's training sets
+    device = cad.where_it_trains(launch(args.threads or 1))             # as many threads as a row's training sets
     stored_rows(path, args)
     load_prior(prior_path(args.prior, args.folder))
     judges = load_judges(f"{args.folder}/sets")
@@ -200,7 +201,7 @@ def compare_rows(args):
         sheet["reference"].append(held["image"][k, 0])
         keep(PERFECT, k, perfect.rgb[k:k + 1], Surface(*(part[k:k + 1] for part in whole[:3]), *whole[3:]))
         for label in todo:
-            drawn = made_objects(label, k, captions[k], args)
+            drawn = made_objects(label, k, captions[k], args, device)
             keep(label, k, drawn["image"] / 255, lifted_surface(drawn["opacity"], drawn["depth"]))
     table = stored_rows(path, args)
     lines = "\n".join(markdown_table(paired_cells({name: table[name] for name in (PERFECT, *ROWS) if name in table})))

@@ -62,16 +62,16 @@ class Batch(NamedTuple):
     azimuth: torch.Tensor               # (B,), of what is drawn, with elevation
     elevation: torch.Tensor
     fake_pose: torch.Tensor             # (B, 3), the same
-    generator: torch.Generator          # of the random numbers that follow
+    generator: torch.Generator          # of the CPU, of the random numbers that follow
 
 
 def gan_batch(samples, stage, step, args):
     """The Batch of a step: samples and poses are drawn with the chances that they have among the samples."""
-    generator = seeded_generator(GAN, args.seed, stage, step)
-    pick, of_fake = torch.randint(len(samples["image"]), (2, args.batch), generator=generator)
+    generator, device = seeded_generator(GAN, args.seed, stage, step), samples["image"].device
+    pick, of_fake = torch.randint(len(samples["image"]), (2, args.batch), generator=generator).to(device)
     azimuth, elevation = samples["azimuth"], samples["elevation"]
     return Batch(to_pixels(samples["image"][pick]), pose_numbers(azimuth[pick], elevation[pick]),
-                 torch.randn(args.batch, Z, generator=generator), azimuth[of_fake], elevation[of_fake],
+                 torch.randn(args.batch, Z, generator=generator).to(device), azimuth[of_fake], elevation[of_fake],
                  pose_numbers(azimuth[of_fake], elevation[of_fake]), generator)
 
 
@@ -88,7 +88,7 @@ def stage1_losses(nets, samples, step, share, args):
     real ones the second is the image at half the size. share: how many are augmented.
     """
     G, D, batch = nets["generator"], nets["discriminator"], gan_batch(samples, 1, step, args)
-    jitter = torch.rand(args.batch, (SIZE // 2) ** 2, SAMPLES_A_RAY, generator=batch.generator)
+    jitter = torch.rand(args.batch, (SIZE // 2) ** 2, SAMPLES_A_RAY, generator=batch.generator).to(batch.z.device)
     fake = torch.cat(G.draw(G.style(batch.z), batch.azimuth, batch.elevation, jitter), dim=1)       # (B, 6, H, W)
     real = torch.cat([batch.real, enlarged(F.avg_pool2d(batch.real, 2))], dim=1).requires_grad_()
     fakes, reals = augment(fake, share, batch.generator), augment(real, share, batch.generator)
@@ -105,7 +105,7 @@ def stage2_losses(nets, samples, step, share, args):
     with torch.no_grad():
         w = G.style(batch.z)
         whole, _ = G.draw(w, batch.azimuth, batch.elevation)
-    jitter = torch.rand(args.batch, WINDOW ** 2, SAMPLES_A_RAY, generator=batch.generator)
+    jitter = torch.rand(args.batch, WINDOW ** 2, SAMPLES_A_RAY, generator=batch.generator).to(batch.z.device)
     corner = torch.randint(SIZE - WINDOW + 1, (2, args.batch, 2), generator=batch.generator)
     fake, _, _ = G.draw_lifted(w, batch.azimuth, batch.elevation, jitter, corner[0])
     branch, real = windows(whole, corner[0]), windows(batch.real, corner[1]).requires_grad_()
@@ -131,7 +131,7 @@ def train_stage(stage, G, samples, judge, args):
     out, settings = f"{args.out}/{args.name}/stage{stage}", stage_settings(stage, args)
     steps = settings.steps
     torch.manual_seed(int(seeded_words(GAN, args.seed, 0, stage)[0] >> 1))
-    D = Discriminator(6, SIZE) if stage == 1 else Discriminator(3, WINDOW)
+    D = (Discriminator(6, SIZE) if stage == 1 else Discriminator(3, WINDOW)).to(samples["image"].device)
     of_G = {f"generator.{name}": p for name, p in G.named_parameters() if name.startswith("lift") == (stage == 2)}
     of_D = {f"discriminator.{name}": p for name, p in D.named_parameters()}
     optimizers = [torch.optim.Adam([dict(params=list(part.values()))], lr=args.lr, betas=(0.0, 0.99), fused=True)
@@ -156,8 +156,8 @@ def train_stage(stage, G, samples, judge, args):
                 optimizer.step()
             if stage == 1:
                 share.fill_(adapted(share.item(), real_scores))
-            for name, p in of_G.items():
-                averages[f"average.{name}"].lerp_(p.detach(), 1 - min(0.998, (step + 1) / (step + 10)))
+            newest = [p.detach() for p in of_G.values()]
+            torch._foreach_lerp_(list(averages.values()), newest, 1 - min(0.998, (step + 1) / (step + 10)))
             last = step + 1 == steps
             if last or (step + 1) % 20 == 0:
                 bar.set_postfix_str(f"discriminator {loss_D.item():.2f}, augmented {share.item():.2f}")
@@ -175,12 +175,17 @@ def train_stage(stage, G, samples, judge, args):
 # 6. Use
 
 
+def gan_noise(G, num, seed, number):
+    """z (num, Z), a function of seed and number alone, where the generator G is."""
+    return torch.randn(num, Z, generator=seeded_generator(GAN, seed, 0, number)).to(G.start.device)
+
+
 def invert(G, image, pose, judge, steps, each_layer=True):
     """The w (1, layers, W) with which the generator draws image (3, H, W) in [-1, 1] at pose (azimuth, elevation):
     one for each layer (w+), or the same for all."""
-    w = G.style(torch.randn(256, Z, generator=seeded_generator(GAN, 0, 0, 3))).mean(dim=0, keepdim=True).detach()
+    w = G.style(gan_noise(G, 256, 0, 3)).mean(dim=0, keepdim=True).detach()
     w = (w if each_layer else w[:, :1]).clone().requires_grad_()
-    pose, image = [torch.tensor([float(angle)]) for angle in pose], image[None]
+    pose, image = [torch.tensor([float(angle)], device=w.device) for angle in pose], image[None].to(w.device)
     optimizer = torch.optim.Adam([w], lr=0.03)
     for _ in range(steps):
         drawn, _, _ = G.draw_lifted(w.expand(-1, G.layers, -1), *pose)
@@ -194,28 +199,30 @@ def invert(G, image, pose, judge, steps, each_layer=True):
 @torch.no_grad()
 def turned(G, w, num=8):
     """Images uint8 (num, 3, H, W) of one w (1, layers, W) from num azimuths, and of the depth, bright where near."""
-    azimuth = 360 / num * torch.arange(num)
-    image, opacity, depth = G.draw_lifted(w.expand(num, -1, -1), azimuth, torch.full((num,), float(ELEVATION)))
+    azimuth = 360 / num * torch.arange(num, device=w.device)
+    image, opacity, depth = G.draw_lifted(w.expand(num, -1, -1), azimuth, torch.full_like(azimuth, ELEVATION))
     near = (0.5 - depth).clamp(0, 1) * opacity
-    return to_uint8(image), to_uint8(2 * near.expand(-1, 3, -1, -1) - 1)
+    return to_uint8(image).cpu(), to_uint8(2 * near.expand(-1, 3, -1, -1) - 1).cpu()
 
 
 def write_sheets(G, reference, judge, args):
     """Writes OUT/NAME.png: the reference, four objects from eight sides (the first also as depth, and as stage 1 drew
     it), a way between two of them, the reference inverted in w and w+; and with --mesh each object as GLB."""
-    w = G.style(torch.randn(4, Z, generator=seeded_generator(GAN, args.seed, 0, 4)))
+    w = G.style(gan_noise(G, 4, args.seed, 4))
+    azimuth, front = 45.0 * torch.arange(8, device=w.device), torch.zeros(8, device=w.device)
+    level = torch.full_like(azimuth, ELEVATION)
     rows = [("reference", to_uint8(reference)[None])]
     for k in range(4):
         image, depth = turned(G, w[k:k + 1])
         rows.append((f"object {k + 1}", image))
         if k == 0:
             with torch.no_grad():
-                before, _ = G.draw(w[:1].expand(8, -1, -1), 45.0 * torch.arange(8), torch.full((8,), float(ELEVATION)))
-            rows += [("its depth", depth), ("in stage 1", to_uint8(before))]
-    between = torch.lerp(w[:1], w[1:2], torch.linspace(0, 1, 8)[:, None, None])
+                before, _ = G.draw(w[:1].expand(8, -1, -1), azimuth, level)
+            rows += [("its depth", depth), ("in stage 1", to_uint8(before).cpu())]
+    between = torch.lerp(w[:1], w[1:2], torch.linspace(0, 1, 8, device=w.device)[:, None, None])
     with torch.no_grad():
-        way, _, _ = G.draw_lifted(between, torch.zeros(8), torch.full((8,), float(ELEVATION)))
-    rows.append(("from 1 to 2", to_uint8(way)))
+        way, _, _ = G.draw_lifted(between, front, level)
+    rows.append(("from 1 to 2", to_uint8(way).cpu()))
     for name, each_layer in (("reference in w", False), ("in w+", True)):
         own = invert(G, reference, (0, args.elevation), judge, args.invert_steps, each_layer)
         rows.append((name, turned(G, own)[0]))
@@ -230,11 +237,11 @@ def write_sheets(G, reference, judge, args):
 @torch.no_grad()
 def field_mesh(G, w, size=64, density=10.0):
     """Mesh of where the density of one w (1, layers, W) passes `density`."""
-    line = torch.linspace(-0.5, 0.5, size)
+    line = torch.linspace(-0.5, 0.5, size, device=w.device)
     points = torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1).view(1, -1, 3)
     matter, _ = G.field(G.planes(w, stage=2))(points)
     matter = F.pad(matter.view(size, size, size)[1:-1, 1:-1, 1:-1], (1,) * 6)       # nothing lies outside the cube
-    return surface_mesh(density - matter, 0.5)
+    return surface_mesh(density - matter.cpu(), 0.5)
 
 
 def read_reference(args):
@@ -261,7 +268,8 @@ def distill(args):
     for kept in (f"{folder}/samples.safetensors", f"{args.out}/sets/cad_00000000.safetensors"):
         check_out(kept)
     models = load_models(args)
-    launch(args.threads or before.get("threads"))
+    device = where_it_trains(launch(args.threads or before.get("threads")))
+    models = [model.to(device) for model in models]
     if args.mesh:
         check_out(f"{args.mesh}/{args.name}.glb", "--mesh")
     reference, judge = read_reference(args), train_feature_net(f"{args.out}/sets")
@@ -275,17 +283,23 @@ def distill(args):
         print(f"{args.name}: {args.num_poses} poses x {args.each} samples, refined and sorted; {args.steps} steps of "
               f"stage 1, {args.lift_steps} of stage 2, of {args.batch} images; into {folder}", flush=True)
         samples = reference_samples(models, reference, judge, args)
+        samples = {name: part.to(device) for name, part in samples.items()}
         torch.manual_seed(int(seeded_words(GAN, args.seed, 0, 0)[0] >> 1))
-        G = Generator()
+        G = Generator().to(device)
         for stage in (1, 2):
-            train_stage(stage, G, samples, judge, args)
+            train_stage(stage, G, samples, judge.to(device), args)
         weights = {name: p.half() for name, p in G.state_dict().items()}
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise FloatingPointError(f"{args.name}: weights too large for 16 bits: delete {folder}/stage*, and try a "
                                      "lower --lr")
         save_tensors(path, weights, made=key, command=args.command)
-    write_sheets(load_generator(found or path), reference, judge, args)
+    write_sheets(load_generator(found or path, device), reference, judge.to(device), args)
     del lock
+
+
+def where_it_trains(launched):
+    """The GPU, if it is one of CUDA, else the CPU: on Apple's none of this has been tried."""
+    return launched.device if launched.device.type == "cuda" else torch.device("cpu")
 
 
 def generator_key(reference, args):
@@ -302,11 +316,11 @@ def fitting_generator(key, args):
     return found if os.path.isfile(found) and read_metadata(found).get("made") == key else None
 
 
-def load_generator(path):
+def load_generator(path, device="cpu"):
     """The 3D generator in a file of this program."""
     G, (tensors, _) = Generator(), load_tensors(path)
     load_strictly(G, {name: tensor.float() for name, tensor in tensors.items()}, path)
-    return G.requires_grad_(False).eval()
+    return G.requires_grad_(False).eval().to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

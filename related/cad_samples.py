@@ -127,16 +127,16 @@ def kept_images(name, key, sampling, num, draw, out):
     return made["image"]
 
 
-def sampling_of(args, cfg_scale):
-    """The Sampling that the flags ask for, in the precision that is faster on this CPU."""
+def sampling_of(network, args, cfg_scale):
+    """The Sampling by a network that the flags ask for, on a CPU in the precision that is faster there."""
     return Sampling(cfg_scale=cfg_scale, num_steps=args.num_steps, seed=args.seed,
-                    dtype=choose_dtype(torch.device("cpu")))
+                    dtype=choose_dtype(network.dit.positions.device))
 
 
 def samples_of_prior(prior, reference, poses, key, args):
     """Step 1: what the prior draws of the reference (3, H, W) from the poses (azimuth, elevation (N,)), (N, 3, H, W) in
     [-1, 1]."""
-    sampling = sampling_of(args, args.view_scale)
+    sampling = sampling_of(prior, args, args.view_scale)
 
     def draw(rows, progress):
         of_rows = [angles[rows] for angles in poses]
@@ -149,7 +149,7 @@ def refined_samples(refiner, images, poses, key, args):
     """Step 2: images (N, 3, H, W) in [-1, 1] from the poses as the photographic model refines them, uint8."""
     if not args.strength:
         return to_uint8(images)
-    sampling = sampling_of(args, CFG_SCALE)
+    sampling = sampling_of(refiner, args, CFG_SCALE)
     net = train_surface_net(f"{args.out}/sets") if args.depth else None
 
     def draw(rows, progress):

@@ -74,7 +74,7 @@ def read_control(net, images, azimuth, elevation):
 def refine_by_depth(texturing, images, noise, maps, prompt, strength, sampling):
     """Images (N, 3, H, W) in [-1, 1] with noise like them, noised to `strength` of the steps and denoised by a
     texturing model of Realiz3D in real mode, under the maps that a SurfaceNet reads off them (`read_control`)."""
-    control, place = maps
+    control, place = [part.to(texturing.dit.positions.device) for part in maps]
     text, passes = tokenize([prompt]).expand(len(images), -1), 1 if sampling.cfg_scale == 1 else 2
     with texturing.dit.in_grid(place.repeat(passes)):                   # guidance doubles the batch
         return denoised_again(texturing, images, noise, text, strength * T, sampling, control=control)

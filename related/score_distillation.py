@@ -28,7 +28,7 @@ class OneObject(nn.Module):
 
     def style(self, z):
         """There is nothing to choose: zeros (B, 1, 1)."""
-        return torch.zeros(len(z), 1, 1)
+        return torch.zeros(len(z), 1, 1, device=z.device)
 
     def planes(self, w, stage=2):
         """(B, 3, C, n, n), the same for each w."""
@@ -41,7 +41,7 @@ def score_distillation_loss(images, noise, t, predict_noise):
     noise: eps, like images; t: a scalar tensor; predict_noise(x, t) -> eps like x.
     """
     with torch.no_grad():
-        off = predict_noise(add_noise(images, noise, t.expand(len(images))), t) - noise
+        off = predict_noise(add_noise(images, noise, t.expand(len(images))), t.to(images.device)) - noise
     return (1 - float(alphas_cumprod[t])) * (off * images).sum() / len(images)
 
 
@@ -49,29 +49,30 @@ def distill_score(prior, reference, reference_elevation, poses, args):
     """OneObject that the prior takes for the reference (3, H, W) in [-1, 1], seen from azimuth 0, at all poses
     (azimuth, elevation (P,)).
 
-    args: steps, batch, lr, scale (guidance on the reference), seed. Raises FloatingPointError at a loss that is not
-    finite.
+    args: steps, batch, lr, scale (guidance on the reference), seed. Works where the prior is, and returns the object
+    on the CPU. Raises FloatingPointError at a loss that is not finite.
     """
     torch.manual_seed(int(seeded_words(GAN, args.seed, 0, STAGE)[0] >> 1))
-    shape = OneObject()
+    device = prior.dit.positions.device
+    shape, reference = OneObject().to(device), reference.to(device)
     optimizer = torch.optim.Adam(shape.parameters(), lr=args.lr, betas=(0.9, 0.99))
-    null, domains = {"control": torch.zeros(1, 1, 7, SIZE, SIZE)}, domain_mode("real", prior.dit.config.depth)
+    null = {"control": torch.zeros(1, 1, 7, SIZE, SIZE, device=device)}
+    domains, text = domain_mode("real", prior.dit.config.depth), tokenize([""]).expand(args.batch, -1).to(device)
     for step in tqdm(range(args.steps), desc="score distillation"):
         generator = seeded_generator(GAN, args.seed, STAGE, step)
         pick = torch.randint(len(poses[0]), (args.batch,), generator=generator)
-        azimuth, elevation = poses[0][pick], poses[1][pick]
-        jitter = torch.rand(args.batch, SIZE ** 2, SAMPLES_A_RAY, generator=generator)
+        azimuth, elevation = [angles[pick].to(device) for angles in poses]
+        jitter = torch.rand(args.batch, SIZE ** 2, SAMPLES_A_RAY, generator=generator).to(device)
         image, _, _ = shape.draw_lifted(shape.style(azimuth), azimuth, elevation, jitter)
         numbers = pose_numbers(azimuth, elevation, torch.full_like(elevation, reference_elevation))
         control = view_control(reference.expand(len(pick), -1, -1, -1), numbers).float()
-        predict_noise = guided_noise(prior, null, domains, args.scale, control=control,
-                                     text=tokenize([""]).expand(len(pick), -1))
+        predict_noise = guided_noise(prior, null, domains, args.scale, control=control, text=text)
         t = torch.randint(T // 50, T * 49 // 50, (), generator=generator)
-        noise = torch.randn(image[:, None].shape, generator=generator)
+        noise = torch.randn(image[:, None].shape, generator=generator).to(device)
         loss = score_distillation_loss(image[:, None], noise, t, predict_noise)
         if not loss.isfinite():
             raise FloatingPointError(f"score distillation: the loss is not finite at step {step}: try a lower --lr")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return shape.requires_grad_(False)
+    return shape.requires_grad_(False).cpu()

@@ -28,7 +28,7 @@ def rays(azimuth, elevation, size):
     """Rays of the pixels of an image of size x size -> origins (B, M, 3) on the plane through the middle, directions
     (B, 3). Degrees, (B,) each."""
     right, up, forward = camera(azimuth, elevation)                                                 # (B, 3)
-    place = (torch.arange(size) + 0.5) / size * 2 - 1
+    place = (torch.arange(size, device=azimuth.device) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(place, place, indexing="ij")
     origins = x.flatten()[:, None] * right[:, None] - y.flatten()[:, None] * up[:, None]            # (B, M, 3)
     return EXTENT * origins, forward
@@ -58,7 +58,8 @@ def samples_on_rays(origins, direction, samples, jitter=None):
     the ray each stands for (B, M, 1). jitter: see `render_rays`."""
     near, far = cube_span(origins, direction)
     width = (far - near)[..., None] / samples
-    along = near[..., None] + width * (torch.arange(samples) + (0.5 if jitter is None else jitter))
+    places = torch.arange(samples, device=near.device) + (0.5 if jitter is None else jitter)
+    along = near[..., None] + width * places
     return origins[:, :, None] + along[..., None] * direction[:, None, None], along, width
 
 
@@ -248,7 +249,8 @@ class Discriminator(nn.Module):
 
 def augment(images, share, generator):
     """Each of the images (B, C, H, W), of three colours a picture, with probability `share` moved by up to an eighth,
-    white behind; likewise made up to 30 % darker or brighter; likewise more colourful or less. Differentiable."""
+    white behind; likewise made up to 30 % darker or brighter; likewise more colourful or less. Differentiable.
+    generator: of the CPU, as all of CAD's, so that a GPU draws the same."""
     B, C, size, _ = images.shape
     where = torch.rand(3, B, generator=generator) < share
     reach = size // 8
@@ -256,7 +258,8 @@ def augment(images, share, generator):
     moved = F.pad(images, (reach,) * 4, value=1.0)
     images = torch.stack([image[:, reach + dy:reach + dy + size, reach + dx:reach + dx + size]
                           for image, (dy, dx) in zip(moved, shift.tolist())])
-    darkness, color = 1 + where[1:] * (2 * torch.rand(2, B, generator=generator) - 1) * torch.tensor([[0.3], [1.0]])
+    change = where[1:] * (2 * torch.rand(2, B, generator=generator) - 1) * torch.tensor([[0.3], [1.0]])
+    darkness, color = 1 + change.to(images.device)
     images = 1 - (1 - images) * darkness[:, None, None, None]           # white stays white
     gray = images.view(B, C // 3, 3, size, size).mean(dim=2).repeat_interleave(3, dim=1)
     return gray + color[:, None, None, None] * (images - gray)
