@@ -19,6 +19,7 @@ from related.view_prior import draw_views, load_prior, new_prior, poses_around, 
 from sample import Sampling
 from support.files import load_tensors, read_metadata, save_tensors
 from support.pictures import to_pixels
+from toy.judge import FeatureNet
 from toy.poses import BAND, VIEWS_EACH, pose_numbers, pose_set, view_control
 from toy.render import Look, render
 from toy.world import VOCAB, WORLD_VERSION, exaggerated, sample_assets, take, uniforms
@@ -196,6 +197,20 @@ def test_the_losses_of_a_stage(stage, shipped_judges):
         D.score.bias += 9                                               # all looks real: G is content, D is not
     sure = losses(nets, samples, 1, 0.0, args)
     assert sure[0] < loss_G and sure[1] > 5 and sure[2].mean() > 5
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_stays_on_the_device_of_the_samples(stage):
+    """Checked on PyTorch's device without data, which refuses what lies elsewhere as a GPU does."""
+    samples, args = samples_and_flags()
+    samples = {name: part.to("meta") for name, part in samples.items()}
+    D = Discriminator(6, SIZE) if stage == 1 else Discriminator(3, WINDOW)
+    nets = dict(generator=Generator(), discriminator=D, judge=FeatureNet().eval())
+    losses = (stage1_losses, stage2_losses)[stage - 1]
+    for loss in losses({name: net.to("meta") for name, net in nets.items()}, samples, cad.R1_EVERY, 0.5, args):
+        assert loss.is_meta
+    with pytest.raises(RuntimeError, match="device"):
+        losses(nets, samples | {"azimuth": torch.zeros(6)}, 1, 0.5, args)
 
 
 def test_stage_2_is_compared_with_stage_1_in_the_same_window():
