@@ -191,8 +191,7 @@ def parse_args(argv=None):
     add("--rows", nargs="+", choices=ROWS, metavar="LABEL", help="only these rows (default: all)")
     add("--results", default="results", help="where the table and its picture go (default %(default)s)")
     add("--folder", default="runs/toy", help="run folder: sets, models, samples (default %(default)s)")
-    add("--train_flags", default="--dtype bfloat16", help="more flags for related.refany3d, as "
-        "--train_flags='%(default)s', the default")
+    add("--train_flags", default="", help="more flags for related.refany3d, as --train_flags='--steps 500'")
     args = parser.parse_args(argv)
     if args.num < 12:
         parser.error(f"--num must be at least 12, not {args.num}")

@@ -19,7 +19,8 @@ from support.launch import check_out
 from support.pictures import draw_points, save_image, side_by_side
 
 ORACLE = "perfect photos (oracle)"                                      # a row of every table: the best there is
-WORDS = ("commit", "device", "dtype")   # what stands among a seed's measures and is no number
+WORDS = ("commit", "device", "trained", "dtype")        # among a seed's measures, no numbers: the last two are the
+                                                        # precisions that it was trained and sampled in
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files and flags

@@ -145,9 +145,11 @@ def run_table(args):
         run_apart(todo, args)
         results, todo = table_rows(rows, read_results(f"{out}.json", args)), []
     for row in todo:
-        images = row_samples(row, trained_row(row, task, args, launched), task, held, sampling, base, device)
+        path = trained_row(row, task, args, launched)
+        images = row_samples(row, path, task, held, sampling, base, device)
         toy = measure(images / 255, held, judges, base_features, task, weights)
-        made = dict(commit=current_commit(), device=device.type, dtype=sampling.dtype or "float32")
+        trained = read_metadata(path)["settings"]["dtype"]
+        made = dict(commit=current_commit(), device=device.type, trained=trained, dtype=sampling.dtype or "float32")
         results = keep_row(row.label, images, toy | made, out, args)
     with locked(args.results):
         write_table(out, results, args)
@@ -231,8 +233,7 @@ def parse_args(argv=None):
     add("--rows", nargs="+", metavar="LABEL", help="only these rows (default: all)")
     add("--processes", type=within(1, 64), default=1, help="rows at a time, each in a process of one thread (default "
         "%(default)s)")
-    add("--train_flags", default="--dtype bfloat16", help="more flags for train_stage2.py, as "
-        "--train_flags='%(default)s', the default")
+    add("--train_flags", default="", help="more flags for train_stage2.py, as --train_flags='--steps 500'")
     args = parser.parse_args(argv)
     if args.processes > 1 and args.threads:
         parser.error("--processes gives each of them one thread: leave out --threads")
