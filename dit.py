@@ -2,7 +2,7 @@
 
 The network is PixArt-alpha's (Chen et al. 2023), the public text-to-image DiT (Peebles & Xie 2023) with the paper's
 epsilon objective, so that its weights can be loaded. Realiz3D adds three inputs to it (Sec. 4, B.2). Until they are
-trained, control and domain leave the base model exactly as it was; single images out of a grid are its own in any case:
+trained, control and domain leave the base model exactly as it was; an image that is no part of a grid it draws as ever:
 
     control  extra input channels of the patch embedder, their weights start at zero    (texturing: normals, positions)
     views    attention over all views of a grid, each with a learned encoding that starts at random

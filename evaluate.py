@@ -306,21 +306,24 @@ def paired_metrics(ours, theirs, names, weights=None):
     return dict(zip(metrics, means.tolist()))
 
 
+def features_for_distances(args, device):
+    """What the two distances are called, and features(images (N, 3, H, W) in [0, 1]) -> (N, F) that they are taken on:
+    Inception's where it is given, else those of the toy's network."""
+    if args.inception:
+        return ("FID", "KID"), load_inception(args.inception, device)
+    print("without --inception: FD and KD on the toy's own network at 32 pixels, which knows nothing but the toy world",
+          flush=True)
+    net = train_feature_net(args.folder)
+    return ("FD", "KD"), lambda images: net.features(F.interpolate(images, 32, mode="bilinear", antialias=True))
+
+
 def compare_folders(args):
     """Measures one folder of images against another and prints one line: distances of features always; PSNR, SSIM (and
     LPIPS) where the two hold the same names; CLIP score and consistency of the first folder where asked for."""
     device = launch(args.threads).device
     ours, theirs = find_images(args.ours, args.pattern), find_images(args.theirs, args.pattern)
     weights = load_lpips(args.lpips) if args.lpips else None
-    if args.inception:
-        names, features = ("FID", "KID"), load_inception(args.inception, device)
-    else:
-        print("without --inception: FD and KD on the toy's own network at 32 pixels, which knows nothing but the toy "
-              "world", flush=True)
-        names, net = ("FD", "KD"), train_feature_net(args.folder)
-
-        def features(images):
-            return net.features(F.interpolate(images, 32, mode="bilinear", antialias=True))
+    names, features = features_for_distances(args, device)
     paths = [f"{args.ours}/{name}" for name in ours]
     a = in_batches(paths, lambda images, _: features(images))
     b = in_batches([f"{args.theirs}/{name}" for name in theirs], lambda images, _: features(images))

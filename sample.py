@@ -121,9 +121,8 @@ def guided_noise(network, null, domains, cfg_scale, **inputs):
             t = t.expand(len(x))
             return network(x, t, domains=domains(t), **inputs)
         return predict_noise
-    both = {}                                                                                       # (2 B, ...)
-    for key, value in inputs.items():
-        both[key] = torch.cat([value, null[key].expand_as(value).to(value) if key in null else value])
+    empty = {key: null[key].expand_as(inputs[key]).to(inputs[key]) for key in null if key in inputs}
+    both = {key: torch.cat([value, empty.get(key, value)]) for key, value in inputs.items()}        # (2 B, ...)
 
     def predict_noise(x, t):
         t = t.expand(2 * len(x))
@@ -189,7 +188,7 @@ def sample_images(network, inputs, sampling=Sampling(), views=1, keys=None, prog
     shape = (views, config.channels, config.image_size, config.image_size)
     images, keys = [], range(len(inputs["text"])) if keys is None else keys
     if sampling.compile:
-        compile_blocks(network.dit.blocks)
+        compile_blocks(getattr(network, "blocks", network.dit.blocks))
     for rows in torch.arange(len(inputs["text"])).split(sampling.batch):
         x = initial_noise([keys[k] for k in rows], shape, sampling.seed).to(like)                   # (B, V, C, H, W)
         given = {key: inputs[key][rows].to(like.device) for key in ("text", "text_mask") if key in inputs}
@@ -351,12 +350,16 @@ def write_sheet(path, images, objects, task):
     where the objects have them (the toy's) their perfect photographs."""
     maps = objects.get("maps", objects.get("control")) if task == "texturing" else None
     rows = [] if maps is None else [("normals", to_uint8(maps[:, :, :3])), ("positions", to_uint8(maps[:, :, 3:]))]
-    rows += [(MODES.get(mode, f"s = {mode}" if isinstance(mode, float) else mode), to_uint8(grids))
-             for mode, grids in images.items()]
+    rows += [(row_label(mode), to_uint8(grids)) for mode, grids in images.items()]
     rows += [("a perfect photo", objects["photo"])] if task and "photo" in objects else []
     save_picture(path, [(label, grids.flatten(0, 1)) for label, grids in rows],
                  scale=1 if rows[-1][1].shape[-1] > 128 else 3,
                  column_titles=VIEWS * len(objects["text"]) if task else ())
+
+
+def row_label(mode):
+    """What a row of a picture is called: a domain mode, a number s, or another model's name."""
+    return f"s = {mode}" if isinstance(mode, float) else MODES.get(mode, mode)
 
 
 def save_views(folder, images, objects, names):
@@ -442,8 +445,10 @@ def check_flags(parser, args):
     """Ends with a line of usage at flags that no model makes sense of."""
     if args.object and args.prompt:
         parser.error("--object and --prompt both say what to draw: leave one of them out")
-    if args.real_set and (args.object or args.prompt or args.mesh or args.beside):
-        parser.error("--real_set draws its own captions: leave out --object, --prompt, --mesh and --beside")
+    of_pictures = "object prompt mesh beside domain spacing views textured task shifters out".split()
+    for flag in of_pictures if args.real_set else ():
+        if getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag} would do nothing: --real_set draws its own captions")
     for flag, needed in (("texture_size", "textured"), ("num_assets", "real_set")):
         if getattr(args, flag) and not getattr(args, needed):
             parser.error(f"--{flag} is of --{needed}, which is not there")
@@ -457,7 +462,7 @@ def check_flags(parser, args):
     for flag, path in (("views", args.views), ("textured", args.textured), ("real_set", args.real_set)):
         if path:
             check_out(path if flag == "real_set" else f"{path}/turntable.png", f"--{flag}")
-    if args.prompt and not args.text_encoder:                       # then it is in words of the toy world
+    if args.prompt and args.preset != "full" and not args.text_encoder:     # then it is in words of the toy world
         refuse_unknown_words(parser, args.prompt)
 
 

@@ -75,6 +75,7 @@ def parse_args(argv=None):
         refuse_unread(parser, args, ["real_steps"], "with a --real of your own")
     if args.preset == "full":
         refuse_unread(parser, args, ["real_steps", "sample_every", "picture_steps"], "with latents")
+    refuse_unread(parser, args, ["muon"], "in stage 1, where no block trains")
     if args.adapter == "switcher":
         refuse_unread(parser, args, ["rank"], "with --adapter switcher, which is of no rank")
     if not sees_both_domains(args.adapter):

@@ -187,6 +187,10 @@ def parse_args(argv=None):
     add("--benchmark", action="store_true", help="what an iteration costs, in place of training it; its flags: "
         "python -m experiments.benchmark --help")
     args = parse_training(parser, "train_stage2.py", argv)
+    if args.method != "realiz3d" or args.no_real_data:
+        refuse_unread(parser, args, ["no_freezing", "no_reassignment"], "without Realiz3D's real iterations")
+    if not METHODS[args.method].real_data:
+        refuse_unread(parser, args, ["no_real_data"], f"with --method {args.method}, which sees none")
     switches = [flag for flag in ("no_real_data", "no_freezing", "no_reassignment", "joint") if getattr(args, flag)]
     switches += [f"rank{args.rank}"] if args.rank else []
     args.name = args.name or "-".join([f"{args.method}_{args.task}", *switches])
@@ -200,6 +204,9 @@ def parse_args(argv=None):
     if args.method != "realiz3d":                       # layer-aware training and reassignment are Realiz3D's
         args.no_freezing = args.no_reassignment = True
     refuse_unread(parser, args, unread_flags(args), f"in what --name {args.name} trains")
+    if args.joint and not args.no_freezing:
+        parser.error("--joint trains the shifters, of which those before frozen blocks would move all the same: add "
+                     "--no_freezing")
     return args
 
 
@@ -236,7 +243,7 @@ def main(argv=None):
     launched = launch_training(args, "stage2", __name__ == "__main__")
     announce(args, launched)
     path = run_stage2(args, launched)
-    if launched.rank == 0:
+    if launched.rank == 0 and args.preset != "full":        # whose samples need encoders: docs/full.md
         print(f"to draw more: python sample.py --model {path}")
 
 

@@ -94,7 +94,11 @@ def convert_pixart(source, path="the state_dict"):
     for name in EMPTY_CAPTIONS:
         null_text = take_tensor(source, name, 2, path) if name in source else null_text
     for ours, theirs in pixart_table(source).items():
-        dims = {"": 2} if theirs.endswith("table") else {".weight": 4 if ours == "x_embedder" else 2, ".bias": 1}
+        dims = {".weight": 2, ".bias": 1}
+        if theirs.endswith("table"):
+            dims = {"": 2}
+        elif ours == "x_embedder":
+            dims[".weight"] = 4                     # a convolution
         for suffix, dim in dims.items():
             parts = [take_tensor(source, part + suffix, dim, path) for part in theirs.split()]
             if len({part.shape for part in parts}) > 1:

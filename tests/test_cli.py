@@ -145,6 +145,7 @@ def test_a_task_the_model_was_not_trained_for(tiny_run):
 
 
 def test_more_processes_than_data(tiny_run, tmp_path):
+    (tmp_path / "sets").symlink_to(tiny_run / "sets")
     flags = ("--out", tmp_path, "--base", tiny_run / "base.safetensors", *TINY_STAGE2, "--batch", 3)
     done = script("train_stage2.py", *flags, torchrun=2)
     assert done.returncode == 1 and "one step of 2 process(es) takes" in done.stderr

@@ -125,12 +125,12 @@ def test_stage_1_on_the_way_takes_the_flags_of_stage_2_but_its_own_defaults():
 
 def test_joint_training_has_no_stage_1_and_text_no_control(tiny_toy):
     out, seen = tiny_toy
-    run_main(train_stage2, "--out", out, "--joint", "--task", "text", *SHORT, *REAL)
+    run_main(train_stage2, "--out", out, "--joint", "--no_freezing", "--task", "text", *SHORT, *REAL)
     (trained,) = seen.values()
     assert parts(trained["learns"]) == {"dit", "shifters"} and "dit.control_embedder.weight" not in trained["learns"]
     assert "dit.view_encoding" in trained["learns"] and "control" not in trained["sets"]["syn"]
     assert not (out / "shifters.safetensors").exists()
-    model = load_network(str(out / "realiz3d_text-joint.safetensors"))
+    model = load_network(str(out / "realiz3d_text-no_freezing-joint.safetensors"))
     assert model.shifters.W_left.abs().max() > 0
     before = load_model(str(out / "base.safetensors"))
     half = before.control_embedder.weight.half().float()  # as the file keeps it

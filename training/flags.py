@@ -139,7 +139,11 @@ def fill_defaults(args, stage, launched):
     if args.workers is None:
         args.workers = 2 if on_cuda else 0
     args.loss = args.loss or ("even" if config.output_skip else "epsilon")
+    if args.loss == "even" and not config.output_skip:          # its weight at t = 999 would be 25,000
+        raise UsageError("--loss even is for networks whose output is corrected for the noise level: toy and small")
     args.images_per_grid = 1 if stage in ("base", "scenes", "view_prior") else config.num_views
+    if stage == "refany3d":                     # what a scene costs: with its views, each in colours and perhaps as map
+        args.images_per_grid = (1 + args.num_references) * (1 + args.points)
     for name, least in LEAST.items():
         value, most = getattr(args, name, None), MOST.get(name, math.inf)
         if value is not None and not least <= value <= most:

@@ -49,7 +49,7 @@ class Iteration:
     frozen_last_blocks: int = 0 # how many of the last blocks are frozen: layer-selective training (A.2)
     control_dropout: float = 0.0    # how often the maps are lost (black pixels), never together with the caption
     timesteps: tuple = (0, T, 1)    # (first, last, draws): t is the least of so many draws from [first, last)
-    opening: float = None       # RefAny3D's, which no other network has: how far the image sees its views
+    opening: float | None = None        # RefAny3D's, which no other network has: how far the image sees its views
 
     @property
     def of_network(self):
@@ -71,7 +71,7 @@ def training_step(model, optimizers, batch, iteration, null, args, lap=lambda pa
     - what the stage froze for good (requires_grad is False);
     - the first i blocks and, for i > 0, the patch, control and view embedders below them: there the forward pass builds
       no graph (layer-aware training; time and text embedders and the final layer train);
-    - what a single image does not use: the control embedder and, out of a grid, the view encoding;
+    - what a single image does not use: the control embedder and, where it stands in no grid, the view encoding;
     - the last blocks of A.2: the gradient passes them on its way down, and what it leaves there is dropped.
     Such a gradient is None, not zero, so that AdamW leaves parameter, moments and step count as they are.
 
@@ -81,23 +81,16 @@ def training_step(model, optimizers, batch, iteration, null, args, lap=lambda pa
     """
     if batch["x0"].shape[1] != iteration.views:
         raise ValueError(f"a {iteration.domain} iteration of {iteration.views} view(s) got {batch['x0'].shape[1]}")
-    dit = getattr(model, "module", model).dit
     parts, loss, bins = split_batch(batch, args.accumulate), 0, 0   # gradients add up to those of the whole batch
     for k, (share, part) in enumerate(parts):
-        x0, t, noise = part["x0"], part["t"], part["noise"]                                 # (B, V, C, H, W), (B,)
-        text = drop_text(part, null, args.text_dropout)
-        control = seen_control(part, iteration)                                             # None: the empty control
-        domains = iteration.domains(dit.config.depth, len(x0), x0.device)                   # (N_B, B)
         waits = isinstance(model, DistributedDataParallel) and k + 1 < len(parts)           # for the last part
         with model.no_sync() if waits else nullcontext():
-            with autocast(x0.device, args.dtype), dit.in_grid(part.get("places")):
-                prediction = model(add_noise(x0, noise, t), t, domains=domains, control=control, **text,
-                                   **iteration.of_network)
-                part_loss, part_bins = epsilon_loss(prediction, noise, t, even=args.loss == "even")
+            part_loss, part_bins = loss_of(model, part, iteration, null, args)
             lap("forward")
             (share * part_loss).backward()
         loss, bins = loss + share * part_loss.detach(), bins + part_bins
-    for block in dit.blocks[len(dit.blocks) - iteration.frozen_last_blocks:]:               # A.2; else none
+    blocks = getattr(model, "module", model).dit.blocks
+    for block in blocks[len(blocks) - iteration.frozen_last_blocks:]:                       # A.2; else none
         block.zero_grad(set_to_none=True)
     lap("backward")
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -108,6 +101,17 @@ def training_step(model, optimizers, batch, iteration, null, args, lap=lambda pa
         optimizer.zero_grad(set_to_none=True)
     lap("optimizer")
     return loss, bins
+
+
+def loss_of(model, batch, iteration, null, args):
+    """Forward pass and loss of a batch or a part of one: a scalar, and what it is made of, see `epsilon_loss`."""
+    dit, x0, t, noise = getattr(model, "module", model).dit, batch["x0"], batch["t"], batch["noise"]
+    text = drop_text(batch, null, args.text_dropout)
+    control = seen_control(batch, iteration)                                                # None: the empty control
+    domains = iteration.domains(dit.config.depth, len(x0), x0.device)                       # (N_B, B)
+    with autocast(x0.device, args.dtype), dit.in_grid(batch.get("places")):
+        prediction = model(add_noise(x0, noise, t), t, domains=domains, control=control, **text, **iteration.of_network)
+    return epsilon_loss(prediction, noise, t, even=args.loss == "even")     # autocast would round its sums
 
 
 def seen_control(batch, iteration):
@@ -183,7 +187,7 @@ def train(network, sets, null, plan, args, launched, preview=None):
                 torch._foreach_lerp_(list(ema.values()), newest, 1 - min(args.ema, (step + 1) / (step + 10)))
             log.add(step, iteration.domain, loss, bins, images)
             # on GPUs ranks ask each other where they wait for each other anyway
-            asking = device.type == "cpu" or world == 1 or step % args.log_every == 0
+            asking = device.type == "cpu" or world == 1 or (step + 1) % args.log_every == 0
             stopping = asking and agree(stop["now"], launched)
             saving = last or stopping or (step + 1) % args.save_every == 0
             if saving or (step + 1) % args.log_every == 0:      # first, as it raises at a loss that is not finite
@@ -217,7 +221,7 @@ def change_threads(step, log):
 
 
 def learning_rate(step, args):
-    """Linear warm-up, then a cosine down to zero at the last step."""
+    """A cosine from --lr to zero over all steps, times a linear warm-up."""
     warm = min(1, (step + 1) / max(1, args.warmup))
     return args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / args.steps))
 
@@ -249,6 +253,15 @@ def check_sets(sets, args, world):
                              f"{num}: use a smaller --batch or --nproc_per_node, or more data")
 
 
+def count_visits(domain, plan, steps):
+    """How many of the steps use a domain's set: the last one that does knows how many came before."""
+    for step in reversed(range(steps)):
+        iteration = plan(step)
+        if iteration.domain == domain:
+            return iteration.visit + 1
+    return 0
+
+
 def describe(network, params, sets, plan, args, launched, start):
     """Prints what follows from the settings before the first step."""
     if launched.rank > 0:
@@ -258,9 +271,7 @@ def describe(network, params, sets, plan, args, launched, start):
     seen = []
     for domain, dataset in sets.items():
         num, views = set_shape(dataset)
-        backwards = (plan(step) for step in range(args.steps - 1, -1, -1))
-        visits = next((iteration.visit + 1 for iteration in backwards if iteration.domain == domain), 0)
-        epochs = visits * images * launched.world / (num * views)
+        epochs = count_visits(domain, plan, args.steps) * images * launched.world / (num * views)
         seen.append(f"{domain} set of {num} x {views} image(s), {epochs:.3g} epochs")
     print(f"{args.name}: trains {trained:,} of {total:,} parameters, {args.steps - start} of {args.steps} steps of "
           f"{images} images x {launched.world} process(es) = {images * launched.world}, on {launched.device} in "

@@ -19,7 +19,7 @@ from geometry.camera import VIEWS
 from sample import Sampling
 from support.files import save_tensors
 from support.pictures import to_uint8
-from toy.world import asset_captions, sample_assets, tokenize
+from toy.world import WORLD_VERSION, asset_captions, sample_assets, tokenize
 
 
 def test_table_2_trains_samples_measures_and_goes_on(tmp_path, shipped_judges, monkeypatch, capsys):
@@ -79,6 +79,11 @@ def test_rows_in_processes_of_their_own(tmp_path, tiny_run):
     flags = " ".join(map(str, TINY_STAGE2)) + " --no-compile"
     command = ["table2", *"--num 2 --num_steps 2 --cfg_scale 1 --seed 3 --processes 3".split(), f"--train_flags={flags}"]
     command += ["--results", str(tmp_path), "--folder", str(tiny_run)]
+    few = data.photo_set(40, folder=tmp_path)                           # the thousand that each process would render
+    key = dict(kind="photos", num=1000, seed=data.SEEDS["photos"], size=32, version=WORLD_VERSION)
+    photos = {name: value.repeat(25, *[1] * (value.dim() - 1)) for name, value in few.items()}
+    kept = tiny_run / "sets" / f"photos_1000_32_{key['seed']}.safetensors"
+    save_tensors(str(kept), photos, key=key)
     (tiny_run / "seed3").mkdir()
     (tiny_run / "seed3" / "texturing-no_real_data.safetensors").write_bytes(b"damaged")
     rows = ["3 real data", "2 no real data", "5 = 3 + reassignment"]
@@ -91,6 +96,7 @@ def test_rows_in_processes_of_their_own(tmp_path, tiny_run):
     made = [(tiny_run / f"table2_3_{label.replace(' ', '_')}.log").read_text() for label in (rows[0], rows[2])]
     assert sum("shifters.safetensors, trained for" in text for text in made) == 2
     assert sum("stage1: done" in text for text in made) == 1                # the other one waited
+    kept.unlink()
 
 
 def test_sdedit_starts_from_the_images_of_syn_only(tmp_path, monkeypatch):

@@ -96,7 +96,7 @@ def test_killed_and_started_again_ends_with_the_same_tensors(full_run, what):
     write_toy_objects("objects", 24, 128)
     run(full.latents, "encode", "objects", "latents", *ENCODERS, "--size", 128, "--shard", 2)
     run(full.real_set, "real", *DRAW, "--num_steps", 20)
-    train = (*TRAIN, "--joint", "--steps", 150, "--save_every", 5)
+    train = (*TRAIN, "--joint", "--no_freezing", "--steps", 150, "--save_every", 5)
     command, whole = {
         "encode": (("full.latents", "encode", "objects", "cut", *ENCODERS, "--size", 128, "--shard", 2), "latents"),
         "real set": (("full.real_set", "cut", *DRAW, "--num_steps", 20), "real"),

@@ -10,6 +10,7 @@ import train_stage1
 import train_stage2
 from baselines.adapters import new_network
 from baselines.methods import METHODS
+from related import refany3d
 from support.launch import Launched
 from toy import pretrain
 from train_stage2 import stage2_plan
@@ -56,7 +57,8 @@ def test_every_method_sees_ten_epochs_of_the_synthetic_set(method, preset, world
 
 def test_training_without_real_data_is_as_long_in_renders():
     assert turns(filled(train_stage2, "stage2", "--preset", "full", "--no_real_data")) == (2344, 0)
-    assert turns(filled(train_stage2, "stage2", "--preset", "full", "--joint", "--real_warmup", 5)) == (2344, 2349)
+    longer = ("--preset", "full", "--real_warmup", 5)
+    assert turns(filled(train_stage2, "stage2", *longer)) == (2344, 2349)
 
 
 @pytest.mark.parametrize("adapter, domains", [("shifters", 2), ("switcher", 2), ("lora", 1), ("linear", 1)])
@@ -104,6 +106,8 @@ def test_every_default_is_one_that_is_allowed():
             assert None not in (args.steps, args.batch, args.lr, args.warmup, args.weight_decay, args.ema, args.loss)
             assert args.out == f"runs/{preset}" and args.workers == 0 and args.dtype is None
             assert args.images_per_grid == (1 if stage in ("base", "scenes") else 4)
+    assert filled(refany3d, "refany3d").images_per_grid == 18                # eight views and what is drawn, with maps
+    assert filled(refany3d, "refany3d", "--num_references", 1, "--no-points").images_per_grid == 2
     with pytest.raises(ValueError, match="preset full has no base training"):
         filled(pretrain, "base", "--preset", "full")
 

@@ -22,7 +22,7 @@ from domain_shifter import REAL, SYN, ShiftedDiT
 from support.files import load_tensors
 from train_stage2 import parse_args, stage2_plan
 from training.batches import with_noise
-from training.loop import Iteration, check_sets, describe, in_training, learning_rate, training_step
+from training.loop import Iteration, check_sets, describe, in_training, learning_rate, loss_of, training_step
 
 WORKER = "tests/training/train_worker.py"
 
@@ -81,7 +81,7 @@ def by_hand(batch, text_dropout, domains, control, frozen, even, grid):
 
 SYNTHETIC = Iteration("syn", 0, views=4, control=True)
 SINGLE = Iteration("real", 0, grid=2, reassigned_blocks=3, frozen_blocks=2)
-NO_IMAGE = ("control_embedder", "view_encoding")  # what a single image out of a grid does not use
+NO_IMAGE = ("control_embedder", "view_encoding")  # what a single image that stands in no grid does not use
 BELOW_2 = (*NO_IMAGE, "x_embedder", "blocks.0.", "blocks.1.")
 
 
@@ -97,8 +97,8 @@ BELOW_2 = (*NO_IMAGE, "x_embedder", "blocks.0.", "blocks.1.")
     ],
 )
 def test_a_step_is_what_the_paper_says(iteration, domains, loss, parts, still):
-    """Loss and weights after a step of plain gradient descent, against the same thing written out: single images see
-    no control and, out of a grid, no view; frozen blocks and what is below them stay as they were, bit for bit."""
+    """Loss and weights after a step of plain gradient descent, against the same thing written out: a single image sees
+    no control and, in no grid, no view; frozen blocks and what is below them stay as they were, bit for bit."""
     batch, text_dropout = random_batch(iteration, 3)
     control = batch["control"] if iteration.domain == "syn" else None
     frozen, grid = iteration.frozen_blocks, iteration.grid
@@ -119,6 +119,14 @@ def test_a_step_is_what_the_paper_says(iteration, domains, loss, parts, still):
             assert (moved - grads[name]).abs().max() < 1e-3 * grads[name].abs().max() + 1e-6, name
             assert moved.abs().max() > 0, name
         assert p.grad is None
+
+
+def test_what_is_logged_of_a_loss_in_bf16_is_not_rounded():
+    """The sums by timestep are those of the loss, to more digits than bf16 has."""
+    batch, _ = random_batch(SYNTHETIC, 3)
+    args = argparse.Namespace(text_dropout=0.1, dtype="bfloat16", loss="epsilon")
+    loss, (sums, counts) = loss_of(ShiftedDiT(random_model(), trained_shifters()), batch, SYNTHETIC, NULL, args)
+    assert counts.sum() == 3 and float(sums.sum()) / 3 == pytest.approx(float(loss), rel=1e-6)
 
 
 def test_a_long_gradient_is_clipped():

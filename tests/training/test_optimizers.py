@@ -13,7 +13,7 @@ from training.optimizers import Muon, make_optimizers, orthogonalized, orthogona
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tmp_path):
     """Shifters and all that is no matrix of a block stay with AdamW."""
     params = dict(ShiftedDiT(random_model(), trained_shifters()).named_parameters())
-    adamw, muon = make_optimizers(params, tiny_args(tmp_path, "--joint", "--muon"), ALONE)
+    adamw, muon = make_optimizers(params, tiny_args(tmp_path, "--joint", "--no_freezing", "--muon"), ALONE)
     mine = {name for name in params for p in muon.param_groups[0]["params"] if p is params[name]}
     ends = ("qkv.weight", "q.weight", "kv.weight", "proj.weight", "mlp.0.weight", "mlp.2.weight")
     assert mine == {name for name in params if name.startswith("dit.blocks.") and name.endswith(ends)}
