@@ -24,7 +24,7 @@ from sample import CFG_SCALE, Sampling, load_network, sample_images
 from support.files import cached, file_id, locked, read_metadata, run_or_shipped, write_json
 from support.launch import Launched, a_seed, launch, run_cli
 from support.pictures import save_picture, to_uint8
-from support.speed import choose_dtype
+from support.speed import choose_dtype, has_compiler
 from toy.judge import train_feature_net
 from toy.scenes import SCENES, scene_set
 from toy.world import WORLD_VERSION, Assets, exaggerated, sample_assets
@@ -113,7 +113,8 @@ def check_row(label, args):
 def drawn_row(label, scenes, args, device):
     """What a row draws of the cases, uint8 (N, K, 3, H, W), kept in the run folder; trained first where it must be."""
     base, (path, flags) = scenes_base(folder=args.folder), row_training(label, args)
-    sampling = Sampling(cfg_scale=CFG_SCALE, num_steps=args.num_steps, seed=args.seed, batch=16,
+    pays = device.type == "cpu" and args.num * args.num_steps >= 500 and has_compiler()
+    sampling = Sampling(cfg_scale=CFG_SCALE, num_steps=args.num_steps, seed=args.seed, batch=16, compile=pays,
                         dtype=choose_dtype(device))
     out = path.removesuffix(".safetensors")
     if ROWS[label] is not None and not os.path.isfile(path):
@@ -126,7 +127,7 @@ def drawn_row(label, scenes, args, device):
             return dict(image=to_uint8(sample_images(load_network(base, device), {"text": scenes["text"]}, sampling)))
         return dict(image=to_uint8(draw(load_refany3d(path, base, device), scenes, sampling)))
     key = dict(model=file_id(base if ROWS[label] is None else path), base=file_id(base), num=args.num,
-               steps=args.num_steps, cfg_scale=CFG_SCALE, seed=args.seed, version=WORLD_VERSION)
+               steps=args.num_steps, cfg_scale=CFG_SCALE, seed=args.seed, dtype=sampling.dtype, version=WORLD_VERSION)
     return cached(f"{out}.samples", key, sample)["image"]
 
 
@@ -154,7 +155,7 @@ def run_rows(args):
     judge = train_feature_net(sets, num=4000, steps=3000, world="scenes")
     photos = judge.features(scene_set(250, SEEDS["photos"], folder=sets)["image"][:, 0] / 255)
     print(f"{len(todo)} rows of {args.num} cases, seed {args.seed}, into {path}; a missing model is trained first, "
-          "half an hour on one core", flush=True)
+          "about an hour on one core", flush=True)
 
     def keep(label, drawn, given=scenes):
         row = measure_scenes(drawn, given, assets, sides) | judged(drawn[:, 0] / 255, scenes["labels"], judge, photos)

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from experiments.results import mean_of
+from geometry.camera import EXTENT
 from support.pictures import to_pixels
 from toy.render import Look, accent_color, backdrops, render, texture
 from toy.trace import gradient, nearest
 from toy.world import BACKGROUNDS, CATEGORIES, PALETTE, SHAPES, VOCAB
 
 LEAST = 12                              # pixels of an object below which it counts as not drawn
+LEAST_SCALE = 0.45                      # of an object in a scene, a little less than the scenes have
 
 
 def named_places(maps):
@@ -119,8 +121,8 @@ def surface_measures(point, on, assets, k):
     U, scales, Vh = torch.linalg.svd(fitted, full_matrices=False)
     camera = U @ Vh                                                                 # (3, 2): the nearest orthographic
     faces = (gradient(distance, point, abc) * torch.linalg.cross(*camera.T)[:, None]).sum(dim=0).mean() > 0
-    apart = place @ camera - pixel / scales.mean().clamp(min=1e-3)
-    apart = apart if faces else place                                               # of a mirrored asset: no camera
+    seen = pixel / scales.mean().clamp(min=LEAST_SCALE * len(on) / (2 * EXTENT))    # in the asset's units
+    apart = place @ camera - seen if faces else seen                                # of a mirrored asset: no camera
     return dict(surface=float(off), pose=float(apart.square().sum(dim=1).mean().sqrt()))
 
 

@@ -4,7 +4,6 @@
     python -m related.refany3d                                  # trains on the toy world, and shows held-out assets
     python -m related.refany3d --object 14 --prompt "a duck, sunset background"     # draws with what was trained
     python -m related.refany3d --mesh FILE.glb --prompt "a mug, sunset background"  # a textured mesh of your own
-    python -m related.refany3d --no-shared_positions            # an ablation; all are in experiments/references.py
     torchrun --nproc_per_node=8 -m related.refany3d --preset full --base BASE --synthetic DIR   # see full/scenes.py
     python -m related.refany3d --renders --shifters runs/toy/shifters.safetensors   # beyond both papers, see below
 
@@ -49,7 +48,7 @@ from training.loop import Iteration, save_trained, train
 from training.sets import base_model, base_path, null_caption, scenes_base
 
 SHOWN = 4                               # held-out assets of the picture
-OPENING = 0.2                           # of a training, in which the image comes to see its views
+OPENING = 0.2                           # of a training, in which the image goes from seeing itself alone to seeing all
 VIEW_COUNTS = (1, 2, 4, 6, 8)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,21 +63,22 @@ class References:
     shared_positions: bool = True       # whether a map has the positions of its image
     text_agnostic: bool = True          # whether the image's map is kept from the text
     domain_lora: bool = True
-    rank: int = 8                       # the paper's 16 of Flux's width 3072 would be 1 of the toy's 192
+    rank: int = 16                      # the paper's, of Flux's width 3072; in proportion it would be 1 of 192
     renders: bool = False               # whether it is trained on renders in place of photographs
     shifted: bool = False               # whether Realiz3D's Domain Shifters stand in the base model
 
 
 class LowRankMap(nn.Module):
-    """x (..., inputs) -> W_left W_right x (..., outputs): zero before training (Hu et al. 2021)."""
+    """Adds W_left W_right x to `out` of a linear map where `on`, (G, K, ..), is 1; zero at first (Hu et al. 2021)."""
 
     def __init__(self, inputs, outputs, rank):
         super().__init__()
         self.W_right = nn.Parameter(torch.randn(rank, inputs) / inputs ** 0.5)
         self.W_left = nn.Parameter(torch.zeros(outputs, rank))
 
-    def forward(self, x):
-        return x @ self.W_right.T @ self.W_left.T
+    def forward(self, out, x, on):
+        low = x @ self.W_right.T * on                                                               # (B, G, K, .., r)
+        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.W_left.T).view_as(out)
 
 
 class TwoLoRAs(nn.Module):
@@ -91,10 +91,10 @@ class TwoLoRAs(nn.Module):
 
     def forward(self, out, x):
         """x, out: (B, G, K, ..), what the linear map took and gave -> out with what the LoRAs add to it."""
-        out = torch.cat([out[:, :1], out[:, 1:] + self.reference(x[:, 1:])], dim=1)
-        if self.domain is None:
-            return out
-        return torch.cat([out[:, :, :1], out[:, :, 1:] + self.domain(x[:, :, 1:])], dim=2)
+        views, maps = x.new_zeros(2, *x.shape[1:3], *[1] * (x.dim() - 3))                           # (G, K, 1, ..)
+        views[1:], maps[:, 1:] = 1, 1
+        out = self.reference(out, x, views)
+        return out if self.domain is None else self.domain(out, x, maps)
 
 
 class BranchBlock(nn.Module):
@@ -121,8 +121,9 @@ class BranchBlock(nn.Module):
         _, G, K, N, _ = qkv.shape
         q, k, v = [attn.split_heads(part.flatten(1, 3)) for part in qkv.chunk(3, -1)]              # (B, h, G K N, d/h)
         q, k = attn.q_norm(q), attn.k_norm(k)
-        quiet = q.new_zeros(K * N, G * K * N)       # to the image all others together count as much as itself at first
-        quiet[:N, N:] = -math.log(G * K - 1)
+        quiet = q.new_zeros(K * N, G * K * N)                   # before training count
+        quiet[:N, N:] = -math.log(G * K - 1)                    # to the image all others as much as itself,
+        quiet[N:, K * N:] = -math.log(G - 1)                    # to its map all views as much as image and map
         drawn = attend(q[:, :, :K * N], k, v, quiet)                            # image and map: to all
         alone = attend(q[:, :, :N], k[:, :, :N], v[:, :, :N])                   # the image as the base model draws it
         image = alone + opening * (drawn[:, :, :N] - alone)
@@ -190,7 +191,7 @@ class RefAny3D(nn.Module):
         if self.config.text_agnostic:
             reads[0, 1:] = 0                                                    # the image's map
         shift = None if self.shifters is None else self.shifters(domains)                           # (N_B, B, d)
-        opening = x.new_tensor(opening)                     # for each number --compile would begin anew
+        opening = x.new_full((), opening)                   # for each number --compile would begin anew
         for k, (block, branch_block) in enumerate(zip(dit.blocks, self.blocks)):
             if shift is not None:
                 of_image = torch.zeros_like(h[:, :, :, :1])                                         # (B, G, K, 1, d)
@@ -249,8 +250,7 @@ def branches(scenes, config):
 
 
 def guided_by_views(view_scale, nothing):
-    """`guided_noise` with guidance on the views too, beside `nothing` (1, K, 1, C, H, W), with the text in both passes:
-    training never drops both."""
+    """`guided_noise` with guidance on the views too, beside `nothing` (1, K, V, C, H, W); the text stays in both."""
     def guide(network, null, domains, cfg_scale, control, **inputs):
         by_text = guided_noise(network, null, domains, cfg_scale, control=control, **inputs)
         with_views = guided_noise(network, null, domains, 1, control=control, **inputs)
@@ -401,7 +401,7 @@ def parse_args(argv=None):
     training_arguments(parser)
     add = parser.add_argument
     add("--num_references", type=int, default=8, choices=VIEW_COUNTS, help="V, views of the asset (default 8)")
-    add("--rank", type=int, default=8, help="of both LoRAs (default 8)")
+    add("--rank", type=int, default=16, help="of both LoRAs (default 16)")
     for name, what in (("points", "point maps, of the image and of the views"),
                        ("shared_positions", "a map has the positions of its image"),
                        ("text_agnostic", "the image's map does not see the text"), ("domain_lora", "Domain-LoRA")):

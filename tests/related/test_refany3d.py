@@ -76,8 +76,11 @@ def test_each_branch_attends_to_what_the_table_says():
     masks["alone"] = torch.tensor([[a == b == (0, 0) or a[0] > 0 or a == (0, 1) for b in names] for a in names])
     q, k, v = [attn.split_heads(z.flatten(1, 3)) for z in qkv.chunk(3, -1)]
     weights = attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) / q.shape[-1] ** 0.5
-    share = torch.tensor([[1 / 7 if a == (0, 0) != b else 1 for b in names] for a in names], dtype=torch.float64)
-    weights = weights + share.log()                         # to the image, seven others count as much as itself
+    def share(a, b):                    # to the image seven others count as much as itself, to its map three views
+        if a == (0, 0) != b:                                                    # as much as image and map
+            return 1 / 7
+        return 1 / 3 if a == (0, 1) and b[0] > 0 else 1
+    weights = weights + torch.tensor([[share(a, b) for b in names] for a in names], dtype=torch.float64).log()
     seen = {name: (weights.masked_fill(~mask, -1e30).softmax(-1) @ v).transpose(1, 2).flatten(2)
             for name, mask in masks.items()}
     want = seen["all"].clone()
