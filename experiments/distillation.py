@@ -28,7 +28,6 @@ from related.triplanes import SIZE, Z, rays, surface_depth
 from related.view_prior import load_prior, poses_around
 from sample import default_base, default_model
 from support.files import cached, file_id, locked, write_json, write_text
-from support.generators import GAN, seeded_generator
 from support.launch import a_seed, launch, run_cli, some_threads, within
 from support.pictures import save_picture, to_pixels, to_uint8
 from toy.judge import load_judges
@@ -134,27 +133,16 @@ def eight_sides(shape, w, stage=2):
 def made_objects(label, number, prompt, args, device):
     """What a row makes of a reference: {"image": uint8 (N, 8, 3, H, W), "opacity", "depth"}, kept in the run folder;
     trained first where it must be."""
-    out = seed_folder(args)
-    prior = prior_path(args.prior, args.folder)
     if ROWS[label] is None:
-        name, settings = f"sds_{number}", dict(steps=args.sds_steps, batch=4, lr=0.01, scale=args.sds_scale,
-                                               seed=args.seed)
-
-        def draw():
-            reference = to_pixels(evaluation_set(number + 1, folder=f"{args.folder}/sets")["image"][number, 0])
-            made = []
-            for again in range(EACH_DISTILLED):         # it has one object to show: more of them from other seeds
-                own = settings | dict(seed=args.seed + 1000 * again)
-                shape = distill_score(load_prior(prior, device), reference, ELEVATION, poses_around(250),
-                                      Namespace(**own))
-                made.append(eight_sides(shape, shape.style(torch.zeros(1, Z))))
-            return {part: torch.cat([one[part] for one in made]) for part in made[0]}
-        return cached(f"{out}/{name}.samples", dict(prior=file_id(prior), num=EACH_DISTILLED, **settings), draw)
+        return distilled_objects(number, args, device)
+    out = seed_folder(args)
     name = "-".join([f"cad_{number}", *ROWS[label].replace("--", "").split()])
-    flags = ["--object", str(number), "--prompt", prompt, "--out", out, "--name", name, "--prior", prior]
-    refiner = ("--depth_model", default_model(folder=args.folder)) if "--depth" in ROWS[label] else \
-        ("--base", default_base("toy", args.folder))
-    flags += refiner
+    flags = ["--object", str(number), "--prompt", prompt, "--out", out, "--name", name]
+    flags += ["--prior", prior_path(args.prior, args.folder)]
+    if "--depth" in ROWS[label]:
+        flags += ["--depth_model", default_model(folder=args.folder)]
+    else:
+        flags += ["--base", default_base("toy", args.folder)]
     flags += ["--seed", str(args.seed), "--threads", str(args.threads or 1), *ROWS[label].split()]
     flags += args.train_flags.split()
     row_args = cad.parse_args(flags)
@@ -167,9 +155,26 @@ def made_objects(label, number, prompt, args, device):
 
     def draw():
         G = cad.load_generator(path)
-        w = G.style(torch.randn(EACH, Z, generator=seeded_generator(GAN, args.seed, 0, 5)))
-        return eight_sides(G, w, stage)
-    return cached(f"{out}/{name}-{stage}.samples", dict(model=file_id(path), seed=args.seed), draw)
+        return eight_sides(G, G.style(cad.gan_noise(G, EACH, args.seed, 4)), stage)             # those of the sheet
+    key = dict(version=cad.GAN_VERSION, model=file_id(path), seed=args.seed)
+    return cached(f"{out}/{name}-{stage}.samples", key, draw)
+
+
+def distilled_objects(number, args, device):
+    """What score distillation makes of a reference, as `made_objects`."""
+    prior = prior_path(args.prior, args.folder)
+    settings = dict(steps=args.sds_steps, batch=4, lr=0.01, scale=args.sds_scale, seed=args.seed)
+
+    def draw():
+        reference = to_pixels(evaluation_set(number + 1, folder=f"{args.folder}/sets")["image"][number, 0])
+        made = []
+        for again in range(EACH_DISTILLED):             # it has one object to show: more of them from other seeds
+            own = Namespace(**settings | dict(seed=args.seed + 1000 * again))
+            shape = distill_score(load_prior(prior, device), reference, ELEVATION, poses_around(250), own)
+            made.append(eight_sides(shape, shape.style(torch.zeros(1, Z))))
+        return {part: torch.cat([one[part] for one in made]) for part in made[0]}
+    key = dict(version=cad.GAN_VERSION, prior=file_id(prior), num=EACH_DISTILLED, **settings)
+    return cached(f"{seed_folder(args)}/sds_{number}.samples", key, draw)
 
 
 def compare_rows(args):
@@ -191,7 +196,7 @@ def compare_rows(args):
 
     def keep(label, number, images, surface):
         row = measure_objects(images, surface, held["labels"][number], perfect.rgb[number], judges)
-        row = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        row = {name: value if math.isfinite(value) else None for name, value in row.items()} | {"device": device.type}
         sheet[label].append(to_uint8(2 * images[0, 1] - 1))
         with locked(args.results):
             table = stored_rows(path, args)

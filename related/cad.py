@@ -48,6 +48,7 @@ from training.flags import check_name, parse_training, refuse_unread
 from training.loop import signals_caught
 from training.states import Trained, hold, load_state, save_state, stored_speed
 
+GAN_VERSION = 1         # to be raised when the same weights would be drawn, or trained, otherwise
 R1_EVERY = 8            # steps between those with R1, which is weighed up for it (StyleGAN2)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,6 +117,15 @@ def stage2_losses(nets, samples, step, share, args):
     return F.softplus(-D(fake, batch.fake_pose)).mean() + args.branch_weight * alike, loss_D, real_scores.detach()
 
 
+def gan_step(losses, parts, optimizers):
+    """Generator and discriminator, {name: parameter} each, learn from their losses, at the weights that both had."""
+    for loss, part in zip(losses, parts):
+        for p, gradient in zip(part.values(), torch.autograd.grad(loss, list(part.values()))):
+            p.grad = gradient
+    for optimizer in optimizers:
+        optimizer.step()
+
+
 def stage_settings(stage, args):
     """The flags that decide what a stage learns from its samples, as `save_state` stores them."""
     own = dict(steps=args.steps) if stage == 1 else dict(steps=args.lift_steps, branch_weight=args.branch_weight)
@@ -139,7 +149,7 @@ def train_stage(stage, G, samples, judge, args):
     share = torch.zeros(1)                                              # of augmented images (ADA)
     averages = {f"average.{name}": p.detach().clone() for name, p in of_G.items()}
     trained = Trained(of_G | of_D | averages | {"share": share}, {}, optimizers)
-    made = dict(samples=checksum(samples), generator=checksum(dict(G.named_parameters())))
+    made = dict(version=GAN_VERSION, samples=checksum(samples), generator=checksum(dict(G.named_parameters())))
     start = load_state(out, trained, settings, 1, made)
     nets, losses = dict(generator=G, discriminator=D, judge=judge), (stage1_losses, stage2_losses)[stage - 1]
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=f"{args.name}, stage {stage}")
@@ -149,15 +159,11 @@ def train_stage(stage, G, samples, judge, args):
             if not (loss_G + loss_D).isfinite():
                 raise FloatingPointError(f"{args.name}, stage {stage}: the loss is not finite at step {step}: try "
                                          "another --gamma, a lower --lr or another --seed")
-            for loss, part in ((loss_G, of_G), (loss_D, of_D)):
-                for p, gradient in zip(part.values(), torch.autograd.grad(loss, list(part.values()))):
-                    p.grad = gradient
-            for optimizer in optimizers:
-                optimizer.step()
+            gan_step((loss_G, loss_D), (of_G, of_D), optimizers)
             if stage == 1:
                 share.fill_(adapted(share.item(), real_scores))
-            newest = [p.detach() for p in of_G.values()]
-            torch._foreach_lerp_(list(averages.values()), newest, 1 - min(0.998, (step + 1) / (step + 10)))
+            keep = min(0.998, (step + 1) / (step + 10))         # over the last ninth of the steps, at most 500
+            torch._foreach_lerp_(list(averages.values()), [p.detach() for p in of_G.values()], 1 - keep)
             last = step + 1 == steps
             if last or (step + 1) % 20 == 0:
                 bar.set_postfix_str(f"discriminator {loss_D.item():.2f}, augmented {share.item():.2f}")
@@ -235,7 +241,7 @@ def write_sheets(G, reference, judge, args):
 
 
 @torch.no_grad()
-def field_mesh(G, w, size=64, density=10.0):
+def field_mesh(G, w, size=64, density=5.0):
     """Mesh of where the density of one w (1, layers, W) passes `density`."""
     line = torch.linspace(-0.5, 0.5, size, device=w.device)
     points = torch.stack(torch.meshgrid(line, line, line, indexing="ij"), -1).view(1, -1, 3)
@@ -298,13 +304,14 @@ def distill(args):
 
 
 def where_it_trains(launched):
-    """The GPU, if it is one of CUDA, else the CPU: on Apple's none of this has been tried."""
+    """The GPU, if it is one of CUDA (this far checked on PyTorch's device "meta" alone), else the CPU, beside Apple's
+    too."""
     return launched.device if launched.device.type == "cuda" else torch.device("cpu")
 
 
 def generator_key(reference, args):
     """What a generator of the reference (3, SIZE, SIZE) is made from, as its file keeps it."""
-    key = dict(samples=samples_key(reference, args), pruning=args.pruning,
+    key = dict(version=GAN_VERSION, samples=samples_key(reference, args), pruning=args.pruning,
                stages=[vars(stage_settings(stage, args)) for stage in (1, 2)])
     return json.loads(json.dumps(key))
 

@@ -53,6 +53,13 @@ def refine(base, images, noise, azimuth, prompt, strength, sampling):
 # 3. Pose pruning
 
 
+def middle_of_others(table):
+    """Of (P, K, K) the median over the others, (P, K); of an even number of them the higher of the two in the middle.
+    """
+    itself = torch.eye(table.shape[1], dtype=torch.bool)
+    return table.masked_fill(itself, torch.nan).nanquantile(0.5, dim=2, interpolation="higher").nan_to_num()
+
+
 def agree_with_others(images, features, outline=0.75, meaning=0.6):
     """Which samples (P, K, 3, H, W) in [0, 1] agree with the other samples of their pose: (P, K) bool.
 
@@ -63,9 +70,7 @@ def agree_with_others(images, features, outline=0.75, meaning=0.6):
     both, count = shape @ shape.mT, shape.sum(dim=2)
     overlap = both / (count[:, :, None] + count[:, None] - both).clamp(min=1)                       # (P, K, K)
     alike = F.normalize(features, dim=2) @ F.normalize(features, dim=2).mT
-    itself = torch.eye(images.shape[1], dtype=torch.bool)
-    overlap, alike = [table.masked_fill(itself, torch.nan).nanquantile(0.5, dim=2, interpolation="higher").nan_to_num()
-                      for table in (overlap, alike)]                    # (P, K); of two others the better one
+    overlap, alike = middle_of_others(overlap), middle_of_others(alike)                             # (P, K)
     best = F.one_hot((overlap + alike).argmax(dim=1), images.shape[1]).bool()
     return (overlap >= outline) & (alike >= meaning) | best
 

@@ -4,7 +4,7 @@
 
 The generator knows no pose, the discriminator does. Symbols: B batch, C features of a plane, n its side, M rays or
 points, S samples of a ray. Cameras are the toy's, orthographic (geometry/camera.py); images are in [-1, 1], before
-white.
+white (stage 1's enlarged ones may pass it).
 """
 import math
 

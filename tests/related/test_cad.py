@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, random_model, refuses, run_main
+from conftest import ROOT, TINY, random_model, refuses, run_main
 from PIL import Image
 
 from dit import PRESETS, save_model
 from domain_shifter import DomainShifters, ShiftedDiT
-from geometry.camera import EXTENT, project
+from geometry.camera import AZIMUTHS, ELEVATION, EXTENT, project
 from geometry.hull import silhouette
+from geometry.mesh import mesh_views
 from related import cad, cad_samples, view_prior
 from related.cad import Batch, field_mesh, gan_batch, invert, read_reference, stage1_losses, stage2_losses, turned
 from related.cad_samples import agree_with_others, load_models, prior_path, reference_samples, refine, view_phrase
@@ -133,6 +134,16 @@ def test_the_shipped_generator_is_of_the_shipped_prior_and_todays_flags(tmp_path
     G, front = cad.load_generator(path), torch.tensor([[0.0], [20]])
     assert G.draw_lifted(G.style(torch.ones(1, Z)), *front)[0].isfinite().all()
     assert load_prior(prior_path(None, str(tmp_path))).dit.config.world == WORLD_VERSION
+
+
+def test_the_mesh_of_the_shipped_generator_is_what_it_draws():
+    G = cad.load_generator(str(ROOT / "weights/toy_cad_9.safetensors"))
+    w, azimuth = G.style(cad.gan_noise(G, 1, 0, 4)), torch.tensor(AZIMUTHS).float()
+    with torch.no_grad():
+        _, opacity, _ = G.draw_lifted(w.expand(4, -1, -1), azimuth, torch.full((4,), float(ELEVATION)))
+    drawn, meshed = opacity > 0.5, mesh_views(field_mesh(G, w), SIZE).mask[0] > 0.5                 # (4, 1, H, W)
+    overlap = (drawn & meshed).sum(dim=(1, 2, 3)) / (drawn | meshed).sum(dim=(1, 2, 3))
+    assert overlap.min() > 0.85, overlap
 
 
 def test_planted_bad_samples_are_dropped():
