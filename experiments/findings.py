@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import t
 
 from evaluate import DIGITS, formatted
-from experiments.results import seed_mean, stored_table, trained_rows
+from experiments.results import comparable, seed_mean, stored_table, trained_rows
 from support.files import write_text
 from support.launch import run_cli
 
@@ -116,7 +116,8 @@ def finding_line(finding, rows):
     """A claim with the toy's numbers as a line of Markdown."""
     claim, name, what, low, high = finding
     digits = DIGITS[what]
-    a, b = [seed_mean(rows[label], what) if label in rows else None for label in (low, high)]
+    both = comparable({label: rows[label] for label in (low, high) if label in rows})
+    a, b = [seed_mean(both[label], what) if label in both else None for label in (low, high)]
     numbers = f"{low}: {formatted(a, digits)} | {high}: {formatted(b, digits)}"
     if a is None or b is None:
         return f"| {claim} | {what} | {numbers} | | not measured yet |"

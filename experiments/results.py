@@ -146,6 +146,26 @@ def trained_rows(results):
     return {label: row for label, row in results.items() if row["toy"] and label != ORACLE}
 
 
+def comparable(rows):
+    """The rows with those seeds alone that all measured ones have, as all rows of one seed can be a decibel better than
+    of another; as they are where no seed is common to them."""
+    measured = [set(row["toy"]) for row in rows.values() if row["toy"]]
+    common = set.intersection(*measured) if measured else set()
+    if not common:
+        return rows
+    return {label: row | {"toy": {seed: toy for seed, toy in row["toy"].items() if seed in common}}
+            for label, row in rows.items()}
+
+
+def left_out(rows):
+    """A line on the seeds that `comparable` leaves out; "" where there are none."""
+    kept, of_seed = comparable(trained_rows(rows)), {}
+    for label in kept:
+        for seed in rows[label]["toy"].keys() - kept[label]["toy"].keys():
+            of_seed.setdefault(seed, []).append(label)
+    return "; ".join(f"seed {seed} of {', '.join(labels)}" for seed, labels in sorted(of_seed.items()))
+
+
 def markdown_table(cells):
     """Rows of words as aligned lines of Markdown; the first row is the head, the first column aligned to the left."""
     widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
@@ -223,10 +243,12 @@ different seeds. +-: deviation over the seeds."""
 
 def write_table(out, results, args):
     """Prints a table and writes it as OUT.md, and realism against consistency as OUT.png, a point a method."""
+    missing, results = left_out(results), comparable(results)
     lines = "\n".join(table_lines(results))
+    lines += f"\n\nNot counted until all rows have it: {missing}" if missing else ""
     print(lines)
     flags = [f"--{name} '{value}'" if " " in str(value) else f"--{name} {value}"
-             for name, value in measured_settings(args).items() if value is not None]
+             for name, value in measured_settings(args).items() if value not in (None, "")]
     write_text(f"{out}.md", f"# {args.table.replace('table', 'Table ')} on the toy world, beside the paper's\n\n"
                f"{LEGEND}\n\n{lines}\n\n`python -m experiments.tables {args.table} {' '.join(flags)}`; "
                "a further seed: `--seed 1 --rows ..`\n")

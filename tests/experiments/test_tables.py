@@ -14,7 +14,7 @@ import train_stage2
 from dit import PRESETS, save_model
 from experiments import tables
 from experiments.paper import PAPER1, PAPER_COLUMNS, TABLES
-from experiments.results import ORACLE, seed_folder, seed_mean, seed_noise, table_lines
+from experiments.results import ORACLE, comparable, left_out, seed_folder, seed_mean, seed_noise, table_lines
 from geometry.camera import VIEWS
 from sample import Sampling
 from support.files import save_tensors
@@ -61,7 +61,8 @@ def test_table_2_trains_samples_measures_and_goes_on(tmp_path, shipped_judges, m
     # another seed trains anew and stands beside the first
     tables.main([*command, "--seed", "1", "--rows", "3 real data", "4 = 3, shifted"])
     both, text = json.loads((tmp_path / "table2.json").read_text())["rows"], (tmp_path / "table2.md").read_text()
-    assert len(started) == 6 and "2 seeds" in text and "`python -m experiments.tables table2 --num 2 " in text
+    assert len(started) == 6 and "`python -m experiments.tables table2 --num 2 " in text
+    assert "Not counted until all rows have it: seed 1 of 3 real data, 4 = 3, shifted" in text and "2 seeds" not in text
     row = both["3 real data"]["toy"]
     assert row["0"] == first["3 real data"]["toy"]["0"] and row["1"]["KD_I"] != row["0"]["KD_I"]
     assert list(both["1 joint"]["toy"]) == ["0"]
@@ -121,6 +122,16 @@ def test_sdedit_starts_from_the_images_of_syn_only(tmp_path, monkeypatch):
     assert (images == to_uint8(-seen["images"])).all() and images.shape == (2, 4, 3, 32, 32)
     captions = [caption for caption in asset_captions(sample_assets(2, data.SEEDS["evaluation"])) for _ in VIEWS]
     assert torch.equal(seen["text"].flatten(0, 1), tokenize(captions))
+
+
+def test_rows_are_compared_in_the_seeds_that_all_have():
+    rows = {"a": dict(toy={"0": dict(psnr=1.0), "2": dict(psnr=9.0)}), "b": dict(toy={"0": dict(psnr=2.0)}),
+            "none": dict(toy={}), ORACLE: dict(toy={"0": {}, "1": {}, "2": {}})}
+    kept = comparable(rows)
+    assert {label: list(row["toy"]) for label, row in kept.items()} == {"a": ["0"], "b": ["0"], "none": [], ORACLE: ["0"]}
+    assert left_out(rows) == "seed 2 of a" and left_out(kept) == "" and seed_mean(kept["a"], "psnr") == 1.0
+    apart = {"a": rows["a"], "b": dict(toy={"1": dict(psnr=2.0)})}
+    assert comparable(apart) == apart and comparable({}) == {}
 
 
 def test_every_table_prints_before_and_after_its_rows_are_there():
