@@ -27,7 +27,7 @@ class Finding(NamedTuple):
     high: str
 
 
-MEASURED = """Columns of table1.md to table3.md, means over the seeds: KD_I (x1000; less: closer to photographs), psnr
+MEASURED = """Columns of table1.md to table3.md, means over shared seeds: KD_I (x1000; less: more realistic), psnr
 (dB; more: views agree), iou (silhouettes). By chance at most: what two rows differ by in 95 of 100 cases where nothing
 sets them apart."""
 FINDINGS = [Finding(*row) for row in (
