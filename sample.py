@@ -448,7 +448,7 @@ def check_flags(parser, args):
     of_pictures = "object prompt mesh beside domain spacing views textured task shifters out".split()
     for flag in of_pictures if args.real_set else ():
         if getattr(args, flag) != parser.get_default(flag):
-            parser.error(f"--{flag} would do nothing: --real_set draws its own captions")
+            parser.error(f"--{flag} would do nothing: --real_set draws its own captions, in trailing steps")
     for flag, needed in (("texture_size", "textured"), ("num_assets", "real_set")):
         if getattr(args, flag) and not getattr(args, needed):
             parser.error(f"--{flag} is of --{needed}, which is not there")
