@@ -158,7 +158,7 @@ def comparable(rows):
 
 
 def left_out(rows):
-    """A line on the seeds that `comparable` leaves out; "" where there are none."""
+    """The seeds that `comparable` leaves out, in words, with their rows; "" where there are none."""
     kept, of_seed = comparable(trained_rows(rows)), {}
     for label in kept:
         for seed in rows[label]["toy"].keys() - kept[label]["toy"].keys():
