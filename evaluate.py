@@ -34,6 +34,7 @@ from support.pictures import save_picture, to_uint8
 from support.speed import choose_dtype, has_compiler
 from toy.judge import load_judges, read, train_feature_net
 from toy.world import WORLD_VERSION, asset_captions, sample_assets, tokenize
+from training.flags import refuse_unread
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shape: is the object where the control says?
@@ -582,7 +583,10 @@ def parse_args(argv=None):
     sub.add_argument("--elevation", type=finite, default=ELEVATION, help="of the views, degrees (default %(default)s)")
     sub.add_argument("--extent", type=within(1e-6, 1e6, float), default=EXTENT, help="half the width of a view in the "
                      "maps' units (default %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "folders" and not args.positions:
+        refuse_unread(sub, args, ["azimuths", "elevation", "extent"], "without --positions")
+    return args
 
 
 def main(argv=None):

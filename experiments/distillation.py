@@ -22,7 +22,7 @@ from experiments.results import check_places, check_row_flags, kept_rows, markdo
 from experiments.scene_measures import LEAST
 from geometry.camera import ELEVATION
 from related import cad
-from related.cad_samples import prior_path
+from related.cad_samples import load_models, prior_path, reference_samples
 from related.score_distillation import distill_score
 from related.triplanes import SIZE, Z, rays, surface_depth
 from related.view_prior import load_prior, poses_around
@@ -35,6 +35,7 @@ from toy.render import Look, render
 from toy.world import asset_captions, exaggerated, sample_assets
 
 ROWS = {                                # flags of related.cad; "stage 1" is drawn by the generator of CAD
+    "samples":              "",         # what CAD's generator learns from: images, which no one object needs to fit
     "CAD":                  "",
     "stage 1 alone":        "",
     "without refinement":   "--strength 0",
@@ -130,9 +131,18 @@ def eight_sides(shape, w, stage=2):
     return dict(image=to_uint8(torch.stack(images)), opacity=opacity, depth=depth)
 
 
+def sampled_views(samples):
+    """Of samples, see `reference_samples`, those nearest to each of AZIMUTHS, as if of EACH objects: {"image": uint8
+    (EACH, 8, 3, H, W)}."""
+    turn = (samples["azimuth"] - torch.tensor(AZIMUTHS)[:, None] + 180) % 360 - 180                     # (8, N)
+    apart = turn.square() + (samples["elevation"] - ELEVATION).square()
+    nearest = apart.sort(dim=1, stable=True).indices[:, :EACH]                                          # (8, EACH)
+    return dict(image=samples["image"][nearest].transpose(0, 1))
+
+
 def made_objects(label, number, prompt, args, device):
-    """What a row makes of a reference: {"image": uint8 (N, 8, 3, H, W), "opacity", "depth"}, kept in the run folder;
-    trained first where it must be."""
+    """What a row makes of a reference: {"image": uint8 (N, 8, 3, H, W), and, where it is 3D, "opacity", "depth"}, kept
+    in the run folder; trained first where it must be."""
     if ROWS[label] is None:
         return distilled_objects(number, args, device)
     out = seed_folder(args)
@@ -146,7 +156,11 @@ def made_objects(label, number, prompt, args, device):
     flags += ["--seed", str(args.seed), "--threads", str(args.threads or 1), *ROWS[label].split()]
     flags += args.train_flags.split()
     row_args = cad.parse_args(flags)
-    key = cad.generator_key(cad.read_reference(row_args), row_args)
+    reference = cad.read_reference(row_args)
+    if label == "samples":
+        models = [model.to(device) for model in load_models(row_args)]
+        return sampled_views(reference_samples(models, reference, cad.train_feature_net(f"{out}/sets"), row_args))
+    key = cad.generator_key(reference, row_args)
     if not cad.fitting_generator(key, row_args):
         print(f"{label}: python -m related.cad {' '.join(flags)}", flush=True)
         cad.main(flags)                 # refuses one in its place that was made from something else
@@ -207,7 +221,8 @@ def compare_rows(args):
         keep(PERFECT, k, perfect.rgb[k:k + 1], Surface(*(part[k:k + 1] for part in whole[:3]), *whole[3:]))
         for label in todo:
             drawn = made_objects(label, k, captions[k], args, device)
-            keep(label, k, drawn["image"] / 255, lifted_surface(drawn["opacity"], drawn["depth"]))
+            surface = lifted_surface(drawn["opacity"], drawn["depth"]) if "depth" in drawn else None
+            keep(label, k, drawn["image"] / 255, surface)
     table = stored_rows(path, args)
     lines = "\n".join(markdown_table(paired_cells({name: table[name] for name in (PERFECT, *ROWS) if name in table})))
     print(lines)

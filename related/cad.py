@@ -48,7 +48,7 @@ from training.flags import check_name, parse_training, refuse_unread
 from training.loop import signals_caught
 from training.states import Trained, hold, load_state, save_state, stored_speed
 
-GAN_VERSION = 1         # to be raised when the same weights would be drawn, or trained, otherwise
+GAN_VERSION = 2         # to be raised when the same weights would be drawn, or trained, otherwise
 R1_EVERY = 8            # steps between those with R1, which is weighed up for it (StyleGAN2)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,9 +119,11 @@ def stage2_losses(nets, samples, step, share, args):
 
 def gan_step(losses, parts, optimizers):
     """Generator and discriminator, {name: parameter} each, learn from their losses, at the weights that both had."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     for loss, part in zip(losses, parts):
-        for p, gradient in zip(part.values(), torch.autograd.grad(loss, list(part.values()))):
-            p.grad = gradient
+        # not autograd.grad: what it gives may lie channels last in memory, and the fused Adam heeds no strides
+        loss.backward(inputs=list(part.values()))
     for optimizer in optimizers:
         optimizer.step()
 

@@ -73,6 +73,7 @@ NUMBERS = [
     (train_stage2, ("--method", "lora", "--stage1_steps", "9"), "--stage1_steps would do nothing"),
     (train_stage2, ("--joint", "--stage1_steps", "9"), "--stage1_steps would do nothing"),
     (train_stage2, ("--method", "lora", "--muon"), "--muon would do nothing"),
+    (evaluate, ("folders", "a", "b", "--extent", "0.7"), "--extent would do nothing"),
     (train_stage2, ("--method", "lora", "--no_reassignment"), "--no_reassignment would do nothing"),
     (train_stage2, ("--no_real_data", "--no_freezing"), "--no_freezing would do nothing"),
     (train_stage2, ("--method", "syn_only", "--no_real_data"), "--no_real_data would do nothing"),

@@ -10,7 +10,7 @@ from conftest import TINY, random_model, refuses, run_main
 from data import SEEDS
 from dit import PRESETS, save_model
 from experiments import distillation
-from experiments.distillation import AZIMUTHS, PERFECT, lifted_surface, measure_objects, paired_cells
+from experiments.distillation import AZIMUTHS, PERFECT, lifted_surface, measure_objects, paired_cells, sampled_views
 from geometry.camera import ELEVATION, camera
 from related import cad, cad_samples, view_prior
 from related.view_prior import poses_around
@@ -71,7 +71,7 @@ def test_a_table_of_three_rows(tmp_path, monkeypatch, shipped_judges):
     save_model(str(tmp_path / "base.safetensors"), small, random_model(small))
     run_main(view_prior, "--out", tmp_path, "--num_assets", 2, "--steps", 1, "--batch", 2, "--picture_steps", 1,
              "--threads", 1)
-    rows = ["CAD", "stage 1 alone", "score distillation"]
+    rows = ["samples", "CAD", "stage 1 alone", "score distillation"]
     short = "--each 3 --num_steps 1 --steps 1 --lift_steps 1 --batch 2 --invert_steps 1"
     monkeypatch.setattr(cad_samples, "poses_around", lambda num: poses_around(8))
     command = ["--objects", 1, "--rows", *rows, "--sds_steps", 2, "--threads", 1, "--folder", tmp_path, "--results",
@@ -81,7 +81,7 @@ def test_a_table_of_three_rows(tmp_path, monkeypatch, shipped_judges):
     assert list(table) == [PERFECT, *rows] and (tmp_path / "results" / "cad_sheet.png").exists()
     assert all("diversity" in table[label]["toy"]["0, 1"] for label in rows)   # they have several objects to show
     assert "diversity" not in table[PERFECT]["toy"]["0, 1"] and table[PERFECT]["toy"]["0, 1"]["covered"] > 0.9
-    assert table[PERFECT]["toy"]["0, 1"]["psnr_loo"] > 20
+    assert table[PERFECT]["toy"]["0, 1"]["psnr_loo"] > 20 and "psnr_loo" not in table["samples"]["toy"]["0, 1"]
     assert "| score distillation" in (tmp_path / "results" / "cad.md").read_text()
     before = (tmp_path / "cad_1.safetensors").read_bytes()
     run_main(distillation, *command)                                            # nothing is made again
@@ -95,18 +95,30 @@ def test_a_table_of_three_rows(tmp_path, monkeypatch, shipped_judges):
     run_main(distillation, *command, "--objects", 2, "--rows", "score distillation")        # another is added
     added = json.loads((tmp_path / "results" / "cad.json").read_text())["rows"]
     assert {label: list(row["toy"]) for label, row in added.items()} == \
-        {PERFECT: ["0, 1", "0, 2"], "CAD": ["0, 1"], "stage 1 alone": ["0, 1"], "score distillation": ["0, 1", "0, 2"]}
+        {PERFECT: ["0, 1", "0, 2"], "samples": ["0, 1"], "CAD": ["0, 1"], "stage 1 alone": ["0, 1"],
+         "score distillation": ["0, 1", "0, 2"]}
     refuses(distillation, [*command, "--sds_steps", 3], 1, "cad.json was made with")
-    refuses(distillation, [*command[:-1], "--results", tmp_path / "other"], 1, "cad_1.safetensors is no generator")
+    longer = [*command[:-1], "--results", tmp_path / "other"]
+    refuses(distillation, longer, 1, "samples.safetensors was made with other settings", "each 3 (now 4)")
+    refuses(distillation, [*longer, "--rows", "CAD"], 1, "cad_1.safetensors is no generator")
     model = (tmp_path / "base.safetensors").read_bytes()
     save_model(str(tmp_path / "base.safetensors"), small, random_model(small, seed=1))
-    refuses(distillation, command, 1, "cad_1.safetensors is no generator", "refining model")
+    refuses(distillation, [*command, "--rows", "CAD"], 1, "cad_1.safetensors is no generator", "refining model")
     (tmp_path / "base.safetensors").write_bytes(model)
     refuses(distillation, [*command, "--train_flags=--bogus 3"], 2, "--train_flags '--bogus 3'")
     refuses(distillation, [*command, "--train_flags=--object 3"], 2, "--train_flags must not name --object")
     refuses(distillation, [*command, "--prior", tmp_path / "none.safetensors"], 1, "none.safetensors")
     (tmp_path / "results" / "cad.json").write_text("[]")
     refuses(distillation, command, 1, "cad.json is no file of results")
+
+
+def test_the_samples_nearest_to_each_side():
+    """Sample k lies k degrees past a side, all around; those of the highest elevations are farther than they."""
+    azimuth = torch.cat([torch.arange(8) * 45.0 + k for k in (0.0, 1.0, -2.0, 3.0, 4.0)]) % 360
+    samples = dict(image=torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1), azimuth=azimuth,
+                   elevation=torch.tensor([ELEVATION] * 8 + [ELEVATION + 9.0] * 8 + [ELEVATION] * 24))
+    image = sampled_views(samples)["image"][..., 0, 0, 0]                       # (4, 8)
+    assert torch.equal(image, torch.arange(8)[None] + 8 * torch.tensor([0, 2, 3, 4])[:, None])
 
 
 def test_rows_are_compared_with_cad_case_by_case():
