@@ -50,6 +50,9 @@ def test_mistakes_show_where_they_should(ducks, shipped_judges):
     other = (views[:1] + 0.02 * torch.randn(views[:1].shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     assert measured(torch.cat([views[:1], other]))["diversity"] > 1e-3
     assert math.isnan(measured(views, 99)["diversity"])                         # none is of the category
+    other = views[:1].clone()
+    other[:, 1::2] = views[1:, 1::2]                                            # between the four sides nothing counts
+    assert measured(torch.cat([views[:1], other]))["diversity"] == pytest.approx(0, abs=1e-3)
     for faces in ([4], range(8)):                                               # two, and one to every side
         faced = views[:1].clone()
         faced[:, faces] = views[:1, :1]
