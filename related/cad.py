@@ -306,8 +306,7 @@ def distill(args):
 
 
 def where_it_trains(launched):
-    """The GPU, if it is one of CUDA (this far checked on PyTorch's device "meta" alone), else the CPU, beside Apple's
-    too."""
+    """The GPU, if it is one of CUDA, else the CPU, beside Apple's too."""
     return launched.device if launched.device.type == "cuda" else torch.device("cpu")
 
 
