@@ -4,9 +4,9 @@
     python -m experiments.distillation --objects 3 7 --seed 1 --rows CAD "score distillation"
 
 Each row makes a 3D object, or many, of each reference: held-out assets, as renders. Of each reference four objects are
-drawn from eight sides, two by score distillation. Adds to results/cad.json, by seed and reference, so that the table
-can be made in pieces; beside a row's means stands how far they are from CAD's on the same references. Also writes
-cad.md, and a sheet of the references of this run.
+drawn from eight sides, two by score distillation; the row "samples" has what CAD learns from, no objects. Adds to
+results/cad.json, by seed and reference, so that the table can be made in pieces; beside a row's means stands how far
+they are from CAD's on the same references. Also writes cad.md, and a sheet of the references of this run.
 """
 import argparse
 import math

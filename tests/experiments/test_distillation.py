@@ -65,7 +65,7 @@ def test_mistakes_show_where_they_should(ducks, shipped_judges):
     assert measured(red)["chroma"] == pytest.approx((2 / 3) ** 0.5, abs=1e-5)
 
 
-def test_a_table_of_three_rows(tmp_path, monkeypatch, shipped_judges):
+def test_a_table_of_four_rows(tmp_path, monkeypatch, shipped_judges):
     small = replace(TINY, image_size=32, depth=2)
     monkeypatch.setitem(PRESETS, "toy", small)
     monkeypatch.setattr(cad, "train_feature_net", lambda *args: shipped_judges.net)
@@ -116,7 +116,7 @@ def test_a_table_of_three_rows(tmp_path, monkeypatch, shipped_judges):
 
 
 def test_the_samples_nearest_to_each_side():
-    """Sample k lies k degrees past a side, all around; those of the highest elevations are farther than they."""
+    """Five rounds of eight samples, up to 4 degrees beside the sides; the second, seen from above, is the farthest."""
     azimuth = torch.cat([torch.arange(8) * 45.0 + k for k in (0.0, 1.0, -2.0, 3.0, 4.0)]) % 360
     samples = dict(image=torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1), azimuth=azimuth,
                    elevation=torch.tensor([ELEVATION] * 8 + [ELEVATION + 9.0] * 8 + [ELEVATION] * 24))
