@@ -292,8 +292,9 @@ def folder_consistency(images, positions, azimuths, elevation, extent, lpips_wei
 
 
 def paired_metrics(ours, theirs, names, weights=None):
-    """Means of PSNR, SSIM (and LPIPS, given its weights) of the images `names` in two folders: {metric: value}."""
-    metrics = {"PSNR": psnr, "SSIM": ssim}
+    """Means of PSNR (of a pair at most 100), SSIM (and LPIPS, given its weights) of the images `names` in two folders:
+    {metric: value}."""
+    metrics = {"PSNR": lambda ours, theirs: psnr(ours, theirs).clamp(max=100), "SSIM": ssim}
     if weights:
         metrics["LPIPS"] = partial(lpips, weights=weights)
 

@@ -96,6 +96,9 @@ def stage1_path(args, launched):
         made = read_metadata(path).get("settings")
         if launched.rank == 0 and isinstance(made, dict):
             print(f"stage 1: {path}, trained for {made.get('steps')} steps with seed {made.get('seed')}", flush=True)
+        if args.stage1_steps and isinstance(made, dict) and made.get("steps") != args.stage1_steps:
+            raise ValueError(f"{path} was trained for {made.get('steps')} steps, not --stage1_steps "
+                             f"{args.stage1_steps}: delete it, and stage 1 is trained anew, or use another --out")
         return path
     if args.preset == "full" or args.shifters:
         raise FileNotFoundError(f"no {args.adapter} at {path}: train with train_stage1.py --preset {args.preset} "
@@ -137,7 +140,8 @@ def run_stage2(args, launched):
     losses = train(network, sets, null_caption(network.dit, sets["syn"]), stage2_plan(args, network.dit.config.depth),
                    args, launched, object_preview(network, args))
     keep = ("model", "shifters", "adapter") if METHODS[args.method].kept else ("model",)
-    return save_trained(f"{args.out}/{args.name}.safetensors", network, args, losses, launched, keep)
+    return save_trained(f"{args.out}/{args.name}.safetensors", network, args, losses, launched, keep,
+                        base_path(args))
 
 
 def object_preview(network, args):
@@ -219,7 +223,7 @@ def unread_flags(args):
     if not METHODS[args.method].backbone:
         unread += ["muon"]
     if args.no_real_data:
-        unread += ["real", "real_steps", "real_warmup"]
+        unread += ["real_warmup"] if trains_stage1 else ["real", "real_steps", "real_warmup"]
     if args.real:
         unread += ["real_steps"]
     if args.preset == "full":                           # its sets and stage 1 are made by hand, and latents not drawn

@@ -9,7 +9,6 @@ The measures are in scene_measures.py. Half of the cases are assets that no trai
 the one background that each was never shown before. Writes results/refany3d.json and .md, and a sheet.
 """
 import argparse
-import json
 import os
 
 import torch
@@ -30,7 +29,7 @@ from toy.scenes import SCENES, scene_set
 from toy.world import WORLD_VERSION, Assets, exaggerated, sample_assets
 from training.flags import fill_defaults
 from training.sets import scenes_base
-from training.states import training_settings
+from training.states import other_settings
 
 ROWS = {                                # what is trained: flags of related.refany3d; None: nothing, the base model
     "text only":                        None,
@@ -100,14 +99,13 @@ def check_row(label, args):
     path, flags = row_training(label, args)
     if ROWS[label] is None or not os.path.isfile(path):
         return
-    made, asked = read_metadata(path).get("settings"), json.loads(json.dumps(training_settings(parse_row(flags))))
+    made, asked = read_metadata(path).get("settings"), parse_row(flags)
     if not isinstance(made, dict):
         raise ValueError(f"{path} holds no RefAny3D: name another --folder, or delete it")
-    asked["base_file"] = file_id(scenes_base(folder=args.folder))[1]
-    other = [f"{name} {made[name]} (now {value})" for name, value in asked.items()
-             if name in made and value not in (None, made[name])]                       # None: what is fastest here
+    asked.base_file = file_id(scenes_base(folder=args.folder))[1]
+    other = other_settings(made, asked)
     if other:
-        raise ValueError(f"{path} was trained with {', '.join(other)}: name another --folder, or delete it")
+        raise ValueError(f"{path} was trained with {other}: name another --folder, or delete it")
 
 
 def drawn_row(label, scenes, args, device):

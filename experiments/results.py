@@ -97,12 +97,17 @@ def is_table(stored):
 def table_rows(rows, stored):
     """The rows of a results file before this run: {label: dict of what makes it, the paper's numbers, the toy's}.
 
-    Raises ValueError where it holds a row of another table or version, which would be lost.
+    Raises ValueError where it holds a row of another table or version, which would be lost, or one made otherwise.
     """
     unknown = stored.keys() - {row.label for row in rows} - {ORACLE}
     if unknown:
         raise ValueError(f"the results hold rows that the table has not: {', '.join(sorted(unknown))}; name another "
                          "folder with --results")
+    for row in rows:
+        made = stored.get(row.label, {})
+        if made.get("toy") and (made.get("flags"), made.get("mode")) != (row.flags, row.mode):
+            raise ValueError(f"the results of {row.label!r} are of '{made.get('flags')}', {made.get('mode')}, not of "
+                             f"'{row.flags}', {row.mode}; name another folder with --results")
     results = {row.label: dict(paper=dict(zip(PAPER_COLUMNS, row.paper)), flags=row.flags, mode=row.mode,
                                toy=stored.get(row.label, {}).get("toy", {})) for row in rows}
     results[ORACLE] = dict(paper=dict.fromkeys(PAPER_COLUMNS), flags=None, mode="",
@@ -207,7 +212,7 @@ def table_lines(results):
         ours = [mean_and_deviation(row, name, digits) for name, digits in columns.items()]
         theirs = [formatted(value, 2 if value and value > 10 else 4) for value in row["paper"].values()]
         cells.append([label + seeds, *ours, *theirs])
-    noise = {name: seed_noise(results, name) for name in columns}
+    noise = {name: seed_noise(trained_rows(results), name) for name in columns}
     if any(noise.values()):
         cells.append(["deviation between seeds", *(formatted(noise[name], digits) for name, digits in columns.items()),
                       *[""] * len(PAPER_COLUMNS)])

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import data
 import train_stage2
+from baselines.methods import METHODS
 from baselines.sdedit import sdedit
 from evaluate import asked_sampling, base_images, load_toy, measure, measured_settings, measuring_flags
 from experiments.paper import TABLES
@@ -39,7 +40,8 @@ from support.pictures import save_picture, to_pixels, to_uint8
 from toy.judge import load_judges
 from toy.world import WORLD_VERSION
 from training.estimate import choose, resumed
-from training.flags import fill_defaults, stage1_comes_first, stage1_folder
+from training.flags import fill_defaults, stage1_comes_first, stage1_file, stage1_folder
+from training.states import other_settings
 
 # flags of train_stage2.py that the rows, or flags of this command, decide
 OF_THE_ROWS = {"--out", "--name", "--base", "--task", "--seed", "--threads", "--method", "--joint", "--rank",
@@ -64,6 +66,9 @@ def trained_row(row, task, args, launched):
     more += ["--threads", str(args.threads)] if args.threads else []
     more += ["--compile"] if launched.device.type == "cpu" and has_compiler() else []
     training = fill_defaults(train_stage2.parse_args(more + flags), "stage2", launched)
+    check_trained(path, training, flags)
+    if METHODS[training.method].stage1 and not training.joint and not training.shifters:
+        check_trained(stage1_file(training), train_stage2.stage1_flags(training, launched))
     if stage1_comes_first(training) and not os.path.isfile(path):
         with locked(f"{out}/{stage1_folder(training.adapter, training.rank)}"):
             if stage1_comes_first(training):
@@ -74,12 +79,25 @@ def trained_row(row, task, args, launched):
             print(f"{row.label}: python train_stage2.py {' '.join(more + flags)}", flush=True)
             torch.compiler.reset()          # what was compiled for the last model counts against this one's limit
             train_stage2.main(more + flags)
-    made = str(read_metadata(path).get("command")).split()
-    missing = [word for word in flags if word not in made]
-    if missing:
-        raise ValueError(f"{path} was trained by '{' '.join(made)}', without {' '.join(missing)}: name another "
-                         "--folder, or delete it")
     return path
+
+
+def check_trained(path, asked, flags=()):
+    """Raises ValueError where there is a model or shifters at path that were trained with other settings than asked,
+    without some of the flags, which name the sets too, or beside another base model."""
+    if not os.path.isfile(path):
+        return
+    made = read_metadata(path)
+    words = str(made.get("command")).split()
+    missing = [word for word in flags if word not in words]
+    if missing:
+        raise ValueError(f"{path} was trained by '{' '.join(words)}', without {' '.join(missing)}: name another "
+                         "--folder, or delete it")
+    other = other_settings(made.get("settings") or {}, asked)
+    if made.get("base") and made["base"][1] != file_id(asked.base)[1]:      # models of earlier commits do not say
+        other = f"another base model, {made['base'][0]}"
+    if other:
+        raise ValueError(f"{path} was trained with {other}: name another --folder, or delete it")
 
 
 def flags_for(row, args):
@@ -140,18 +158,19 @@ def run_table(args):
     print(f"{len(todo)} rows on {args.num} held-out objects, seed {args.seed}; into {out}.json; a missing model is "
           "trained first, about ten minutes on one core", flush=True)
     perfect = measure(held["photo"] / 255, held, judges, base_features, task, weights)
-    results = keep_row(ORACLE, held["photo"], perfect, out, args)
+    keep_row(ORACLE, held["photo"], perfect, out, args)
     if args.processes > 1:
         run_apart(todo, args)
-        results, todo = table_rows(rows, read_results(f"{out}.json", args)), []
+        todo = []
     for row in todo:
         path = trained_row(row, task, args, launched)
         images = row_samples(row, path, task, held, sampling, base, device)
         toy = measure(images / 255, held, judges, base_features, task, weights)
         trained = read_metadata(path)["settings"]["dtype"]
         made = dict(commit=current_commit(), device=device.type, trained=trained, dtype=sampling.dtype or "float32")
-        results = keep_row(row.label, images, toy | made, out, args)
+        keep_row(row.label, images, toy | made, out, args)
     with locked(args.results):
+        results = table_rows(rows, read_results(f"{out}.json", args))       # with what others have added meanwhile
         write_table(out, results, args)
         shown = data.shown_objects(args.num)
         sheet = {"renders": held["image"][shown], ORACLE: held["photo"][shown]} | read_samples(f"{out}.samples")
@@ -172,8 +191,11 @@ def run_apart(rows, args):
         command = [sys.executable, "-m", "experiments.tables", args.table, *flags, "--threads=1", "--rows", row.label]
         with open(log, "w") as file:
             return row.label, log, subprocess.run(command, stdout=file, stderr=file).returncode
-    first = [row.flags for row in rows]      # rows of a model that another row trains come last: they would wait for it
-    rows, failed = sorted(rows, key=lambda row: first.index(row.flags) < rows.index(row)), []
+    models, failed = {}, []
+    for row in rows:
+        models.setdefault(row.flags, []).append(row)
+    rows = [first for first, *_ in models.values()]         # a second row of a model would wait while that is trained
+    rows += [row for _, *others in models.values() for row in others]
     with ThreadPool(args.processes) as pool:
         for label, log, code in tqdm(pool.imap_unordered(run, rows), desc=args.table, unit="row", total=len(rows)):
             tqdm.write(f"{label}: {f'failed, see {log}' if code else 'done'}")
@@ -183,8 +205,8 @@ def run_apart(rows, args):
 
 
 def keep_row(label, images, toy, out, args):
-    """Adds a row's measures to OUT.json, and of seed 0 its shown objects to OUT.samples; returns all rows, with those
-    that other processes, of other rows or seeds, have added meanwhile."""
+    """Adds a row's measures to OUT.json, beside what other processes, of other rows or seeds, have added meanwhile, and
+    of seed 0 its shown objects to OUT.samples."""
     toy = {name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in toy.items()}
     with locked(args.results):
         if args.seed == 0:                      # before the row counts as done
@@ -193,7 +215,6 @@ def keep_row(label, images, toy, out, args):
         results = table_rows(TABLES[args.table][1], read_results(f"{out}.json", args))
         results[label]["toy"][str(args.seed)] = toy
         write_json(f"{out}.json", dict(settings=table_settings(args), rows=results))
-    return results
 
 
 def read_samples(path):

@@ -27,9 +27,9 @@ def write_latent_real_set(out, base, synthetic, text_encoder, sampling, launched
 
     out: folder, to which a shard for each shard of `synthetic` goes, a folder of `encode_objects`. base: the file of a
     model of latents. text_encoder: folder, as there. sampling: Sampling, of mode "real". A run that was stopped goes
-    on; shards of other captions than there are now are drawn again. Each image is a function of its caption, its view
-    phrase and the seed, whatever the number of ranks. Raises UsageError where no shard can be written, ValueError where
-    `out` holds shards made otherwise or of other objects.
+    on; shards of other captions than there are now are drawn again. Each image is a function of its object's name,
+    caption and view and of the seed, whatever the number of ranks. Raises UsageError where no shard can be written,
+    ValueError where `out` holds shards made otherwise or of other objects.
     """
     config = read_metadata(base).get("config")
     if isinstance(config, dict) and config.get("vocab_size"):
@@ -72,7 +72,7 @@ def draw_shard(network, encode_text, captions, sampling, progress):
     """
     places = [(caption, view) for caption in captions.values() for view in VIEW_PHRASES]            # 4 N
     prompts = encode_captions([real_prompt(*place) for place in places], encode_text, network.dit)
-    keys = [crc32(" ".join(place).encode()) for place in places]
+    keys = [crc32(f"{name} {view}".encode()) for name in captions for view in VIEW_PHRASES]     # captions may be equal
     images = sample_images(network, prompts, sampling, keys=keys, progress=progress)                # (4 N, 1, C, h, w)
     latents = (images[:, 0] / LATENT_SCALE).half().unflatten(0, (-1, 4))                            # (N, 4, C, h, w)
     texts = encode_text([real_prompt(caption) for caption in captions.values()])

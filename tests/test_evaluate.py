@@ -311,6 +311,8 @@ def test_folders_of_views_measure_as_the_tensors_do(tmp_path, views, capsys):
     assert value("KIDx1000") == pytest.approx(1000 * evaluate.kid(a, b), abs=6e-4)
     assert value("PSNR") == pytest.approx(evaluate.psnr(photo, render).mean().item(), abs=6e-5)
     assert value("SSIM") == pytest.approx(evaluate.ssim(photo, render).mean().item(), abs=6e-5)
+    names = sorted(str(path.relative_to(tmp_path / "photo")) for path in (tmp_path / "photo").glob("*/*"))
+    assert evaluate.paired_metrics(f"{tmp_path}/photo", f"{tmp_path}/photo", names)["PSNR"] == 100     # not inf
     direct = evaluate.consistency(photo, surface(maps))
     # the command has the normals from the positions' differences
     assert value("psnr_loo") == pytest.approx(direct["psnr_loo"].nanmean().item(), abs=0.5)

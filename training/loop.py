@@ -326,8 +326,9 @@ def save_trained(path, network, args, losses, launched, keep=("model", "shifters
     if launched.rank == 0:
         made = dict(name=args.name, command=args.command, loss=losses, torch=torch.__version__,
                     base=file_id(base) if base else None,
-                    settings=training_settings(args), machine=f"{platform.machine()}, {os.cpu_count()} cores, "
-                    f"{launched.world} process(es) on {launched.device}")
+                    settings=training_settings(args) | {"batch": args.batch * launched.world},
+                    machine=f"{platform.machine()}, {os.cpu_count()} cores, {launched.world} process(es) on "
+                    f"{launched.device}")
         parts = {"model": network.dit, "shifters": network.shifters, "adapter": network.adapter}
         parts = {name: module for name, module in parts.items() if name in keep}
         if parts.get("adapter") is not None:

@@ -32,6 +32,14 @@ def training_settings(args):
     return {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
 
 
+def other_settings(made, args):
+    """How the settings of a trained file differ from those of args, of one process, in words; "" where they do not.
+    What args leaves open (None) or one of the two does not have is not compared."""
+    asked = json.loads(json.dumps(training_settings(args)))
+    return ", ".join(f"{name} {made[name]} (now {value})" for name, value in asked.items()
+                     if name in made and value not in (None, made[name]))
+
+
 def made_from(network, sets):
     """What a training starts from, as numbers that change when the files do: of the network (base model and stage 1)
     and of each set in memory a checksum, of latents on disk how and of which objects they were made and the checksums

@@ -14,11 +14,14 @@ import train_stage2
 from dit import PRESETS, save_model
 from experiments import tables
 from experiments.paper import PAPER1, PAPER_COLUMNS, TABLES
-from experiments.results import ORACLE, comparable, left_out, seed_folder, seed_mean, seed_noise, table_lines
+from experiments.results import (ORACLE, comparable, left_out, seed_folder, seed_mean, seed_noise, table_lines,
+                                 table_rows)
 from geometry.camera import VIEWS
 from sample import Sampling
-from support.files import save_tensors
+from support.files import file_id, save_tensors
 from support.pictures import to_uint8
+from training.flags import fill_defaults
+from training.states import training_settings
 from toy.world import WORLD_VERSION, asset_captions, sample_assets, tokenize
 
 
@@ -164,6 +167,9 @@ def test_seed_noise_is_the_pooled_deviation_and_the_order_is_compared():
     lines = table_lines(rows)
     assert lines[0].split("|")[2].strip() == "psnr" and "a (2 seeds)" in lines[2] and "5.25 +- 0.35" in lines[2]
     assert lines[5].startswith("| deviation between seeds")
+    perfect = dict(paper=rows["c"]["paper"], toy={seed: dict(KD_I=7.0, psnr=40.0, iou=1.0) for seed in "01"})
+    noise = [line for line in table_lines(rows | {ORACLE: perfect}) if line.startswith("| deviation")]
+    assert noise[0].split() == lines[5].split()                             # perfect photographs are not trained
     assert lines[-5].endswith(": 0.50") and lines[-3].endswith(": -1.00") and lines[-1].endswith("than 0.05: none")
 
 
@@ -202,6 +208,39 @@ def test_a_model_without_its_command_is_no_row_s(tmp_path):
     (row,) = [row for row in TABLES["table1"][1] if row.label == "syn only"]
     with pytest.raises(ValueError, match="syn_only.safetensors was trained by 'None', without --task"):
         tables.trained_row(row, "texturing", tables.parse_args(["table1", "--folder", str(tmp_path)]), ALONE)
+
+
+def test_a_model_trained_otherwise_is_no_row_s(tmp_path, monkeypatch):
+    """Nor is one beside shifters trained otherwise; what was trained as the row says is taken."""
+    (row,) = [row for row in TABLES["table1"][1] if row.label == "Realiz3D"]
+    command = f"--task texturing --name texturing --seed 0 --base {tmp_path}/base"
+    save_tensors(f"{tmp_path}/base", {"w": torch.ones(1)})
+    asked = fill_defaults(train_stage2.parse_args(command.split()), "stage2", ALONE)
+    monkeypatch.setattr(tables, "default_base", lambda *_: f"{tmp_path}/base")
+
+    def row_with(steps=asked.steps, stage1_lr=asked.lr, base=file_id(f"{tmp_path}/base")):
+        settings = training_settings(asked)
+        stage1 = training_settings(train_stage2.stage1_flags(asked, ALONE)) | dict(lr=stage1_lr)
+        save_tensors(f"{tmp_path}/texturing.safetensors", {"w": torch.ones(1)}, command=command, base=base,
+                     settings=settings | dict(steps=steps))
+        save_tensors(f"{tmp_path}/shifters.safetensors", {"w": torch.ones(1)}, command=command, base=base,
+                     settings=stage1)
+        return tables.trained_row(row, "texturing", tables.parse_args(["table1", "--folder", str(tmp_path)]), ALONE)
+    assert row_with() == row_with(base=None) == f"{tmp_path}/texturing.safetensors"
+    for otherwise, words in ((dict(steps=5), "texturing.safetensors was trained with steps 5"),
+                             (dict(stage1_lr=9.0), "shifters.safetensors was trained with lr 9.0"),
+                             (dict(base=("mine", 1)), "another base model, mine")):
+        with pytest.raises(ValueError, match=words):
+            row_with(**otherwise)
+
+
+def test_results_of_a_row_that_was_made_otherwise_are_refused():
+    (row,) = [row for row in TABLES["table1"][1] if row.label == "LoRA 32"]
+    stored = {"LoRA 32": dict(flags="--method lora --rank 6", mode="real", toy={"0": dict(psnr=1.0)})}
+    with pytest.raises(ValueError, match="the results of 'LoRA 32' are of '--method lora --rank 6', real, not of"):
+        table_rows([row], stored)
+    kept = table_rows([row], {"LoRA 32": stored["LoRA 32"] | dict(flags=row.flags)})
+    assert kept["LoRA 32"]["toy"] == {"0": dict(psnr=1.0)}
 
 
 def test_another_seed_has_a_folder_of_its_own_with_the_same_sets(tmp_path):

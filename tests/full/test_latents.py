@@ -202,8 +202,8 @@ def test_latents_are_drawn_from_their_distribution():
     assert (drawn[3.0] - drawn[0.0] - 3 * LATENT_SCALE * batch["noise"]).std() > 0.5  # z is not the noise of x_t
 
 
-def test_real_latents_are_a_function_of_caption_and_seed(full_run):
-    """Whatever shard, and so batch, an object comes in."""
+def test_real_latents_are_a_function_of_name_caption_and_seed(full_run):
+    """Whatever shard, and so batch, an object comes in; two of one caption differ."""
     run, out = full_run
     write_toy_objects("objects", 3, 128)
     run(full.latents, "encode", "objects", "latents", *ENCODERS, "--size", 128, "--shard", 2)
@@ -220,15 +220,17 @@ def test_real_latents_are_a_function_of_caption_and_seed(full_run):
     assert not latents[:, 1].any() and torch.equal(a["0001.text"], b["0001.text"])
     with pytest.raises(ValueError, match="seed 0 .now 1."):
         run(full.real_set, "real", *DRAW, "--num_steps", 2, "--seed", 1)
+    same = load_tensors("real/0000.safetensors")[1]["shard"]["captions"]["0001"]
     tensors, metadata = load_tensors("latents/0002.safetensors")            # as if encoded again with another caption
-    save_tensors("latents/0002.safetensors", tensors, shard=metadata["shard"] | dict(captions={"0002": "a red mug"}))
+    save_tensors("latents/0002.safetensors", tensors, shard=metadata["shard"] | dict(captions={"0002": same}))
     before = [path.stat().st_mtime_ns for path in sorted((out / "real").iterdir())]
     run(full.real_set, "real", *DRAW, "--num_steps", 2)
     after = [path.stat().st_mtime_ns for path in sorted((out / "real").iterdir())]
     assert [time == other for time, other in zip(before, after)] == [True, False]
     c, metadata = load_tensors("real/0002.safetensors")
-    assert metadata["shard"]["captions"] == {"0002": "a red mug"}
-    assert len(c["0002.text"]) == len(real_prompt("a red mug").split()) + 1
+    assert metadata["shard"]["captions"] == {"0002": same} and torch.equal(c["0002.text"], a["0001.text"])
+    assert len(c["0002.text"]) == len(real_prompt(same).split()) + 1
+    assert (c["0002.color"][0, 0] - latents[0, 0]).abs().max() > 0.1 * scale
 
 
 def test_two_processes_write_the_shards_that_one_writes(full_run):
