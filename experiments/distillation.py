@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 from data import SEEDS, evaluation_set
 from evaluate import Surface, consistency, formatted, kid, surface_normals
-from experiments.results import check_places, check_row_flags, kept_rows, markdown_table, seed_folder, seed_mean
+from experiments.results import (check_places, check_row_flags, kept_rows, markdown_table, mean_of, seed_folder,
+                                 seed_mean)
 from experiments.scene_measures import LEAST
 from geometry.camera import ELEVATION
 from related import cad
@@ -73,8 +74,8 @@ def measure_objects(images, surface, labels, truth, judges):
     the surface that this can judge, covered; surface: a Surface, None where there is none. chroma: mean distance from
     gray over the object. diversity: mean distance of the features, of unit length, of two objects from the same of the
     four sides that have a word (refined samples of others are turned by up to 17 degrees, each otherwise: no variety of
-    objects), where both are read as the right category: noise would be the most diverse. KD: to photographs of all
-    kinds, of one object high by nature.
+    objects), where both are read as the right category: noise would be the most diverse. KD x1000: of each object, to
+    photographs of all kinds: high by nature, and of several alike higher still.
     """
     flat = images.flatten(0, 1)
     heads, features = judges.net(flat), judges.net.features(flat)
@@ -82,7 +83,7 @@ def measure_objects(images, surface, labels, truth, judges):
            for name, label in zip(("category", "color", "material"), labels)}
     unit = F.normalize(features, dim=1).unflatten(0, images.shape[:2])                              # (N, 8, F)
     alike = unit @ F.normalize(judges.net.features(truth), dim=1).T                     # (N, 8, 8), with each true view
-    row["KD"] = 1000 * kid(judges.photos, features)
+    row["KD"] = mean_of([1000 * kid(judges.photos, of_one) for of_one in features.unflatten(0, images.shape[:2])])
     row["likeness"] = alike[:, 0, 0].mean().item()
     row["two_fronts"] = (alike[:, 3:6].argmax(dim=2) == 0).any(dim=1).double().mean().item()
     row["photo"] = (judges.net.photo_probability(flat) > 0.5).double().mean().item()
@@ -233,8 +234,14 @@ def compare_rows(args):
     print(f"wrote {path}, cad.md and cad_sheet.png")
 
 
-LEGEND = """Means over references and seeds (`cases`), as `python -m experiments.distillation --objects .. --seed ..`
-adds them; in brackets how far a row is from CAD on the same cases, and the standard error of that."""
+LEGEND = """Eight sides of each object, read by the toy's judges. photo, category, color, material: share read so;
+likeness: cosine of the front's features with the true photograph's; drawn: share that shows an object at all;
+psnr_loo: each view against what the others show of the same places (dB), covered: the share of the surface that this
+can judge; two_fronts: objects that from behind look like the front; chroma: distance from gray; diversity: distance of
+features between objects; KD x1000: of each object, to photographs of all kinds.
+
+Means over references and seeds (`cases`), as `python -m experiments.distillation --objects .. --seed ..` adds them; in
+brackets how far a row is from CAD on the same cases, and the standard error of that."""
 
 
 def paired_cells(table):

@@ -27,9 +27,10 @@ class Finding(NamedTuple):
     high: str
 
 
-MEASURED = """Columns of table1.md to table3.md, means over shared seeds: KD_I (x1000; less: more realistic), psnr
-(dB; more: views agree), iou (silhouettes). By chance at most: what two rows differ by in 95 of 100 cases where nothing
-sets them apart."""
+MEASURED = """Columns of table1.md to table3.md, means over the seeds that both rows have: KD_I (x1000; less: more
+realistic), psnr (dB; more: views agree), iou (silhouettes). By chance at most: what two rows differ by in 95 of 100
+cases where nothing sets them apart. The verdict is by a fit to all seeds of all rows of the table, by which two rows
+may differ a little otherwise than by their means."""
 FINDINGS = [Finding(*row) for row in (
     ("renders alone forget realism",               "table1", "KD_I", "Realiz3D", "syn only"),
     ("mixing in real data softens that",           "table1", "KD_I", "syn + real", "syn only"),
