@@ -13,6 +13,7 @@ on disk (full/latents.py). Training takes either, as samples of V views: images 
 """
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,8 +29,8 @@ from toy.render import Look, render
 from toy.world import (CATEGORIES, WORLD_VERSION, Assets, asset_captions, exaggerated, sample_assets, take, tokenize,
                        uniforms)
 
-# no two of these share objects; elsewhere A.2 (experiments/layer_selective.py) has 6 and 7, the judges 11 to 14,
-# pca_features.py 100 and more
+# no two of these share objects; elsewhere A.2 (experiments/layer_selective.py) has 6, which meets no scenes, and 7, the
+# judges 11 to 14, pca_features.py 100 and more
 SEEDS = dict(base=1, synthetic=2, evaluation=3, validation=4, photos=5, scenes=6)
 ASSETS = {"toy": 400, "small": 4000, "full": 120_000}      # of the synthetic set, at full the paper's (C.1)
 SHOWN = (14, 10, 17)                    # held-out objects of the pictures: spotted duck, striped tower, wooden donut
@@ -91,16 +92,26 @@ def evaluation_set(num, seed=SEEDS["evaluation"], size=32, folder="runs/toy/sets
     Adds photo uint8 (N, 4, 3, H, W), mask uint8 (N, 4, 1, H, W) = 255 x coverage, position and normal float32
     (N, 4, 3, H, W), labels int64 (N, 3) = category, color, material.
     """
-    def draw(assets, first):
-        assets = exaggerated(assets)
-        views = render(assets, Look("render"), size=size, device=device)
-        grain = Look("photo", seed=seed * 10**6 + first)
-        photo = render(assets, grain, size=size, geometry=False, device=device).rgb
-        return dict(image=to_uint8(2 * views.rgb - 1), control=control_maps(views).half(),
-                    text=tokenize(asset_captions(assets)), photo=to_uint8(2 * photo - 1),
-                    mask=to_uint8(2 * views.mask - 1), position=views.position, normal=views.normal,
-                    labels=torch.stack(assets[:3], dim=1))
-    return build_set("evaluation", num, seed, size, folder, draw)
+    return build_set("evaluation", num, seed, size, folder, partial(held_views, seed=seed, size=size, device=device))
+
+
+def held_objects(numbers, seed=SEEDS["evaluation"], size=32):
+    """The objects `numbers` of the `evaluation_set` of that seed and size, drawn without the others."""
+    assets = sample_assets(max(numbers) + 1, seed)
+    parts = [held_views(take(assets, slice(k, k + 1)), k, seed, size) for k in numbers]
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def held_views(assets, first, seed, size, device="cpu"):
+    """What `evaluation_set` has of these of its assets, of which the first is its object `first`."""
+    assets = exaggerated(assets)
+    views = render(assets, Look("render"), size=size, device=device)
+    grain = Look("photo", seed=seed * 10**6 + first)
+    photo = render(assets, grain, size=size, geometry=False, device=device).rgb
+    return dict(image=to_uint8(2 * views.rgb - 1), control=control_maps(views).half(),
+                text=tokenize(asset_captions(assets)), photo=to_uint8(2 * photo - 1),
+                mask=to_uint8(2 * views.mask - 1), position=views.position, normal=views.normal,
+                labels=torch.stack(assets[:3], dim=1))
 
 
 def shown_objects(num):

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from baselines.adapters import load_beside
-from data import ASSETS, SEEDS, SHOWN, control_maps, evaluation_set, real_captions
+from data import ASSETS, SEEDS, SHOWN, control_maps, held_objects, real_captions
 from dit import PRESETS, T, alphas_cumprod
 from domain_shifter import (B_MAX, REAL, SYN, T_MAX, ShiftedDiT, block_count, load_shifters, shifted_domains,
                             uniform_domains)
@@ -514,12 +514,11 @@ def chosen_objects(args, size, task):
     if args.prompt:
         text = tokenize(args.prompt)
         return dict(text=text), dict.fromkeys(range(len(text)))
-    num = max(args.object) + 1
-    held = evaluation_set(num, size=size, folder=f"runs/{args.preset}/sets")
-    assets, meshes = exaggerated(sample_assets(num, SEEDS["evaluation"])), dict.fromkeys(args.object)
+    meshes = dict.fromkeys(args.object)
     if args.textured and task == "texturing":
-        meshes = {k: asset_mesh(take(assets, torch.tensor([k])), 64) for k in args.object}
-    return {key: value[list(meshes)] for key, value in held.items()}, meshes
+        assets = exaggerated(sample_assets(max(meshes) + 1, SEEDS["evaluation"]))
+        meshes = {k: asset_mesh(take(assets, torch.tensor([k])), 64) for k in meshes}
+    return held_objects(list(meshes), size=size), meshes
 
 
 def models_beside(words, modes, device, config):

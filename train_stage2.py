@@ -29,7 +29,7 @@ from contextlib import nullcontext
 import train_stage1
 from baselines.adapters import load_beside, new_network
 from baselines.methods import METHODS
-from data import SHOWN, evaluation_set
+from data import SHOWN, held_objects
 from dit import NEW_INPUTS
 from domain_shifter import P_B, TAU_B, draw_frozen_blocks, draw_reassigned_blocks
 from sample import CFG_SCALE, Sampling, object_sheet
@@ -149,8 +149,7 @@ def object_preview(network, args):
     config = network.dit.config
     if config.latent:
         return None
-    held = evaluation_set(max(SHOWN) + 1, size=config.image_size, folder=f"{args.out}/sets")
-    objects = {key: value[list(SHOWN)] for key, value in held.items()}
+    objects = held_objects(SHOWN, size=config.image_size)
 
     def preview(path):
         with nullcontext() if METHODS[args.method].kept else network.without_adapter():

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import SEEDS, evaluation_set
+from data import SEEDS, held_objects
 from evaluate import Surface, consistency, formatted, kid, surface_normals
 from experiments.results import (check_places, check_row_flags, kept_rows, markdown_table, mean_of, seed_folder,
                                  seed_mean)
@@ -183,7 +183,7 @@ def distilled_objects(number, args, device):
     settings = dict(steps=args.sds_steps, batch=4, lr=0.01, scale=args.sds_scale, seed=args.seed)
 
     def draw():
-        reference = to_pixels(evaluation_set(number + 1, folder=f"{args.folder}/sets")["image"][number, 0])
+        reference = to_pixels(held_objects([number])["image"][0, 0])
         made = []
         for again in range(EACH_DISTILLED):             # it has one object to show: more of them from other seeds
             own = Namespace(**settings | dict(seed=args.seed + 1000 * again))
@@ -202,7 +202,7 @@ def compare_rows(args):
     stored_rows(path, args)
     load_prior(prior_path(args.prior, args.folder))
     judges = load_judges(f"{args.folder}/sets")
-    held = evaluation_set(max(args.objects) + 1, folder=f"{args.folder}/sets")
+    held = {k: held_objects([k]) for k in args.objects}
     assets = exaggerated(sample_assets(max(args.objects) + 1, SEEDS["evaluation"]))
     captions, todo = asset_captions(assets), args.rows or list(ROWS)
     print(f"{len(todo)} rows of {len(args.objects)} references, seed {args.seed}, into {path}; a missing generator is "
@@ -212,7 +212,7 @@ def compare_rows(args):
     sheet = {label: [] for label in ("reference", PERFECT, *todo)}
 
     def keep(label, number, images, surface):
-        row = measure_objects(images, surface, held["labels"][number], perfect.rgb[number], judges)
+        row = measure_objects(images, surface, held[number]["labels"][0], perfect.rgb[number], judges)
         row = {name: value if math.isfinite(value) else None for name, value in row.items()} | {"device": device.type}
         sheet[label].append(to_uint8(2 * images[0, 1] - 1))
         with locked(args.results):
@@ -220,7 +220,7 @@ def compare_rows(args):
             table.setdefault(label, {"toy": {}})["toy"][f"{args.seed}, {number}"] = row
             write_json(path, dict(settings=table_settings_of(args), rows=table))
     for k in args.objects:
-        sheet["reference"].append(held["image"][k, 0])
+        sheet["reference"].append(held[k]["image"][0, 0])
         keep(PERFECT, k, perfect.rgb[k:k + 1], Surface(*(part[k:k + 1] for part in whole[:3]), *whole[3:]))
         for label in todo:
             drawn = made_objects(label, k, captions[k], args, device)

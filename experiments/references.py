@@ -10,20 +10,20 @@ the one background that each was never shown before. Writes results/refany3d.jso
 """
 import argparse
 import os
+from dataclasses import replace
 
 import torch
 
 from data import SEEDS
-from evaluate import kid, measuring_flags
-from experiments.results import check_places, check_row_flags, kept_rows, write_means
+from evaluate import asked_sampling, kid, measuring_flags
+from experiments.results import check_places, check_row_flags, kept_rows, seed_folder, write_means
 from experiments.scene_measures import measure_scenes, silhouettes
 from related import refany3d
 from related.refany3d import draw, load_refany3d
-from sample import CFG_SCALE, Sampling, load_network, sample_images
+from sample import CFG_SCALE, load_network, sample_images
 from support.files import cached, file_id, locked, read_metadata, run_or_shipped, write_json
 from support.launch import Launched, a_seed, launch, run_cli
 from support.pictures import save_picture, to_uint8
-from support.speed import choose_dtype, has_compiler
 from toy.judge import train_feature_net
 from toy.scenes import SCENES, scene_set
 from toy.world import WORLD_VERSION, Assets, exaggerated, sample_assets
@@ -80,7 +80,7 @@ def judged(images, labels, judge, photos):
 def row_training(label, args):
     """Path of a row's model, and the flags of related.refany3d that train it."""
     name, words = "refany3d-" + label.replace(" ", "_").replace(",", ""), (ROWS[label] or "").split()
-    out = args.folder if args.seed == 0 else f"{args.folder}/seed{args.seed}"
+    out = seed_folder(args)
     flags = ["--out", out, "--base", scenes_base(folder=args.folder), "--name", name, "--seed", str(args.seed)]
     flags += ["--threads", str(args.threads)] if args.threads else []
     flags += [run_or_shipped(args.folder, "toy", "shifters.safetensors") if word == "SHIFTERS" else word
@@ -111,9 +111,7 @@ def check_row(label, args):
 def drawn_row(label, scenes, args, device):
     """What a row draws of the cases, uint8 (N, K, 3, H, W), kept in the run folder; trained first where it must be."""
     base, (path, flags) = scenes_base(folder=args.folder), row_training(label, args)
-    pays = device.type == "cpu" and args.num * args.num_steps >= 500 and has_compiler()
-    sampling = Sampling(cfg_scale=CFG_SCALE, num_steps=args.num_steps, seed=args.seed, batch=16, compile=pays,
-                        dtype=choose_dtype(device))
+    sampling = replace(asked_sampling(args, device), batch=16)
     out = path.removesuffix(".safetensors")
     if ROWS[label] is not None and not os.path.isfile(path):
         with locked(out):
@@ -125,7 +123,7 @@ def drawn_row(label, scenes, args, device):
             return dict(image=to_uint8(sample_images(load_network(base, device), {"text": scenes["text"]}, sampling)))
         return dict(image=to_uint8(draw(load_refany3d(path, base, device), scenes, sampling)))
     key = dict(model=file_id(base if ROWS[label] is None else path), base=file_id(base), num=args.num,
-               steps=args.num_steps, cfg_scale=CFG_SCALE, seed=args.seed, dtype=sampling.dtype, version=WORLD_VERSION)
+               steps=args.num_steps, cfg_scale=args.cfg_scale, seed=args.seed, dtype=sampling.dtype, version=WORLD_VERSION)
     return cached(f"{out}.samples", key, sample)["image"]
 
 
@@ -185,7 +183,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     measuring_flags(parser, "num", "num_steps", "threads")
-    parser.set_defaults(num=60)
+    parser.set_defaults(num=60, cfg_scale=CFG_SCALE)
     add("--seed", type=a_seed, default=0, help="decides the training and the noise (default %(default)s)")
     add("--rows", nargs="+", choices=ROWS, metavar="LABEL", help="only these rows (default: all)")
     add("--results", default="results", help="where the table and its picture go (default %(default)s)")

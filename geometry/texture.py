@@ -5,7 +5,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from scipy.spatial import cKDTree
 
 from geometry.camera import AZIMUTHS, ELEVATION, bilinear, camera, project
 from geometry.files import write_glb, write_obj
@@ -50,6 +49,7 @@ def texture_mesh(mesh, images, size=1024, power=4, azimuth=AZIMUTHS, elevation=E
     to the power `power`; one that no view sees has the colour of the nearest on the surface that is seen. Covered is
     the share of the surface's area that is seen. Raises ValueError where no view sees any of it.
     """
+    from scipy.spatial import cKDTree               # here, as it takes half a second of every program's start
     uv, face, place = atlas(len(mesh.faces), size)
     used = face >= 0
     face, place = face[used], place[used][:, :, None]

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import evaluation_set
+from data import held_objects
 from geometry.camera import ELEVATION
 from geometry.hull import silhouette
 from geometry.mesh import surface_mesh
@@ -265,8 +265,7 @@ def read_reference(args):
         left, top = (side - width) // 2, (side - height) // 2
         square = F.pad(image, (left, side - width - left, top, side - height - top), value=1.0)
         return 2 * F.interpolate(square[None], (SIZE, SIZE), mode="area")[0] - 1
-    held = evaluation_set(args.object + 1, folder=f"{args.out}/sets")
-    return to_pixels(held["image"][args.object, 0])
+    return to_pixels(held_objects([args.object])["image"][0, 0])
 
 
 def distill(args):

@@ -44,7 +44,7 @@ def with_others(count, threads):
     def tell():
         for other, said in others:
             try:
-                failed = other.wait(timeout=2) not in (0, 130, 143)           # the last two: stopped like this one
+                failed = other.wait(timeout=5) not in (0, 130, 143)           # the last two: stopped like this one
             except subprocess.TimeoutExpired:
                 continue
             if failed:

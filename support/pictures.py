@@ -67,9 +67,11 @@ def axes(points, x_label, y_label, log_y=False, size=(640, 360), margin=12):
     """An empty plot that spans points [(x, y), ...], right of it `margin` pixels: the page, its pen, and place(x, y)
     -> pixels."""
     (width, height), left, top, bottom = size, 60, 20, 36
-    scale_y = (lambda y: math.log10(max(y, 1e-12))) if log_y else float
-    (x0, x1), (y0, y1) = [(min(v), max(v) + (max(v) == min(v))) for v in
-                          ([x for x, _ in points], [scale_y(y) for _, y in points])]
+
+    def scale_y(y):
+        return math.log10(max(y, 1e-12)) if log_y else float(y)
+    x0, x1 = span([x for x, _ in points])
+    y0, y1 = span([scale_y(y) for _, y in points])
 
     def place(x, y):
         return (left + (x - x0) / (x1 - x0) * (width - left - margin),
@@ -88,6 +90,12 @@ def axes(points, x_label, y_label, log_y=False, size=(640, 360), margin=12):
     pen.text(((left + width - margin) // 2, height - 16), x_label, "black", anchor="ma")
     pen.text((left, top - 4), y_label, "black", anchor="ls")
     return page, pen, place
+
+
+def span(values):
+    """The least and the greatest value; one more than that where they are the same."""
+    low, high = min(values), max(values)
+    return (low, high) if low < high else (low, low + 1)
 
 
 def round_numbers(low, high):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import data
-from data import SEEDS, evaluation_set, photo_set, real_captions, synthetic_set
+from data import SEEDS, evaluation_set, held_objects, photo_set, real_captions, synthetic_set
 from geometry.camera import VIEWS
 from support.files import cached, read_metadata
 from support.pictures import to_pixels, to_uint8
@@ -40,6 +40,8 @@ def test_evaluation_set_agrees_with_its_maps_captions_and_labels(tmp_path):
     want = [f"a {COLORS[c]} {MATERIALS[m]} {CATEGORIES[k]}" for k, c, m in got["labels"]]
     assert torch.equal(got["text"], tokenize(want))
     assert (got["photo"].float() - got["image"].float()).abs().mean() > 3
+    some = held_objects([2, 0])                                             # bit for bit as drawn among the others
+    assert some.keys() == got.keys() and all(torch.equal(some[name], got[name][[2, 0]]) for name in got)
     synthetic = synthetic_set(4, SEEDS["evaluation"], folder=tmp_path)
     assert all(torch.equal(synthetic[name], got[name]) for name in ("image", "control", "text"))
 

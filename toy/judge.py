@@ -103,17 +103,24 @@ def domain_examples(num, size, seed, backgrounds, in_scenes=False):
 
 def fit_feature_net(images, labels, steps, seed):
     """A FeatureNet trained on images (N, 3, H, W) with labels (N, 4), see `domain_examples`; a function of seed."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = FeatureNet()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for _ in tqdm(range(steps), desc="feature net", leave=False):
+    def loss_of(net, generator):
         pick = torch.randint(0, len(images), (96,), generator=generator)
         logits = net(disturb(images[pick], generator))
         loss = sum(F.cross_entropy(z, labels[pick, k]) for k, z in enumerate(logits.values()))
-        loss = loss + 2 * F.cross_entropy(logits["domain"], labels[pick, 3])
+        return loss + 2 * F.cross_entropy(logits["domain"], labels[pick, 3])
+    return fit(FeatureNet, loss_of, steps, seed)
+
+
+def fit(new_net, loss_of, steps, seed):
+    """A network new_net() trained to make loss_of(network, generator), of random examples, small; a function of seed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = new_net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in tqdm(range(steps), desc=new_net.__name__, leave=False):
+        loss = loss_of(net, generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -226,20 +233,10 @@ def train_normal_net(folder="runs/toy/sets", num=8000, steps=4000, size=32, seed
 def fit_surface_net(new_net, images, loss_of, steps, seed):
     """A network new_net() trained on images (2, N, 3, H, W), renders and photos of the same N objects, to make
     loss_of(what it gives of some, their numbers) small; a function of seed."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = new_net()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for _ in tqdm(range(steps), desc=new_net.__name__, leave=False):
+    def of_disturbed(net, generator):
         pick, domain = (torch.randint(0, n, (32,), generator=generator) for n in (images.shape[1], 2))
-        loss = loss_of(net(disturb(images[domain, pick], generator, shift=False)), pick)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return net
+        return loss_of(net(disturb(images[domain, pick], generator, shift=False)), pick)
+    return fit(new_net, of_disturbed, steps, seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
