@@ -123,7 +123,8 @@ def drawn_row(label, scenes, args, device):
             return dict(image=to_uint8(sample_images(load_network(base, device), {"text": scenes["text"]}, sampling)))
         return dict(image=to_uint8(draw(load_refany3d(path, base, device), scenes, sampling)))
     key = dict(model=file_id(base if ROWS[label] is None else path), base=file_id(base), num=args.num,
-               steps=args.num_steps, cfg_scale=args.cfg_scale, seed=args.seed, dtype=sampling.dtype, version=WORLD_VERSION)
+               steps=args.num_steps, cfg_scale=args.cfg_scale, seed=args.seed, dtype=sampling.dtype,
+               version=WORLD_VERSION)
     return cached(f"{out}.samples", key, sample)["image"]
 
 

@@ -112,7 +112,7 @@ def fit_feature_net(images, labels, steps, seed):
 
 
 def fit(new_net, loss_of, steps, seed):
-    """A network new_net() trained to make loss_of(network, generator), of random examples, small; a function of seed."""
+    """A network new_net() trained to make loss_of(network, generator) of random examples small; a function of seed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
