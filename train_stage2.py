@@ -90,7 +90,8 @@ def stage2_network(args, launched):
 
 
 def stage1_path(args, launched):
-    """The run folder's shifters or adapter, trained first where they are missing (toy and small)."""
+    """The run folder's shifters or adapter, trained first where they are missing (toy and small). Raises ValueError
+    where --stage1_steps says otherwise than what is there."""
     path = args.shifters or stage1_file(args)
     if os.path.isfile(path):
         made = read_metadata(path).get("settings")
