@@ -95,8 +95,9 @@ def evaluation_set(num, seed=SEEDS["evaluation"], size=32, folder="runs/toy/sets
     return build_set("evaluation", num, seed, size, folder, partial(held_views, seed=seed, size=size, device=device))
 
 
-def held_objects(numbers, seed=SEEDS["evaluation"], size=32):
-    """The objects `numbers` of the `evaluation_set` of that seed and size, drawn without the others."""
+def held_objects(numbers, size=32):
+    """The objects `numbers` of the `evaluation_set` of that size, drawn without the others."""
+    seed = SEEDS["evaluation"]
     assets = sample_assets(max(numbers) + 1, seed)
     parts = [held_views(take(assets, slice(k, k + 1)), k, seed, size) for k in numbers]
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

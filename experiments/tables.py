@@ -56,7 +56,8 @@ def trained_row(row, task, args, launched):
     """Path of the row's model; train_stage2.py trains it first where it is missing, or goes on where it stopped.
 
     Another seed trains stage 1 and 2 anew, on the same sets. What another process is training is waited for: stage 1
-    serves several rows, and some rows stand in two tables. Raises ValueError where the model was trained otherwise.
+    serves several rows, and some rows stand in two tables. Raises ValueError where it or its
+    stage 1 was trained otherwise.
     """
     name = "-".join([task, *row.flags.replace("--", "").replace(" ", "_").split()])
     out = seed_folder(args)
@@ -67,7 +68,7 @@ def trained_row(row, task, args, launched):
     more += ["--compile"] if launched.device.type == "cpu" and has_compiler() else []
     training = fill_defaults(train_stage2.parse_args(more + flags), "stage2", launched)
     check_trained(path, training, flags)
-    if METHODS[training.method].stage1 and not training.joint and not training.shifters:
+    if METHODS[training.method].stage1 and not training.joint:
         check_trained(stage1_file(training), train_stage2.stage1_flags(training, launched))
     if stage1_comes_first(training) and not os.path.isfile(path):
         with locked(f"{out}/{stage1_folder(training.adapter, training.rank)}"):

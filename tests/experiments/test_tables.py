@@ -20,9 +20,9 @@ from geometry.camera import VIEWS
 from sample import Sampling
 from support.files import file_id, save_tensors
 from support.pictures import to_uint8
+from toy.world import WORLD_VERSION, asset_captions, sample_assets, tokenize
 from training.flags import fill_defaults
 from training.states import training_settings
-from toy.world import WORLD_VERSION, asset_captions, sample_assets, tokenize
 
 
 def test_table_2_trains_samples_measures_and_goes_on(tmp_path, shipped_judges, monkeypatch, capsys):

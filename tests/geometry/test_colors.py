@@ -65,7 +65,7 @@ def test_a_scene_keeps_each_parts_place_and_color(tmp_path):
     assert [middle[:, column].tolist() for column in (12, 32, 52)] == [[1, 0, 0], [0, 0, 1], [1, 1, 1]]
 
 
-def test_texels_lie_at_their_centres_and_the_texture_repeats(tmp_path):
+def test_texels_lie_at_their_centres_and_the_texture_repeats():
     """Of swatches side by side, each is its own colour in its middle; halfway it is the mean; beyond 1 it starts anew."""
     swatches = torch.tensor([[1.0, 0, 0], [1, 1, 1], [0, 0, 1]]).T[:, None]                         # (3, 1, 3)
     u = torch.tensor([0.5, 1.5, 2.5, 2.0, 0.0, 4.5]) / 3
